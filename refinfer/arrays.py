@@ -1,0 +1,91 @@
+"""Arrays: their types, the letters of their dimensions, their alignment, and bfloat16.
+
+Knows: numpy. Does not know: models, files, layouts.
+Spec: ARR-1, ARR-2, ARR-3. Tutorial: 07.
+
+The letters used in every docstring and nowhere redefined:
+
+    M   rows of activations: the tokens computed together     V   vocabulary size
+    N   outputs of a matrix                                   L   number of layers
+    K   inputs of a matrix                                    S   positions a KV cache has room for
+    T   tokens of a whole text                                P   positions in use, `P <= S`
+    D   hidden size                                           F   intermediate size of the feed-forward part
+    H   query heads         G   key and value heads           R   query heads per key head, `H == G * R`
+    hd  size of one head                                      B   a batch of independent things
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "PAGE_BYTES",
+    "BoolArray",
+    "Float32Array",
+    "IntArray",
+    "UInt16Array",
+    "aligned_empty",
+    "bf16_to_f32",
+    "f32_to_bf16",
+]
+
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+UInt16Array: TypeAlias = npt.NDArray[np.uint16]
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
+PAGE_BYTES = 4096
+"""What direct I/O and `mmap` ask of an address: a multiple of this many bytes."""
+
+
+def aligned_empty(shape: tuple[int, ...], alignment: int = 64) -> Float32Array:
+    """Return an uninitialised float32 array whose first byte lies on a multiple of `alignment` bytes.
+
+    numpy promises 16 bytes only; a cache line is 64, a page `PAGE_BYTES`. Costs `alignment` bytes more than the data.
+
+    >>> aligned_empty((3, 5), alignment=4096).ctypes.data % 4096
+    0
+    """
+    nbytes = math.prod(shape) * 4
+    raw = np.empty(nbytes + alignment, dtype=np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + nbytes].view(np.float32).reshape(shape)
+
+
+def bf16_to_f32(bits: UInt16Array, out: Float32Array | None = None) -> Float32Array:
+    """Widen bfloat16 values, kept as their 16 bits, to float32; exact, any shape.
+
+    A bfloat16 is the upper half of a float32, so widening is a shift: sign, the same 8 bits of exponent, and
+    7 bits of fraction.
+
+        float32   s eeeeeeee fffffffffffffffffffffff
+        bfloat16  s eeeeeeee fffffff
+
+    >>> bf16_to_f32(np.array([0x3F80, 0xC000], np.uint16))
+    array([ 1., -2.], dtype=float32)
+    """
+    if out is None:
+        out = np.empty(bits.shape, dtype=np.float32)
+    wide = out.view(np.uint32)
+    np.copyto(wide, bits)
+    np.left_shift(wide, 16, out=wide)
+    return out
+
+
+def f32_to_bf16(values: Float32Array) -> UInt16Array:
+    """Round float32 values to bfloat16, nearest first and ties to even; returns the 16 bits of each, any shape.
+
+    Infinities stay; what is too large for bfloat16 becomes infinite; a NaN stays a NaN.
+
+    >>> [hex(bits) for bits in f32_to_bf16(np.array([1.0, 1.00390625, 1.01171875], np.float32))]
+    ['0x3f80', '0x3f80', '0x3f82']
+    """
+    wide = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    # Adding half of the last kept bit rounds; one less when that bit is even, so that a tie goes to the even one.
+    rounded = (wide + (((wide >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16)
+    quiet_nan = (wide >> np.uint32(16)) | np.uint32(0x0040)
+    return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)

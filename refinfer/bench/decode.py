@@ -1,0 +1,89 @@
+"""`refinfer bench decode`: tokens per second of the whole model, against a clean naive decode of the same weights.
+
+Knows: both decoders. Does not know: files that are kept; its checkpoints are temporary.
+Spec: BENCH-4. Tutorial: 02.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from refinfer.bench.harness import interleave
+from refinfer.bench.naive import NaiveDecoder
+from refinfer.model.checkpoint import open_checkpoint
+from refinfer.model.config import SHAPES, ModelConfig
+from refinfer.model.synth import write_checkpoint
+from refinfer.model.transformer import Transformer
+from refinfer.model.weights import RowMajorSource
+
+__all__ = ["DECODE_SHAPES", "decode_rows"]
+
+
+def _bench_shape(hidden_size: int, num_hidden_layers: int, intermediate_size: int, heads: int) -> ModelConfig:
+    return replace(
+        SHAPES["tiny"],
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        intermediate_size=intermediate_size,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=hidden_size // heads,
+    )
+
+
+DECODE_SHAPES: Final = (_bench_shape(64, 4, 172, 4), _bench_shape(128, 6, 344, 4), SHAPES["stories15m"])
+_PROMPT_TOKENS: Final = 88
+_STEPS: Final = 8
+
+
+def decode_rows(rounds: int = 41, progress: Callable[[], None] = lambda: None) -> Iterator[dict[str, Any]]:
+    """Yield a row for each shape: ratio to the naive decode, and tokens per second; one BLAS thread.
+
+    A candidate's turn is eight tokens at positions 88 to 95, behind the same prompt. Before timing, both must agree.
+    """
+    rng = np.random.default_rng(0)
+    for config in DECODE_SHAPES:
+        with tempfile.TemporaryDirectory() as folder, threadpool_limits(1, user_api="blas"):
+            write_checkpoint(Path(folder), config, dtype="f32")
+            source = RowMajorSource(config, open_checkpoint(Path(folder)))
+            ids = rng.integers(config.vocab_size, size=_PROMPT_TOKENS + _STEPS).tolist()
+            yield _measure(source, ids, rounds, progress)
+
+
+def _measure(source: RowMajorSource, ids: list[int], rounds: int, progress: Callable[[], None]) -> dict[str, Any]:
+    naive = NaiveDecoder(source, len(ids))
+    ours = Transformer(source, len(ids))
+    ours.prefill(ids[:_PROMPT_TOKENS])
+    for i in ids[:_PROMPT_TOKENS]:
+        naive.decode(i)
+
+    def run_naive() -> list[Any]:
+        naive.length = _PROMPT_TOKENS
+        return [naive.decode(i) for i in ids[_PROMPT_TOKENS:]]
+
+    def run_ours() -> list[Any]:
+        ours.kv_cache.rewind(_PROMPT_TOKENS)
+        return [ours.decode([i])[0] for i in ids[_PROMPT_TOKENS:]]
+
+    difference = float(np.abs(np.array(run_naive()) - np.array(run_ours())).max())
+    # Small models get more rounds in the same time: their turns are short, and noise weighs more.
+    turns = rounds * max(1, 2_000_000 // source.config.n_parameters)
+    timings = interleave({"naive": run_naive, "refinfer": run_ours}, turns)
+    progress()
+    low, high = timings.spread("refinfer", "naive")
+    return {
+        "hidden_size": source.config.hidden_size,
+        "num_hidden_layers": source.config.num_hidden_layers,
+        "ratio_to_naive": round(timings.ratio("refinfer", "naive"), 3),
+        "ratio_quartiles": [round(low, 3), round(high, 3)],
+        "tokens_per_s": round(_STEPS / timings.median("refinfer"), 1),
+        "naive_tokens_per_s": round(_STEPS / timings.median("naive"), 1),
+        "largest_difference": difference,
+    }

@@ -1,0 +1,155 @@
+"""What this machine is and can do: the block at the head of every bench, and what `refinfer doctor` prints.
+
+Knows: the operating system, the BLAS that numpy brought. Does not know: models.
+Spec: BENCH-3. Tutorial: 00.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from threadpoolctl import threadpool_info
+
+__all__ = ["describe_machine"]
+
+_NO_LIMIT_BYTES: Final = 1 << 60
+
+
+def describe_machine(folder: Path) -> dict[str, Any]:
+    """Return what matters for packing and offloading here; what cannot be found out is None.
+
+    Args:
+        folder: where model files would lie: its file system and direct I/O are what is looked at.
+    """
+    return {
+        "cpu": _cpu_name(),
+        "cores": _usable_cores(),
+        "memory_bytes": _meminfo("MemTotal"),
+        "memory_available_bytes": _meminfo("MemAvailable"),
+        "cgroup": _cgroup(),
+        "memlock_limit_bytes": _memlock_limit(),
+        "page_bytes": mmap.PAGESIZE,
+        "folder": {
+            "path": str(folder),
+            "file_system": _file_system(folder),
+            "direct_io": _direct_io_works(folder),
+            "read_ahead_kb": _read_ahead_kb(folder),
+        },
+        "blas": _blas(),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def _cpu_name() -> str:
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _meminfo(key: str) -> int | None:
+    for line in _lines(Path("/proc/meminfo")):
+        name, _, rest = line.partition(":")
+        if name == key:
+            return int(rest.split()[0]) * 1024
+    return None
+
+
+def _cgroup() -> dict[str, Any] | None:
+    """Return the version of control groups and the memory limit this process lives under."""
+    for line in _lines(Path("/proc/self/cgroup")):
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            folder = Path("/sys/fs/cgroup") / path.lstrip("/")
+            limit, version = _lines(folder / "memory.max"), 2
+        elif "memory" in controllers.split(","):
+            folder = Path("/sys/fs/cgroup/memory") / path.lstrip("/")
+            limit, version = _lines(folder / "memory.limit_in_bytes"), 1
+        else:
+            continue
+        if limit:
+            nbytes = None if limit[0] == "max" or int(limit[0]) >= _NO_LIMIT_BYTES else int(limit[0])
+            return {"version": version, "memory_limit_bytes": nbytes}
+    return None
+
+
+def _memlock_limit() -> int | None:
+    """Return how many bytes may be locked in memory; None for no limit, or where there is no such limit."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _mount_of(folder: Path) -> list[str] | None:
+    """Return the fields of the deepest mount in /proc/self/mountinfo that holds `folder`."""
+    real = folder.resolve()
+    mounts = [line.split() for line in _lines(Path("/proc/self/mountinfo"))]
+    holding = [m for m in mounts if real == Path(m[4]) or Path(m[4]) in real.parents]
+    return max(holding, key=lambda m: len(m[4]), default=None)
+
+
+def _file_system(folder: Path) -> str | None:
+    mount = _mount_of(folder)
+    return mount[mount.index("-") + 1] if mount else None
+
+
+def _read_ahead_kb(folder: Path) -> int | None:
+    """Return how far the kernel reads ahead on the disk that holds `folder`."""
+    mount = _mount_of(folder)
+    lines = _lines(Path("/sys/class/bdi") / mount[2] / "read_ahead_kb") if mount else []
+    return int(lines[0]) if lines else None
+
+
+def _direct_io_works(folder: Path) -> bool:
+    """Try it: write a page and read it back with O_DIRECT into page-aligned memory."""
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        return False
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file, mmap.mmap(-1, mmap.PAGESIZE) as page:
+            file.write(bytes(mmap.PAGESIZE))
+            file.flush()
+            descriptor = os.open(file.name, os.O_RDONLY | flag)
+            try:
+                return os.preadv(descriptor, [page], 0) == mmap.PAGESIZE
+            finally:
+                os.close(descriptor)
+    except OSError:
+        return False
+
+
+def _blas() -> list[Mapping[str, Any]]:
+    return [
+        {
+            "name": info["internal_api"],
+            "version": info.get("version"),
+            "core": info.get("architecture"),
+            "threads": info["num_threads"],
+        }
+        for info in threadpool_info()
+        if info["user_api"] == "blas"
+    ]

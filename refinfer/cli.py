@@ -1,0 +1,311 @@
+"""The command line: options in, text or one JSON object out, one clear line when something is wrong.
+
+Knows: argparse, terminals, exit statuses. Does not know: how anything is done; each command calls its room.
+Spec: CLI-1 to CLI-9. Tutorial: 00.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from refinfer import __version__
+from refinfer.errors import InputError, RefinferError, RequestError
+from refinfer.generate import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT, GenerationStats, load, open_model
+from refinfer.model.config import SHAPES
+from refinfer.model.synth import DTYPES, checkpoint_nbytes, write_checkpoint
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["main"]
+
+_UNITS: Final = {
+    "": 1, "B": 1,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status: 0, 1 for a failure while running, 2 for bad input, 130 for Ctrl-C."""
+    try:
+        args = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], None] = args.run
+        run(args)
+        sys.stdout.flush()
+    except RefinferError as error:
+        return _complain(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain once more while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        return _complain("there is not enough memory for this; use a smaller model or fewer tokens", 1)
+    except OSError as error:
+        return _complain(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
+    return 0
+
+
+def _complain(message: str, status: int) -> int:
+    one_line = re.sub(r"\s+", " ", message)
+    sys.stderr.write(f"refinfer: {one_line}\n")
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="refinfer",
+        description="Weight caches and weight offloading for language models, in readable numpy.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"refinfer {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    generate = command("generate", _generate, "Generate text behind a prompt.")
+    generate.add_argument("prompt", nargs="?", metavar="PROMPT", help=f"the text to go on from ({DEFAULT_PROMPT!r})")
+    generate.add_argument("--model", metavar="DIR", help="a model folder in Hugging Face's form (the storyteller)")
+    generate.add_argument("--token-ids", metavar="1,2,3", type=_token_ids, help="the prompt as token ids")
+    generate.add_argument(
+        "--max-tokens", metavar="N", type=_integer(1), help=f"stop after N tokens ({DEFAULT_MAX_TOKENS}, if they fit)"
+    )
+    generate.add_argument(
+        "--temperature", metavar="T", type=_number, default=0.0, help="0 is greedy, 1 the model's own distribution (0)"
+    )
+    generate.add_argument("--top-k", metavar="K", type=_integer(1), help="draw from the K likeliest tokens only")
+    generate.add_argument("--top-p", metavar="P", type=_number, help="draw from the likeliest that hold the share P")
+    generate.add_argument("--seed", metavar="S", type=_integer(0), help="of the draws (a different one each time)")
+    generate.add_argument("--threads", metavar="N", type=_integer(1), help="BLAS threads (by the model's size)")
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+    synth = command("synth", _synth, "Write a checkpoint with random weights, in Hugging Face's form.")
+    synth.add_argument("folder", metavar="DIR", type=Path, help="a new or empty folder")
+    synth.add_argument("--shape", metavar="NAME", required=True, choices=SHAPES, help=", ".join(SHAPES))
+    synth.add_argument("--dtype", choices=DTYPES, default="bf16", help="the stored type (bf16)")
+    synth.add_argument("--seed", metavar="S", type=_integer(0), default=0, help="of the weights (0)")
+    synth.add_argument("--shard-size", metavar="BYTES", type=_nbytes, help="split into files of at most this, as 2GB")
+
+    doctor = command("doctor", _doctor, "Say what this machine is and what it can show.")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+
+    bench = command("bench", _bench, "Measure, interleaved, and print medians.")
+    bench.add_argument("name", metavar="NAME", choices=["decode"], help="decode")
+    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        return value
+
+    return parse
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
+
+
+def _nbytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 300MB or 1.5GiB")
+    value = int(float(match[1]) * _UNITS[match[2].upper()])
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least one byte, not {text!r}")
+    return value
+
+
+def _generate(args: argparse.Namespace) -> None:
+    if args.prompt is not None and args.token_ids is not None:
+        raise RequestError("give either a prompt or --token-ids, not both")
+    model = open_model(args.model)
+    prompt = DEFAULT_PROMPT if args.prompt is None and args.token_ids is None else args.prompt
+    ids = args.token_ids if prompt is None else model.encode(prompt)
+    max_tokens = model.plan_request(ids, args.max_tokens)
+    with load(model, max_positions=len(ids) + max_tokens, threads=args.threads) as session:
+        pieces = session.generate(
+            token_ids=ids,
+            max_tokens=max_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+        )
+        if not args.json:
+            sys.stdout.write(prompt or "")
+        for piece in pieces:
+            if not args.json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        stats = session.stats
+    assert stats is not None
+    if args.json:
+        print(json.dumps(stats.to_json(), ensure_ascii=False))
+        return
+    print("" if model.tokenizer else ",".join(map(str, stats.token_ids)))
+    sys.stdout.flush()
+    print(_summary(stats), file=sys.stderr)
+
+
+def _summary(stats: GenerationStats) -> str:
+    """One line that a person likes to read."""
+    n = len(stats.token_ids)
+    parts = [
+        f"{n} token{'s' if n != 1 else ''}{' (the model ended the text)' if stats.finish_reason == 'stop' else ''}",
+        f"first after {_seconds(stats.time_to_first_token_s)}",
+    ]
+    if stats.tokens_per_s is not None:
+        parts.append(f"then {stats.tokens_per_s:,.0f} tokens/s" if stats.tokens_per_s >= 10 else
+                     f"then {stats.tokens_per_s:.2g} tokens/s")  # fmt: skip
+    if stats.peak_rss_bytes is not None:
+        parts.append(f"peak memory {_bytes(stats.peak_rss_bytes)}")
+    return "\n" + " · ".join(parts)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
+
+
+def _bytes(nbytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if nbytes >= 100 or unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def _synth(args: argparse.Namespace) -> None:
+    config = SHAPES[args.shape]
+    nbytes = checkpoint_nbytes(config, args.dtype)
+    with _progress(f"writing {args.folder}", nbytes) as advance:
+        write_checkpoint(
+            args.folder, config, dtype=args.dtype, seed=args.seed, shard_nbytes=args.shard_size, progress=advance
+        )
+    print(
+        f"{args.folder}: {args.shape}, {config.n_parameters:,} parameters, {_bytes(nbytes)} in {args.dtype}",
+        file=sys.stderr,
+    )
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on a terminal, nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda amount: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from refinfer.bench.machine import describe_machine
+
+    machine = describe_machine(Path.cwd())
+    if args.json:
+        print(json.dumps(machine))
+        return
+    _print_table("This machine", ["what", "value"], _flatten(machine))
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> list[list[str]]:
+    rows: list[list[str]] = []
+    for key, item in value.items():
+        name = f"{prefix}{key.removesuffix('_bytes').replace('_', ' ')}"
+        if isinstance(item, dict):
+            rows += _flatten(item, f"{name}: ")
+        elif isinstance(item, list):
+            for part in item:
+                rows += _flatten(part, f"{name}: ")
+        else:
+            rows.append([name, _bytes(item) if key.endswith("_bytes") and item is not None else _word(item)])
+    return rows
+
+
+def _word(item: object) -> str:
+    if item is None:
+        return "none or not known"
+    return {True: "yes", False: "no"}[item] if isinstance(item, bool) else str(item)
+
+
+def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from refinfer.bench.decode import DECODE_SHAPES, decode_rows
+    from refinfer.bench.machine import describe_machine
+
+    with _progress("measuring", len(DECODE_SHAPES)) as advance:
+        rows = list(decode_rows(progress=lambda: advance(1)))
+    result = {"machine": describe_machine(Path.cwd()), "rows": rows}
+    if args.json:
+        print(json.dumps(result))
+        return
+    _print_table(
+        "Decode, one BLAS thread, against a clean naive numpy decode",
+        ["hidden size x layers", "times as fast", "quartiles", "tokens/s", "naive tokens/s"],
+        [
+            [
+                f"{row['hidden_size']} x {row['num_hidden_layers']}",
+                f"{row['ratio_to_naive']:.2f}",
+                " - ".join(f"{q:.2f}" for q in row["ratio_quartiles"]),
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['naive_tokens_per_s']:,.0f}",
+            ]
+            for row in rows
+        ],
+    )

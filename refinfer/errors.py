@@ -1,0 +1,60 @@
+"""Every error refinfer raises on purpose, in one tree.
+
+Knows: which kinds of trouble there are, and the exit status each has on the command line.
+Does not know: how errors are shown; `cli` prints them as one line on standard error.
+Spec: ERR-1, ERR-2. Tutorial: 07.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "ConfigError",
+    "GenerationError",
+    "InputError",
+    "RefinferError",
+    "RequestError",
+    "SafetensorsError",
+    "TokenizerError",
+    "WeightsError",
+]
+
+
+class RefinferError(Exception):
+    """Base of every error raised on purpose; its text says what is wrong and what to do.
+
+    `exit_status` is what the command line ends with: 2 for bad usage or bad input, 1 for a failure while running.
+    """
+
+    exit_status: ClassVar[int] = 1
+
+
+class GenerationError(RefinferError):
+    """Something failed while running, after the input had been accepted."""
+
+
+class InputError(RefinferError):
+    """The input is not usable: a file, a folder, an option or an argument."""
+
+    exit_status: ClassVar[int] = 2
+
+
+class ConfigError(InputError):
+    """A `config.json` is missing, malformed, or describes a model that is not supported."""
+
+
+class SafetensorsError(InputError):
+    """A safetensors file or its index does not keep the format's rules."""
+
+
+class TokenizerError(InputError):
+    """A tokenizer file is missing or unusable, or a text cannot be encoded."""
+
+
+class WeightsError(InputError):
+    """A checkpoint's tensors do not fit its config: missing, of another shape or type, or not finite."""
+
+
+class RequestError(InputError):
+    """A request cannot be served: token ids, lengths or sampling options out of range."""

@@ -1,0 +1,131 @@
+"""A checkpoint: all the safetensors files of a model folder, seen as one set of tensors.
+
+Knows: single files, sharded checkpoints and their index, and how a tensor becomes float32. Does not know: what the
+tensors are for; whoever asks says which shape it expects.
+Spec: TENSOR-8 to TENSOR-11. Tutorial: 05.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from refinfer.arrays import Float32Array, bf16_to_f32
+from refinfer.errors import SafetensorsError, WeightsError
+from refinfer.model.safetensors import SafetensorsFile, TensorInfo
+
+__all__ = ["FLOAT_DTYPES", "INDEX_NAME", "SINGLE_NAME", "Checkpoint", "open_checkpoint", "stored_to_f32"]
+
+SINGLE_NAME: Final = "model.safetensors"
+INDEX_NAME: Final = "model.safetensors.index.json"
+FLOAT_DTYPES: Final = ("F32", "F16", "BF16")
+
+
+class Checkpoint(Mapping[str, TensorInfo]):
+    """The tensors of one or several files: a read-only mapping from names to `TensorInfo`.
+
+    Law: every tensor has been found in the file that is said to hold it, before any weight is read.
+    """
+
+    def __init__(self, folder: Path, file_of: Mapping[str, SafetensorsFile]) -> None:
+        self.folder = folder
+        self._file_of = dict(file_of)
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._file_of[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+    def path_of(self, name: str) -> Path:
+        """Return the file that holds the tensor `name`."""
+        return self._file_of[name].path
+
+    def stored(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """Return a floating-point tensor as it is stored: a read-only view, bfloat16 as its 16 bits.
+
+        Raises:
+            WeightsError: the tensor is missing, of another shape than `shape`, or not of floating point.
+        """
+        if name not in self._file_of:
+            raise WeightsError(f"{self.folder} has no tensor {name!r}, which its config.json asks for")
+        tensor = self[name]
+        if tensor.shape != shape:
+            raise WeightsError(
+                f"{self.path_of(name)}: {name!r} has the shape {list(tensor.shape)}, "
+                f"but config.json asks for {list(shape)}"
+            )
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise WeightsError(
+                f"{self.path_of(name)}: {name!r} is stored as {tensor.dtype}; supported are {', '.join(FLOAT_DTYPES)}"
+            )
+        return self._file_of[name].view(name)
+
+    def float32(self, name: str, shape: tuple[int, ...]) -> Float32Array:
+        """Return a tensor as float32: a view where it is stored so, a converted copy otherwise.
+
+        Raises:
+            WeightsError: as `stored`.
+        """
+        return stored_to_f32(self.stored(name, shape))
+
+    def first_non_finite(self) -> str | None:
+        """Return the name of the first tensor that holds a NaN or an infinity; reads every weight."""
+        for name, tensor in self.items():
+            if tensor.dtype in FLOAT_DTYPES and not np.isfinite(self.float32(name, tensor.shape)).all():
+                return name
+        return None
+
+
+def stored_to_f32(stored: npt.NDArray[Any]) -> Float32Array:
+    """Return float32, float16 or bfloat16 bits as aligned float32; copies unless it is that already."""
+    if stored.dtype == np.uint16:
+        return bf16_to_f32(stored)
+    return np.require(stored, np.float32, ["C", "A"])
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open `model.safetensors`, or the files that `model.safetensors.index.json` names, in `folder`.
+
+    Reads headers only. A single file is preferred where both exist, as Hugging Face does.
+
+    Raises:
+        SafetensorsError: neither is there, or a file or the index is malformed.
+    """
+    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+    if single.exists():
+        file = SafetensorsFile(single)
+        return Checkpoint(folder, dict.fromkeys(file, file))
+    if not index.exists():
+        raise SafetensorsError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+    weight_map = _read_weight_map(index)
+    shards = {name: SafetensorsFile(folder / name) for name in sorted(set(weight_map.values()))}
+    for tensor, shard in weight_map.items():
+        if tensor not in shards[shard]:
+            raise SafetensorsError(f"{index} says that {tensor!r} is in {shard}, but it is not")
+    return Checkpoint(folder, {tensor: shards[shard] for tensor, shard in weight_map.items()})
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    try:
+        raw = json.loads(index.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SafetensorsError(f"{index} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise SafetensorsError(f"{index} is not valid JSON: {error}") from None
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SafetensorsError(f"{index} has no weight_map")
+    for tensor, shard in weight_map.items():
+        # A plain file name only: an index must not be able to point outside its folder.
+        if not isinstance(shard, str) or shard in {"", ".", ".."} or any(c in shard for c in "/\\\0"):
+            raise SafetensorsError(f"{index} gives {tensor!r} the impossible file name {shard!r}")
+    return weight_map

@@ -1,0 +1,286 @@
+"""A Hugging Face `config.json`, read into a `ModelConfig` and written from one.
+
+Knows: the Llama, Mistral, Qwen2 and Qwen3 families, their defaults, and the older and newer spelling of their keys.
+Does not know: weights, files other than these two JSON files.
+Spec: CONFIG-3 to CONFIG-9. Tutorial: 07.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from refinfer.errors import ConfigError
+from refinfer.model.config import Llama3RopeScaling, ModelConfig
+
+__all__ = ["load_config", "parse_config", "to_json"]
+
+_LARGEST_SIZE: Final = 1 << 31
+_DTYPES: Final = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Where the families differ; the defaults are those of the `transformers` config classes."""
+
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    sliding_window: int | None = None
+    reads_attention_bias: bool = False
+    qkv_bias: bool = False
+    reads_mlp_bias: bool = False
+    qk_norm: bool = False
+    window_has_a_switch: bool = False
+
+
+_FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
+    {
+        "llama": _Family(max_position_embeddings=2048, reads_attention_bias=True, reads_mlp_bias=True),
+        "mistral": _Family(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096),
+        "qwen2": _Family(num_key_value_heads=32, sliding_window=4096, qkv_bias=True, window_has_a_switch=True),
+        "qwen3": _Family(
+            num_key_value_heads=32,
+            head_dim=128,
+            sliding_window=4096,
+            reads_attention_bias=True,
+            qk_norm=True,
+            window_has_a_switch=True,
+        ),
+    }
+)
+
+
+class _Keys:
+    """Typed look-ups in a JSON object; each refusal names the key, what was found and what was wanted."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str) -> None:
+        self.raw = raw
+        self.where = where
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        return ConfigError(f"{self.where}: {key} {problem}")
+
+    def get(self, key: str) -> Any:  # noqa: ANN401  (JSON values have no type yet)
+        return self.raw.get(key)
+
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise self.error(key, "is missing")
+        if type(value) is not int or not least <= value < _LARGEST_SIZE:
+            raise self.error(key, f"must be a whole number from {least} to {_LARGEST_SIZE - 1}, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise self.error(key, "is missing")
+        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+            raise self.error(key, f"must be a positive number, not {value!r}")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if type(value) is not bool:
+            raise self.error(key, f"must be true or false, not {value!r}")
+        return value
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read `config.json` in `folder`, and the end-of-text ids of `generation_config.json` where there is one.
+
+    Raises:
+        ConfigError: the folder or file is missing or unreadable, or `parse_config` refuses it.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; --model takes a folder with config.json and safetensors files")
+    raw = _read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        # transformers' generate() takes its end-of-text ids from here when they are given.
+        raw = raw | {k: v for k, v in _read_json(generation).items() if k == "eos_token_id" and v is not None}
+    return parse_config(raw, str(folder / "config.json"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; a model folder holds config.json and safetensors files") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not {type(raw).__name__}")
+    return raw
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """Turn the object in a `config.json` into a `ModelConfig`.
+
+    Both spellings are understood: `rope_theta`, `rope_scaling`, `torch_dtype` and the newer `rope_parameters`,
+    `dtype`. Absent keys get the defaults of the family's config class in `transformers`.
+
+    Raises:
+        ConfigError: another architecture, a missing or impossible value, or a feature that is not implemented.
+
+    >>> from refinfer.model.config import SHAPES
+    >>> parse_config(to_json(SHAPES["llama2-7b"])) == SHAPES["llama2-7b"]
+    True
+    """
+    keys = _Keys(raw, where)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        supported = ", ".join(_FAMILIES)
+        raise keys.error("model_type", f"is {model_type!r}, which is not supported; supported are {supported}")
+    family = _FAMILIES[model_type]
+    _refuse_what_is_not_implemented(keys)
+
+    hidden_size = keys.integer("hidden_size")
+    heads = keys.integer("num_attention_heads")
+    kv_heads = keys.integer("num_key_value_heads", family.num_key_value_heads or heads)
+    if heads % kv_heads:
+        raise keys.error("num_key_value_heads", f"({kv_heads}) must divide num_attention_heads ({heads})")
+    head_dim = keys.integer("head_dim", family.head_dim or hidden_size // heads)
+    if head_dim % 2:
+        raise keys.error("head_dim", f"must be even for rotary embeddings, not {head_dim}")
+    attention_bias = family.reads_attention_bias and keys.flag("attention_bias")
+    theta, scaling = _rope(keys)
+    vocab_size = keys.integer("vocab_size")
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if dtype not in _DTYPES:
+        raise keys.error("dtype", f"is {dtype!r}; supported are {', '.join(_DTYPES)}")
+    return ModelConfig(
+        model_type=model_type,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=keys.integer("intermediate_size"),
+        num_hidden_layers=keys.integer("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=keys.integer("max_position_embeddings", family.max_position_embeddings),
+        rms_norm_eps=keys.number("rms_norm_eps", family.rms_norm_eps),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias=family.qkv_bias or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=family.reads_mlp_bias and keys.flag("mlp_bias"),
+        qk_norm=family.qk_norm,
+        tie_word_embeddings=keys.flag("tie_word_embeddings"),
+        sliding_window=_sliding_window(keys, family),
+        eos_token_ids=_eos_token_ids(keys),
+        dtype=dtype,
+    )
+
+
+def _refuse_what_is_not_implemented(keys: _Keys) -> None:
+    if (act := keys.get("hidden_act")) not in (None, "silu", "swish"):
+        raise keys.error("hidden_act", f"is {act!r}; only silu is implemented")
+    if keys.get("quantization_config") is not None:
+        raise keys.error("quantization_config", "is set; give the model's unquantised checkpoint instead")
+    if (share := keys.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise keys.error("partial_rotary_factor", f"is {share!r}; only 1 is implemented")
+
+
+def _rope(keys: _Keys) -> tuple[float, Llama3RopeScaling | None]:
+    """Return theta and the scaling, from `rope_parameters` or from the older pair of keys."""
+    name = "rope_parameters" if keys.get("rope_parameters") is not None else "rope_scaling"
+    raw = keys.get(name)
+    if raw is None:
+        return keys.number("rope_theta", 10000.0), None
+    if not isinstance(raw, dict):
+        raise keys.error(name, f"must be an object, not {raw!r}")
+    rope = _Keys(raw, f"{keys.where}: {name}")
+    theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0))
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if (share := raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise rope.error("partial_rotary_factor", f"is {share!r}; only 1 is implemented")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise rope.error("rope_type", f"is {kind!r}; supported are default and llama3")
+    scaling = Llama3RopeScaling(
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        original_max_position_embeddings=rope.integer("original_max_position_embeddings"),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise rope.error("high_freq_factor", "must be larger than low_freq_factor")
+    return theta, scaling
+
+
+def _sliding_window(keys: _Keys, family: _Family) -> int | None:
+    """Return the window in positions, or None where every layer sees everything."""
+    if family.sliding_window is None:
+        return None
+    if family.window_has_a_switch and not keys.flag("use_sliding_window"):
+        return None
+    if "sliding_window" in keys.raw and keys.get("sliding_window") is None:
+        return None
+    return keys.integer("sliding_window", family.sliding_window)
+
+
+def _eos_token_ids(keys: _Keys) -> tuple[int, ...]:
+    value = keys.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(i) is not int or i < 0 for i in ids):
+        raise keys.error("eos_token_id", f"must be a token id or a list of them, not {value!r}")
+    return tuple(ids)
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the `config.json` object of `config`, in the older spelling, which every `transformers` reads."""
+    architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type]
+    eos = config.eos_token_ids
+    raw: dict[str, Any] = {
+        "architectures": [f"{architecture}ForCausalLM"],
+        "model_type": config.model_type,
+        "hidden_act": "silu",
+        "bos_token_id": None,
+        "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None,
+        "torch_dtype": config.dtype,
+        "attention_bias": config.o_bias,
+        "mlp_bias": config.mlp_bias,
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": config.sliding_window is not None,
+        "rope_scaling": None,
+    }
+    for key in _PLAIN_KEYS:
+        raw[key] = getattr(config, key)
+    if (s := config.rope_scaling) is not None:
+        raw["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
+            "high_freq_factor": s.high_freq_factor,
+            "original_max_position_embeddings": s.original_max_position_embeddings,
+        }
+    return raw
+
+
+_PLAIN_KEYS: Final = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+)

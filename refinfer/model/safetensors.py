@@ -1,0 +1,239 @@
+"""The safetensors format: a reader that trusts nothing, and a writer that streams.
+
+Knows: the bytes of one file, and where in it each tensor lies. Does not know: models, several files at once.
+Spec: TENSOR-1 to TENSOR-7. Tutorial: 05.
+
+    0        8                8 + n                            end of file
+    +--------+----------------+----------------------------------+
+    | n: u64 | JSON, n bytes  | tensors, one right after another |
+    +--------+----------------+----------------------------------+
+             {"name": {"dtype": "BF16", "shape": [N, K], "data_offsets": [begin, end]}, ...}
+
+Little-endian; offsets count from the end of the JSON. The rules are those of the format's own page
+(huggingface.co/docs/safetensors): every byte behind the header belongs to exactly one tensor. Offloading needs the
+place of each tensor in the file, which is why this reader is our own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from refinfer.errors import SafetensorsError
+
+__all__ = ["DTYPES", "SafetensorsFile", "TensorInfo", "TensorSpec", "parse_header", "write_safetensors"]
+
+DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # numpy has no bfloat16: its 16 bits, see `arrays.bf16_to_f32`
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+"""The format's element types, and the numpy type that holds each."""
+
+LARGEST_HEADER_BYTES: Final = 100_000_000
+_LENGTH: Final = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: `offset` in bytes from the start of its file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def parse_header(header: bytes, data_bytes: int, where: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Turn the JSON of a header into tensors, in file order, and the metadata; allocates nothing for the data.
+
+    Args:
+        header: the JSON, without the length in front of it.
+        data_bytes: how many bytes follow it in the file.
+        where: the file's name, for messages.
+
+    Raises:
+        SafetensorsError: invalid JSON, duplicate names, unknown types, impossible shapes, offsets that lie
+            outside the data, overlap, leave a hole, or do not fit the shape.
+    """
+
+    def refuse(problem: str) -> SafetensorsError:
+        return SafetensorsError(f"{where} is not a valid safetensors file: {problem}")
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(pairs)
+        if len(names) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in {n for n, _ in pairs[:i]})
+            raise refuse(f"{twice!r} is there twice in the header")
+        return names
+
+    if not header.startswith(b"{"):
+        raise refuse("the header does not begin with '{'")
+    try:
+        raw = json.loads(header, object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"the header is not JSON ({error})") from None
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise refuse("__metadata__ must map names to strings")
+
+    base = _LENGTH.size + len(header)
+    tensors = [_parse_tensor(name, entry, base, refuse) for name, entry in raw.items()]
+    tensors.sort(key=lambda t: (t.offset, t.offset + t.nbytes))
+    end = base
+    for tensor in tensors:
+        if tensor.offset != end:
+            problem = "overlaps the tensor before it" if tensor.offset < end else "leaves a hole before it"
+            raise refuse(f"{tensor.name!r} {problem}")
+        end += tensor.nbytes
+    if end != base + data_bytes:
+        problem = "is cut short" if end > base + data_bytes else "has bytes that belong to no tensor"
+        raise refuse(f"it {problem}: the tensors take {end - base} bytes, the file has {data_bytes}")
+    return {tensor.name: tensor for tensor in tensors}, metadata
+
+
+def _parse_tensor(name: str, entry: object, base: int, refuse: Any) -> TensorInfo:  # noqa: ANN401
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise refuse(f"{name!r} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise refuse(f"{name!r} has the unknown type {dtype!r}")
+    if not _are_sizes(shape):
+        raise refuse(f"{name!r} has the impossible shape {shape!r}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse(f"{name!r} has the impossible data_offsets {offsets!r}")
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if nbytes != offsets[1] - offsets[0]:
+        raise refuse(f"{name!r} takes {offsets[1] - offsets[0]} bytes, but {dtype} {shape} needs {nbytes}")
+    return TensorInfo(name, dtype, tuple(shape), base + offsets[0], nbytes)
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and len(values) <= 32 and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
+
+
+class SafetensorsFile(Mapping[str, TensorInfo]):
+    """One open safetensors file: a read-only mapping from names to `TensorInfo`, in file order.
+
+    Law: the header has been checked against the file's size before anything is mapped; `view` returns views of
+    one shared read-only mapping, so opening costs one page of memory and each tensor is read when it is touched.
+    Views stay valid as long as any of them, or this object, is alive.
+
+    Raises:
+        SafetensorsError: the file is missing, unreadable or malformed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(0)
+                self._tensors, self.metadata = parse_header(
+                    _read_header(file.read(_LENGTH.size), file.read, size, str(path)),
+                    size - file.tell(),
+                    str(path),
+                )
+                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise SafetensorsError(f"{path} cannot be read: {error.strerror}") from None
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def view(self, name: str) -> npt.NDArray[Any]:
+        """Return the tensor `name` as a read-only view of the file, in the numpy type of `DTYPES`; copies nothing."""
+        tensor = self._tensors[name]
+        raw = np.frombuffer(self._map, np.uint8)[tensor.offset : tensor.offset + tensor.nbytes]
+        return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+
+def _read_header(length_bytes: bytes, read: Any, size: int, where: str) -> bytes:  # noqa: ANN401
+    """Read the JSON after checking its announced length against the file's `size`."""
+    if len(length_bytes) < _LENGTH.size:
+        raise SafetensorsError(f"{where} is not a valid safetensors file: it has only {size} bytes")
+    (length,) = _LENGTH.unpack(length_bytes)
+    if length > min(size - _LENGTH.size, LARGEST_HEADER_BYTES):
+        raise SafetensorsError(
+            f"{where} is not a valid safetensors file: it announces a header of {length} bytes, but has {size} bytes"
+        )
+    header: bytes = read(length)
+    return header
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What to write: a tensor's name, its type (a key of `DTYPES`), its shape, and its contents piece by piece."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Iterable[npt.NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes the tensor takes in the file."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def write_safetensors(path: Path, tensors: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+    """Write `tensors` in the given order, one piece in memory at a time; on any failure no file is left.
+
+    Raises:
+        SafetensorsError: the file exists already or cannot be written, or the pieces of a tensor do not add up
+            to its shape.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for tensor in tensors:
+        end = begin + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for tensors that start on 8 bytes
+    try:
+        file = path.open("xb")
+    except OSError as error:
+        raise SafetensorsError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        with file:
+            file.write(_LENGTH.pack(len(text)) + text)
+            for tensor in tensors:
+                written = 0
+                for piece in tensor.pieces:
+                    flat = np.ascontiguousarray(piece, DTYPES[tensor.dtype]).reshape(-1)
+                    written += file.write(flat.view(np.uint8).data)
+                if written != tensor.nbytes:
+                    raise SafetensorsError(f"{tensor.name!r} got {written} bytes, but its shape needs {tensor.nbytes}")
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise SafetensorsError(f"{path} cannot be written: {error.strerror}") from None
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

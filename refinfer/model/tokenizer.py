@@ -1,0 +1,238 @@
+"""Tokenizers: text to token ids and back, also piece by piece while a text is being generated.
+
+Knows: `tokenizer.json`. One without merges is a character or byte tokenizer and is read here, with no package; any
+other goes to the `tokenizers` package (extra `hf`). Does not know: models, sampling.
+Spec: TOKEN-1 to TOKEN-6. Tutorial: 07.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from refinfer.errors import TokenizerError
+
+__all__ = [
+    "ByteTokenizer",
+    "CharacterTokenizer",
+    "TextStream",
+    "Tokenizer",
+    "byte_tokenizer_json",
+    "character_tokenizer_json",
+    "load_tokenizer",
+]
+
+TOKENIZER_NAME: Final = "tokenizer.json"
+_REPLACEMENT: Final = "\ufffd"
+
+
+class Tokenizer(Protocol):
+    """Turns text into token ids and back."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`.
+
+        Raises:
+            TokenizerError: the text has something the vocabulary cannot express.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`; an id that means no text becomes U+FFFD or nothing."""
+        ...
+
+
+class CharacterTokenizer:
+    """One token for each character of a fixed alphabet.
+
+    >>> tokenizer = CharacterTokenizer({"a": 0, "b": 1})
+    >>> tokenizer.encode("abba"), tokenizer.decode([1, 0])
+    ([0, 1, 1, 0], 'ba')
+    """
+
+    def __init__(self, vocab: Mapping[str, int]) -> None:
+        self._ids = dict(vocab)
+        self._characters = {i: c for c, i in vocab.items()}
+
+    def encode(self, text: str) -> list[int]:
+        """Return the id of each character; raises TokenizerError for one that is not in the alphabet."""
+        try:
+            return [self._ids[c] for c in text]
+        except KeyError as error:
+            alphabet = "".join(sorted(self._ids))
+            raise TokenizerError(
+                f"this model has no token for the character {error.args[0]!r}; it knows only {alphabet!r}"
+            ) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the characters of `ids`."""
+        return "".join(self._characters.get(i, _REPLACEMENT) for i in ids)
+
+
+class ByteTokenizer:
+    """One token for each byte of UTF-8; `vocab` gives the id of each byte.
+
+    >>> ByteTokenizer({byte: byte for byte in range(256)}).encode("né")
+    [110, 195, 169]
+    """
+
+    def __init__(self, vocab: Mapping[int, int]) -> None:
+        self._ids = dict(vocab)
+        self._bytes = {i: bytes([b]) for b, i in vocab.items()}
+
+    def encode(self, text: str) -> list[int]:
+        """Return the id of each UTF-8 byte; raises TokenizerError for a lone surrogate."""
+        try:
+            return [self._ids[b] for b in text.encode()]
+        except UnicodeEncodeError as error:
+            raise TokenizerError(f"the text has a character that UTF-8 cannot express: {error.reason}") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of the bytes; what is not UTF-8 becomes U+FFFD."""
+        return b"".join(self._bytes.get(i, _REPLACEMENT.encode()) for i in ids).decode(errors="replace")
+
+
+class _PackageTokenizer:
+    """A `tokenizer.json` of any kind, through the `tokenizers` package."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise TokenizerError(
+                f"{path} needs the tokenizers package: pip install 'refinfer[hf]', or give --token-ids"
+            ) from None
+        try:
+            self._inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises plain Exception
+            raise TokenizerError(f"{path} is not a usable tokenizer: {error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, with the special tokens the file asks for."""
+        ids: list[int] = self._inner.encode(text).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids` without special tokens."""
+        text: str = self._inner.decode(list(ids))
+        return text
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """Read `tokenizer.json` in `folder`; None where there is none.
+
+    Raises:
+        TokenizerError: the file is malformed, or needs the `tokenizers` package and that is not installed.
+    """
+    path = folder / TOKENIZER_NAME
+    if not path.exists():
+        return None
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not valid JSON: {error}") from None
+    vocab = _vocab_without_merges(raw)
+    if vocab is None:
+        return _PackageTokenizer(path)
+    if _type_of(raw, "decoder") == "ByteLevel":
+        alphabet = {c: b for b, c in _byte_alphabet().items()}
+        if set(vocab) == set(alphabet):
+            return ByteTokenizer({alphabet[c]: i for c, i in vocab.items()})
+    elif all(len(token) == 1 for token in vocab):
+        return CharacterTokenizer(vocab)
+    return _PackageTokenizer(path)
+
+
+def _vocab_without_merges(raw: object) -> dict[str, int] | None:
+    """Return the vocabulary of a byte-pair encoding that merges nothing and does nothing else to the text."""
+    model = raw.get("model") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or not isinstance(model, dict):
+        return None
+    does_more = raw.get("normalizer") or raw.get("post_processor") or raw.get("added_tokens")
+    if model.get("type") != "BPE" or model.get("merges") or does_more:
+        return None
+    if _type_of(raw, "decoder") not in {"ByteLevel", "Fuse"}:
+        return None
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
+        return None
+    return vocab if len(set(vocab.values())) == len(vocab) else None
+
+
+def _type_of(raw: Mapping[str, Any], part: str) -> str | None:
+    value = raw.get(part)
+    return value.get("type") if isinstance(value, dict) else None
+
+
+def character_tokenizer_json(characters: Sequence[str]) -> dict[str, Any]:
+    """Return a `tokenizer.json` object with one token for each of `characters`, which `transformers` reads too."""
+    return _tokenizer_json({c: i for i, c in enumerate(characters)}, None, {"type": "Fuse"})
+
+
+def byte_tokenizer_json() -> dict[str, Any]:
+    """Return a `tokenizer.json` object with one token for each byte, which `transformers` reads too."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return _tokenizer_json({c: b for b, c in _byte_alphabet().items()}, byte_level, byte_level)
+
+
+def _tokenizer_json(
+    vocab: dict[str, int], pre_tokenizer: dict[str, Any] | None, decoder: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": {"type": "BPE", "unk_token": None, "byte_fallback": False, "vocab": vocab, "merges": []},
+    }
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """Return the printable character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
+class TextStream:
+    """Turns ids that arrive one by one into pieces of text that can be shown at once.
+
+    Law: the pieces together are the text that the ids add to the text of `context`. A character whose last token
+    has not come yet is held back, so that no half character is ever shown.
+    """
+
+    _LONGEST_CHARACTER: Final = 8  # tokens; UTF-8 needs 4 at most, so more is not a character that is still coming
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._shown = list(context[-self._LONGEST_CHARACTER :])
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Take the next id and return what can be shown now; may be empty."""
+        self._pending.append(token_id)
+        piece = self._piece()
+        if piece.endswith(_REPLACEMENT) and len(self._pending) < self._LONGEST_CHARACTER:
+            return ""
+        return self._show(piece)
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        return self._show(self._piece()) if self._pending else ""
+
+    def _piece(self) -> str:
+        # Some tokenizers write a token differently at the start of a text: decode it behind what it follows.
+        before = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode(self._shown + self._pending)[len(before) :]
+
+    def _show(self, piece: str) -> str:
+        self._shown, self._pending = (self._shown + self._pending)[-self._LONGEST_CHARACTER :], []
+        return piece

@@ -1,0 +1,203 @@
+"""The seam between the transformer and wherever its weights live: two Protocols, and the plainest implementation.
+
+Knows: what a weight source must give, in which order and for how long. Does not know: packing, files that hold packed
+weights, memory budgets; those rooms satisfy these Protocols from outside, by having the right methods.
+Spec: SOURCE-1 to SOURCE-5. Tutorial: 07.
+
+Laws of one pass (one call of `Transformer.forward`):
+
+1. `embed_tokens.rows(ids)` comes first.
+2. Then `layers()` is walked once, from the first layer to the last. In each layer every matrix is multiplied exactly
+   once, in the order of the fields of `LayerWeights`.
+3. A layer is valid until the next one is asked for. What it was made of may be gone afterwards.
+4. `norm`, and then at most one multiplication by `lm_head`, end the pass; the next pass starts again at 1.
+5. A pass may be left at any point (an error, Ctrl-C); the next one starts at 1 all the same.
+
+These laws are what lets a source read weights from disk just ahead of their use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from refinfer.arrays import Float32Array, IntArray
+from refinfer.model.checkpoint import Checkpoint, stored_to_f32
+from refinfer.model.config import ModelConfig
+
+__all__ = ["LayerWeights", "Matrix", "RowMajorMatrix", "RowMajorSource", "RowTable", "WeightSource"]
+
+
+class RowTable(Protocol):
+    """A matrix `[N, K]` of which single rows can be asked for, such as an embedding table."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)`."""
+        ...
+
+    def rows(self, ids: IntArray) -> Float32Array:
+        """Return the rows `ids` as a new array `[len(ids), K]`."""
+        ...
+
+
+class Matrix(RowTable, Protocol):
+    """A weight matrix `[N, K]`, with its bias where it has one."""
+
+    def matmul(self, x: Float32Array, out: Float32Array | None = None) -> Float32Array:
+        """Return `x @ W.T + bias`, `[M, K]` to `[M, N]`, written to `out` where it is given."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer: its seven matrices under Hugging Face's names, in execution order, and its norms `[D]`, `[hd]`."""
+
+    q_proj: Matrix
+    k_proj: Matrix
+    v_proj: Matrix
+    o_proj: Matrix
+    gate_proj: Matrix
+    up_proj: Matrix
+    down_proj: Matrix
+    input_layernorm: Float32Array
+    post_attention_layernorm: Float32Array
+    q_norm: Float32Array | None = None
+    k_norm: Float32Array | None = None
+
+
+class WeightSource(Protocol):
+    """Gives a transformer its weights; where they are, and when they get there, is the source's own business."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """What model these are the weights of."""
+        ...
+
+    @property
+    def embed_tokens(self) -> RowTable:
+        """The embedding table `[V, D]`."""
+        ...
+
+    @property
+    def norm(self) -> Float32Array:
+        """The weight `[D]` of the last norm."""
+        ...
+
+    @property
+    def lm_head(self) -> Matrix:
+        """The output table `[V, D]`; the same weights as `embed_tokens` where they are tied."""
+        ...
+
+    def layers(self) -> Iterator[LayerWeights]:
+        """Walk over the layers in execution order; see the laws at the head of this module."""
+        ...
+
+    def close(self) -> None:
+        """Release what the source holds; it must not be used afterwards. Closing twice is allowed."""
+        ...
+
+
+class RowMajorMatrix:
+    """A float32 matrix `[N, K]` as it lies in a checkpoint, multiplied by numpy as a whole."""
+
+    def __init__(self, weight: Float32Array, bias: Float32Array | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+        self._transposed = weight.T  # made once: a view costs as much as a small matmul
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)`."""
+        n, k = self.weight.shape
+        return n, k
+
+    def matmul(self, x: Float32Array, out: Float32Array | None = None) -> Float32Array:
+        """Return `x @ W.T + bias`; reads each weight once."""
+        y = np.matmul(x, self._transposed, out=out)
+        if self.bias is not None:
+            np.add(y, self.bias, out=y)
+        return y
+
+    def rows(self, ids: IntArray) -> Float32Array:
+        """Return the rows `ids` as a copy `[len(ids), K]`."""
+        return self.weight[ids]
+
+
+class StoredRowTable:
+    """An embedding table left as it is stored; a row is converted to float32 when it is asked for."""
+
+    def __init__(self, stored: npt.NDArray[Any]) -> None:
+        self._stored = stored
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)`."""
+        n, k = self._stored.shape
+        return n, k
+
+    def rows(self, ids: IntArray) -> Float32Array:
+        """Return the rows `ids` as float32 `[len(ids), K]`."""
+        return stored_to_f32(self._stored[ids])
+
+
+class RowMajorSource:
+    """All weights of a checkpoint as row-major float32: the simplest source, and the oracle for every other.
+
+    float32 tensors stay views of the file; float16 and bfloat16 ones are converted once, here. An untied embedding
+    table is left as stored.
+
+    Raises:
+        WeightsError: a tensor that the config asks for is missing, or has another shape or type.
+    """
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
+        self.config = config
+        shapes = config.tensor_shapes()
+
+        def vector(name: str) -> Float32Array:
+            # Norms are tiny and used each token: their own memory, not a page of the file.
+            return checkpoint.float32(name, shapes[name]).copy()
+
+        def matrix(name: str) -> RowMajorMatrix:
+            bias = f"{name}.bias"
+            return RowMajorMatrix(
+                checkpoint.float32(f"{name}.weight", shapes[f"{name}.weight"]), vector(bias) if bias in shapes else None
+            )
+
+        def layer(prefix: str) -> LayerWeights:
+            return LayerWeights(
+                q_proj=matrix(f"{prefix}.self_attn.q_proj"),
+                k_proj=matrix(f"{prefix}.self_attn.k_proj"),
+                v_proj=matrix(f"{prefix}.self_attn.v_proj"),
+                o_proj=matrix(f"{prefix}.self_attn.o_proj"),
+                gate_proj=matrix(f"{prefix}.mlp.gate_proj"),
+                up_proj=matrix(f"{prefix}.mlp.up_proj"),
+                down_proj=matrix(f"{prefix}.mlp.down_proj"),
+                input_layernorm=vector(f"{prefix}.input_layernorm.weight"),
+                post_attention_layernorm=vector(f"{prefix}.post_attention_layernorm.weight"),
+                q_norm=vector(f"{prefix}.self_attn.q_norm.weight") if config.qk_norm else None,
+                k_norm=vector(f"{prefix}.self_attn.k_norm.weight") if config.qk_norm else None,
+            )
+
+        embedding = "model.embed_tokens.weight"
+        self.embed_tokens: RowTable
+        self.lm_head: Matrix
+        if config.tie_word_embeddings:
+            self.embed_tokens = self.lm_head = RowMajorMatrix(checkpoint.float32(embedding, shapes[embedding]))
+        else:
+            self.embed_tokens = StoredRowTable(checkpoint.stored(embedding, shapes[embedding]))
+            self.lm_head = matrix("lm_head")
+        self._layers = tuple(layer(f"model.layers.{i}") for i in range(config.num_hidden_layers))
+        self.norm = vector("model.norm.weight")
+
+    def layers(self) -> Iterator[LayerWeights]:
+        """Walk over the layers in execution order."""
+        return iter(self._layers)
+
+    def close(self) -> None:
+        """Do nothing: the arrays go with the last reference to them."""
