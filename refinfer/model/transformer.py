@@ -100,7 +100,8 @@ class Transformer:
     """A Llama-shaped transformer over a weight source, with one KV cache.
 
     Laws: all large memory is reserved here (`scratch_nbytes` and the KV cache); a pass that fails leaves the KV
-    cache as it was; not to be used by two threads at once. Returned logits are new arrays.
+    cache as it was; not to be used by two threads at once. Returned logits are new arrays. What is not finite goes
+    through to the logits without a warning from numpy; whoever reads them looks.
     """
 
     def __init__(self, source: WeightSource, max_positions: int) -> None:
@@ -121,9 +122,10 @@ class Transformer:
             RequestError: no tokens, an id out of range, or more than the KV cache has room for.
         """
         ids = self._checked(token_ids)
-        for start in range(0, len(ids), self.block):
-            x = self._forward(ids[start : start + self.block])
-        last: Float32Array = self._logits(x[-1:])[0]
+        with np.errstate(all="ignore"):
+            for start in range(0, len(ids), self.block):
+                x = self._forward(ids[start : start + self.block])
+            last: Float32Array = self._logits(x[-1:])[0]
         return last
 
     def decode(self, token_ids: Sequence[int]) -> Float32Array:
@@ -133,7 +135,8 @@ class Transformer:
             RequestError: as `prefill`.
         """
         ids = self._checked(token_ids)
-        blocks = [self._logits(self._forward(ids[i : i + self.block])) for i in range(0, len(ids), self.block)]
+        with np.errstate(all="ignore"):
+            blocks = [self._logits(self._forward(ids[i : i + self.block])) for i in range(0, len(ids), self.block)]
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
     def _checked(self, token_ids: Sequence[int]) -> IntArray:
@@ -157,10 +160,9 @@ class Transformer:
         )
         mask = self._mask[:M, :M] if M > 1 else None
         np.copyto(a.x, self.source.embed_tokens.rows(ids))
-        with np.errstate(over="ignore"):
-            for index, layer in enumerate(self.source.layers()):
-                self._attend(index, layer, a, cos, sin, scores, mask)
-                self._feed_forward(layer, a)
+        for index, layer in enumerate(self.source.layers()):
+            self._attend(index, layer, a, cos, sin, scores, mask)
+            self._feed_forward(layer, a)
         self.kv_cache.advance(M)
         return a.x
 

@@ -1,0 +1,94 @@
+"""What every test shares: the specification's marks, and models to test with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+import refinfer
+from refinfer.model.checkpoint import open_checkpoint
+from refinfer.model.config import SHAPES, ModelConfig
+from refinfer.model.synth import write_checkpoint
+from refinfer.model.weights import RowMajorSource
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# Property tests draw the same examples each time, and none is timed: a shared machine would make them flicker.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
+hypothesis.settings.load_profile("repeatable")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A tiny checkpoint and what `transformers` makes of it."""
+
+    family: str
+    folder: Path
+    prompt: list[int]
+    logits: list[list[float]]
+    greedy: list[int]
+
+
+def _load_golden(family: str) -> Golden:
+    raw: dict[str, Any] = json.loads((GOLDEN / family / "golden.json").read_text())
+    return Golden(family, GOLDEN / family, raw["prompt"], raw["logits"], raw["greedy"])
+
+
+@pytest.fixture(params=["llama", "llama3-rope", "llama-bias", "mistral", "qwen2", "qwen3"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Each family in turn."""
+    return _load_golden(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ModelConfig:
+    """A small model with everything in it: grouped queries, biases, norms on queries and keys, an odd vocabulary."""
+    return replace(
+        SHAPES["tiny"],
+        model_type="qwen3",
+        vocab_size=261,
+        hidden_size=40,
+        intermediate_size=52,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        max_position_embeddings=96,
+        qkv_bias=True,
+        o_bias=True,
+        qk_norm=True,
+        tie_word_embeddings=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 checkpoint of `tiny_config`; not to be written to."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_checkpoint(folder, tiny_config, dtype="f32", seed=3)
+    return folder
+
+
+@pytest.fixture
+def tiny_source(tiny_config: ModelConfig, tiny_folder: Path) -> RowMajorSource:
+    """The weights of `tiny_folder`."""
+    return RowMajorSource(tiny_config, open_checkpoint(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def storyteller() -> Iterator[refinfer.Session]:
+    """The model that ships with the package, loaded once."""
+    with refinfer.load() as session:
+        yield session
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """When a test fails, name the clauses it holds."""
+    if call.excinfo is not None and (marks := [str(i) for m in item.iter_markers("spec") for i in m.args]):
+        item.add_report_section(call.when, "specification", "this test holds " + ", ".join(marks))

@@ -1,0 +1,355 @@
+"""Specifies `refinfer.model.config_json`: what a `config.json` means, and what is refused in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refinfer.errors import ConfigError
+from refinfer.model.config import SHAPES, Llama3RopeScaling, ModelConfig
+from refinfer.model.config_json import load_config, parse_config, to_json
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 128,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+}
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def raw_config(model_type: str = "llama", /, **keys: object) -> dict[str, Any]:
+    """Return the object of a `config.json` that has the sizes every model must give, no end-of-text id, and `keys`."""
+    return {"model_type": model_type, **SIZES, "eos_token_id": None, **keys}
+
+
+def without(key: str, raw: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in raw.items() if k != key}
+
+
+def write_folder(folder: Path, **files: object) -> Path:
+    """Write each keyword as a JSON file of that name into `folder`."""
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.spec("CONFIG-3")
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ({"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5}}),
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}),
+        ({"rope_scaling": without("rope_type", LLAMA3) | {"type": "llama3"}}, {"rope_parameters": LLAMA3}),
+        ({"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+    ],
+    ids=["theta", "no scaling", "scaling", "type", "dtype"],
+)
+def test_older_and_newer_keys_mean_the_same_and_not_nothing(older: dict[str, Any], newer: dict[str, Any]) -> None:
+    assert parse_config(raw_config(**older)) == parse_config(raw_config(**newer)) != parse_config(raw_config())
+
+
+@pytest.mark.spec("CONFIG-3")
+def test_rope_keys_arrive_in_the_config() -> None:
+    config = parse_config(raw_config(rope_parameters=LLAMA3 | {"rope_theta": 5e5}))
+    assert (config.rope_theta, config.rope_scaling) == (5e5, Llama3RopeScaling(8.0, 1.0, 4.0, 8192))
+
+
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 32, "head_dim": 4, "max_position_embeddings": 2048, "sliding_window": None},
+    "mistral": {"num_key_value_heads": 8, "head_dim": 4, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "head_dim": 4, "max_position_embeddings": 32768, "qkv_bias": True},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, "qk_norm": True},
+}
+
+
+@pytest.mark.spec("CONFIG-4")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_absent_keys_take_the_defaults_of_the_family(family: str) -> None:
+    defaults = FAMILY_DEFAULTS[family] | {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "dtype": "float32"}
+    assert parse_config(raw_config(family)) == ModelConfig(model_type=family, **SIZES, **defaults)
+
+
+@pytest.mark.spec("CONFIG-4", "CONFIG-9")
+@pytest.mark.parametrize(
+    ("family", "ids"), [("llama", (2,)), ("mistral", (2,)), ("qwen2", ()), ("qwen3", ())], ids=FAMILIES
+)
+def test_an_absent_end_of_text_id_takes_the_default_of_the_family(family: str, ids: tuple[int, ...]) -> None:
+    assert parse_config(without("eos_token_id", raw_config(family))).eos_token_ids == ids
+
+
+@pytest.mark.spec("CONFIG-4")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_null_key_value_heads_are_as_many_as_query_heads(family: str) -> None:
+    assert parse_config(raw_config(family, num_key_value_heads=None)).num_key_value_heads == 32
+
+
+@pytest.mark.spec("CONFIG-4")
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_qwen_window_needs_its_switch(family: str) -> None:
+    assert parse_config(raw_config(family, sliding_window=512)).sliding_window is None
+    assert parse_config(raw_config(family, sliding_window=512, use_sliding_window=True)).sliding_window == 512
+    assert parse_config(raw_config(family, use_sliding_window=True)).sliding_window == 4096
+
+
+@pytest.mark.spec("CONFIG-4")
+@pytest.mark.parametrize("window", [None, 512])
+def test_a_mistral_window_is_what_the_file_says(window: int | None) -> None:
+    assert parse_config(raw_config("mistral", sliding_window=window)).sliding_window == window
+
+
+@pytest.mark.spec("CONFIG-4")
+@pytest.mark.parametrize(
+    ("family", "qkv_bias", "o_bias", "mlp_bias"),
+    [
+        ("llama", True, True, True),
+        ("mistral", False, False, False),
+        ("qwen2", True, False, False),
+        ("qwen3", True, True, False),
+    ],
+)
+def test_bias_keys_count_only_in_families_that_read_them(
+    family: str, qkv_bias: bool, o_bias: bool, mlp_bias: bool
+) -> None:
+    config = parse_config(raw_config(family, attention_bias=True, mlp_bias=True))
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (qkv_bias, o_bias, mlp_bias)
+
+
+@pytest.mark.spec("CONFIG-5")
+@pytest.mark.parametrize("model_type", ["gpt2", "Llama", "qwen2_moe", "", None, 7, ["llama"]], ids=repr)
+def test_another_architecture_is_refused_with_the_list_of_those_supported(model_type: object) -> None:
+    with pytest.raises(ConfigError, match="supported are llama, mistral, qwen2, qwen3") as refusal:
+        parse_config(raw_config() | {"model_type": model_type})
+    assert f"model_type is {model_type!r}" in str(refusal.value)
+
+
+@pytest.mark.spec("CONFIG-5")
+def test_a_config_that_names_no_architecture_is_refused() -> None:
+    with pytest.raises(ConfigError, match="model_type is None"):
+        parse_config(without("model_type", raw_config()))
+
+
+@pytest.mark.spec("CONFIG-6")
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters: partial_rotary_factor is 0.5"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: rope_type is 'linear'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters: rope_type is 'dynamic'"),
+        ({"dtype": "float64"}, "dtype is 'float64'"),
+        ({"torch_dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'"),
+    ],
+    ids=["act", "quantised", "partial", "partial rope", "linear", "yarn", "dynamic", "float64", "float8"],
+)
+def test_a_feature_that_is_not_implemented_is_refused_by_name(keys: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        parse_config(raw_config(**keys))
+
+
+@pytest.mark.spec("CONFIG-7")
+@pytest.mark.parametrize("key", SIZES)
+def test_a_missing_size_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} is missing"):
+        parse_config(without(key, raw_config()))
+
+
+NO_SIZES = {
+    "text": "32",
+    "fraction": 32.0,
+    "flag": True,
+    "list": [32],
+    "zero": 0,
+    "negative": -1,
+    "large": 1 << 31,
+    "beyond float": 10**400,
+}
+NO_POSITIVE_NUMBERS = {
+    "text": "1",
+    "flag": True,
+    "list": [1.0],
+    "zero": 0,
+    "negative": -1e-5,
+    "nan": math.nan,
+    "infinity": math.inf,
+    "beyond float": 10**400,
+}
+
+
+@pytest.mark.spec("CONFIG-7")
+@pytest.mark.parametrize("value", NO_SIZES.values(), ids=NO_SIZES)
+@pytest.mark.parametrize("key", [*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"])
+def test_a_size_that_is_no_size_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{key} must be a whole number from 1 to"):
+        parse_config(raw_config(**{key: value}))
+
+
+@pytest.mark.spec("CONFIG-7")
+@pytest.mark.parametrize("value", NO_POSITIVE_NUMBERS.values(), ids=NO_POSITIVE_NUMBERS)
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
+def test_a_number_that_is_not_positive_and_finite_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{key} must be a positive number"):
+        parse_config(raw_config(**{key: value}))
+
+
+@pytest.mark.spec("CONFIG-7")
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"num_key_value_heads": 5}, "num_key_value_heads (5) must divide num_attention_heads (32)"),
+        ({"head_dim": 7}, "head_dim must be even for rotary embeddings, not 7"),
+        ({"hidden_size": 96}, "head_dim must be even for rotary embeddings, not 3"),
+        ({"hidden_size": 31}, "head_dim must be a whole number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+        ({"attention_bias": 1}, "attention_bias must be true or false"),
+        ({"mlp_bias": 0}, "mlp_bias must be true or false"),
+        ({"rope_scaling": "llama3"}, "rope_scaling must be an object"),
+        ({"rope_parameters": [8.0]}, "rope_parameters must be an object"),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters: rope_theta must be a positive number"),
+        ({"rope_scaling": without("factor", LLAMA3)}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0.5}}, "original_max_position_embeddings must"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor must be larger"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "_".join(value),
+)
+def test_an_impossible_value_is_refused_naming_the_key(keys: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        parse_config(raw_config(**keys))
+
+
+@pytest.mark.spec("CONFIG-7", "ERR-1")
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"{", "is not valid JSON"),
+        (b'{"model_type": "\xff"}', "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"[]", "must hold a JSON object, not list"),
+        (b"null", "must hold a JSON object, not NoneType"),
+    ],
+    ids=["cut short", "not UTF-8", "too deep", "array", "null"],
+)
+def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"config.json {why}"):
+        load_config(tmp_path)
+
+
+@pytest.mark.spec("CONFIG-7", "ERR-1")
+def test_a_folder_or_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere is not a folder"):
+        load_config(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        load_config(tmp_path)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> ModelConfig:
+    """Draw any config that a `config.json` of its family can express."""
+    family = draw(st.sampled_from(FAMILIES))
+    size = st.integers(1, (1 << 31) - 1)
+    positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+    heads = draw(st.integers(1, 64))
+    attention_bias = family in {"llama", "qwen3"} and draw(st.booleans())
+    low, high = sorted(draw(st.tuples(positive, positive).filter(lambda pair: pair[0] != pair[1])))
+    return ModelConfig(
+        model_type=family,
+        vocab_size=draw(size),
+        hidden_size=draw(size),
+        intermediate_size=draw(size),
+        num_hidden_layers=draw(size),
+        num_attention_heads=heads,
+        num_key_value_heads=draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
+        head_dim=2 * draw(st.integers(1, 512)),
+        max_position_embeddings=draw(size),
+        rms_norm_eps=draw(positive),
+        rope_theta=draw(positive),
+        rope_scaling=draw(st.none() | st.builds(Llama3RopeScaling, positive, st.just(low), st.just(high), size)),
+        qkv_bias=attention_bias or family == "qwen2",
+        o_bias=attention_bias,
+        mlp_bias=family == "llama" and draw(st.booleans()),
+        qk_norm=family == "qwen3",
+        tie_word_embeddings=draw(st.booleans()),
+        sliding_window=None if family == "llama" else draw(st.none() | size),
+        eos_token_ids=tuple(draw(st.lists(st.integers(0, 1 << 20), max_size=3))),
+        dtype=draw(st.sampled_from(["float32", "float16", "bfloat16"])),
+    )
+
+
+@pytest.mark.spec("CONFIG-8")
+@given(configs())
+def test_a_written_config_reads_back_equal(config: ModelConfig) -> None:
+    assert parse_config(json.loads(json.dumps(to_json(config)))) == config
+
+
+@pytest.mark.spec("CONFIG-8")
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_named_shape_reads_back_equal_from_a_folder(tmp_path: Path, name: str) -> None:
+    assert load_config(write_folder(tmp_path, config=to_json(SHAPES[name]))) == SHAPES[name]
+
+
+@pytest.mark.spec("CONFIG-9")
+@pytest.mark.parametrize(
+    ("given_ids", "ids"),
+    [(None, ()), ([], ()), (0, (0,)), ([7], (7,)), ([128001, 128009], (128001, 128009))],
+    ids=["null", "no", "zero", "one", "two"],
+)
+def test_end_of_text_ids_may_be_none_one_or_several(given_ids: object, ids: tuple[int, ...]) -> None:
+    assert parse_config(raw_config(eos_token_id=given_ids)).eos_token_ids == ids
+
+
+@pytest.mark.spec("CONFIG-7", "CONFIG-9")
+@pytest.mark.parametrize("value", ["2", -1, 2.0, True, [2, "3"], [[2]], {}], ids=repr)
+def test_an_end_of_text_id_that_is_no_token_id_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match="eos_token_id must be a token id or a list of them"):
+        parse_config(raw_config(eos_token_id=value))
+
+
+@pytest.mark.spec("CONFIG-9")
+@pytest.mark.parametrize(
+    ("generation", "ids"),
+    [({"eos_token_id": [5, 6]}, (5, 6)), ({"eos_token_id": 5}, (5,)), ({"eos_token_id": None}, (2,)), ({}, (2,))],
+    ids=["several", "one", "null", "absent"],
+)
+def test_end_of_text_ids_come_from_the_generation_config_where_it_gives_them(
+    tmp_path: Path, generation: dict[str, Any], ids: tuple[int, ...]
+) -> None:
+    write_folder(tmp_path, config=raw_config(eos_token_id=2), generation_config=generation)
+    assert load_config(tmp_path).eos_token_ids == ids
+
+
+@pytest.mark.spec("CONFIG-9")
+def test_the_generation_config_gives_nothing_but_end_of_text_ids(tmp_path: Path) -> None:
+    raw = raw_config(eos_token_id=2)
+    write_folder(tmp_path, config=raw, generation_config={"eos_token_id": 5, "vocab_size": 7, "rope_theta": 1.0})
+    assert load_config(tmp_path) == replace(parse_config(raw), eos_token_ids=(5,))
+
+
+@pytest.mark.spec("CONFIG-9")
+def test_a_generation_config_that_is_no_json_object_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, config=raw_config(), generation_config=[])
+    with pytest.raises(ConfigError, match=r"generation_config\.json must hold a JSON object"):
+        load_config(tmp_path)

@@ -1,0 +1,129 @@
+"""The KV cache: reserved once, filled behind its end, rewound."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from refinfer.arrays import Float32Array
+from refinfer.errors import RequestError
+from refinfer.model.config import SHAPES
+from refinfer.model.kv_cache import KVCache, kv_cache_nbytes
+from refinfer.model.transformer import Transformer
+from refinfer.model.weights import RowMajorSource
+
+TINY = SHAPES["tiny"]
+ROOM = 12
+
+
+class KVCacheAgainstAList(RuleBasedStateMachine):
+    """Random stores, advances and rewinds, beside a plain list of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = KVCache(TINY, ROOM)
+        self.model: list[float] = []
+        self.next_value = 1.0
+
+    @rule(n=st.integers(1, 4))
+    def store_and_advance(self, n: int) -> None:
+        if len(self.model) + n > ROOM:
+            with pytest.raises(RequestError, match="do not fit"):
+                self.cache.require_room(n)
+            return
+        values = [self.next_value + i for i in range(n)]
+        self.next_value += n
+        self._store(values)
+        self.cache.advance(n)
+        self.model += values
+
+    @precondition(lambda self: len(self.model) < ROOM)
+    @rule()
+    def store_and_break_off(self) -> None:
+        self._store([-1.0])
+
+    @rule(share=st.floats(0, 1))
+    def rewind(self, share: float) -> None:
+        length = int(share * len(self.model))
+        self.cache.rewind(length)
+        del self.model[length:]
+
+    def _store(self, values: list[float]) -> None:
+        block = np.empty((len(values), TINY.num_key_value_heads, TINY.head_dim), np.float32)
+        block[:] = np.array(values, np.float32)[:, None, None]
+        for layer in range(TINY.num_hidden_layers):
+            keys, stored = self.cache.store(layer, block, -block)
+            expected = self.model + values
+            assert keys[0, 0, 0].tolist() == expected
+            assert (-stored[0, 0, :, 0]).tolist() == expected
+
+    @invariant()
+    def has_the_length_of_the_list(self) -> None:
+        assert self.cache.length == len(self.model)
+        self.cache.check()
+
+
+@pytest.mark.spec("KV-2", "KV-3")
+def test_the_kv_cache_behaves_like_a_list_of_positions() -> None:
+    run_state_machine_as_test(
+        KVCacheAgainstAList, settings=settings(max_examples=25, stateful_step_count=20, deadline=None)
+    )
+
+
+@pytest.mark.spec("KV-4")
+@pytest.mark.parametrize("name", ["tiny", "storyteller", "stories15m"])
+def test_the_cache_takes_the_bytes_it_says(name: str) -> None:
+    assert KVCache(SHAPES[name], 64).nbytes == kv_cache_nbytes(SHAPES[name], 64)
+
+
+@pytest.mark.spec("KV-2")
+@pytest.mark.parametrize("length", [-1, 3], ids=["below zero", "beyond what is filled"])
+def test_an_impossible_rewind_is_refused_and_changes_nothing(length: int) -> None:
+    cache = KVCache(TINY, ROOM)
+    cache.advance(2)
+    with pytest.raises(RequestError, match="cannot rewind"):
+        cache.rewind(length)
+    assert cache.length == 2
+
+
+def random_ids(n: int, seed: int = 0) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(261, size=n)]
+
+
+def all_logits(source: RowMajorSource, ids: list[int], cuts: list[int]) -> Float32Array:
+    """Compute `ids` in blocks that end at `cuts`."""
+    transformer = Transformer(source, 96)
+    ends = [*sorted({c for c in cuts if 0 < c < len(ids)}), len(ids)]
+    starts = [0, *ends[:-1]]
+    return np.concatenate([transformer.decode(ids[a:b]) for a, b in zip(starts, ends, strict=True)])
+
+
+@pytest.mark.spec("KV-1")
+@pytest.mark.parametrize(
+    "cuts", [list(range(1, 60)), [1], [59], [7, 8, 30]], ids=["one by one", "1 + 59", "59 + 1", "uneven"]
+)
+def test_any_cut_of_a_text_into_blocks_gives_the_same_logits(tiny_source: RowMajorSource, cuts: list[int]) -> None:
+    ids = random_ids(60)
+    np.testing.assert_allclose(all_logits(tiny_source, ids, cuts), all_logits(tiny_source, ids, []), atol=2e-5)
+
+
+@pytest.mark.spec("KV-1")
+def test_prefill_gives_the_logits_of_the_last_token_of_its_blocks(tiny_source: RowMajorSource) -> None:
+    transformer = Transformer(tiny_source, 96)
+    ids = random_ids(80)
+    assert len(ids) > transformer.block
+    np.testing.assert_allclose(transformer.prefill(ids), all_logits(tiny_source, ids, [])[-1], atol=2e-5)
+
+
+@pytest.mark.spec("KV-2")
+def test_after_a_rewind_forgotten_tokens_have_never_been(tiny_source: RowMajorSource) -> None:
+    kept, forgotten, later = random_ids(9), random_ids(30, seed=1), random_ids(5, seed=2)
+    rewound, plain = Transformer(tiny_source, 96), Transformer(tiny_source, 96)
+    rewound.decode(kept)
+    rewound.decode(forgotten)
+    rewound.kv_cache.rewind(len(kept))
+    plain.decode(kept)
+    np.testing.assert_array_equal(rewound.decode(later), plain.decode(later))

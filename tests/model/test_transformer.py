@@ -1,0 +1,164 @@
+"""The whole model: against `transformers`, and the properties every causal model has."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refinfer.errors import RequestError
+from refinfer.model.checkpoint import open_checkpoint
+from refinfer.model.config import SHAPES, ModelConfig
+from refinfer.model.config_json import load_config
+from refinfer.model.transformer import Transformer, prefill_block, scratch_nbytes
+from refinfer.model.weights import LayerWeights, RowMajorSource
+
+
+class RandomMatrix:
+    def __init__(self, rng: np.random.Generator, *shape: int) -> None:
+        self.shape: tuple[int, int] = shape[0], shape[1]
+        self.weight = rng.standard_normal(shape, dtype=np.float32) / np.float32(shape[1] ** 0.5)
+
+    def matmul(self, x: Any, out: Any = None) -> Any:
+        return np.matmul(x, self.weight.T, out=out)
+
+    def rows(self, ids: Any) -> Any:
+        return self.weight[ids]
+
+
+class RandomSource:
+    """A weight source of its own making: the Protocols need no base class."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        rng = np.random.default_rng(0)
+        self.config = c = config
+        self.embed_tokens = self.lm_head = RandomMatrix(rng, c.vocab_size, c.hidden_size)
+        self.norm = np.ones(c.hidden_size, np.float32)
+        shapes = {name.split(".")[1]: s for name, s in c.layer_shapes().items() if name.endswith("_proj.weight")}
+        matrices: list[dict[str, Any]] = [
+            {name: RandomMatrix(rng, *shape) for name, shape in shapes.items()} for _ in range(c.num_hidden_layers)
+        ]
+        norms: dict[str, Any] = {"input_layernorm": self.norm, "post_attention_layernorm": self.norm}
+        self._layers = [LayerWeights(**layer, **norms) for layer in matrices]
+
+    def layers(self) -> Iterator[LayerWeights]:
+        return iter(self._layers)
+
+    def close(self) -> None:
+        pass
+
+
+def golden_transformer(golden: Any) -> Transformer:
+    return Transformer(RowMajorSource(load_config(golden.folder), open_checkpoint(golden.folder)), 96)
+
+
+@pytest.mark.spec("MODEL-8")
+def test_logits_agree_with_transformers(golden: Any) -> None:
+    logits = golden_transformer(golden).decode(golden.prompt)
+    np.testing.assert_allclose(logits, np.array(golden.logits), rtol=0, atol=1e-4)
+
+
+@pytest.mark.spec("MODEL-9")
+def test_64_greedy_tokens_agree_with_transformers(golden: Any) -> None:
+    transformer = golden_transformer(golden)
+    ids = [int(transformer.prefill(golden.prompt).argmax())]
+    while len(ids) < 64:
+        ids.append(int(transformer.decode(ids[-1:])[0].argmax()))
+    assert ids == golden.greedy
+
+
+@pytest.mark.spec("MODEL-7")
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(0, 9))
+def test_a_later_token_never_changes_an_earlier_logit(before: int, after: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    source = RandomSource(replace(SHAPES["tiny"], num_hidden_layers=2, vocab_size=60))
+    ids = rng.integers(60, size=before + after)
+    changed = ids.copy()
+    changed[before:] = (changed[before:] + 1) % 60
+    first, second = (Transformer(source, 64).decode(i.tolist()) for i in (ids, changed))
+    np.testing.assert_array_equal(first[:before], second[:before])
+    assert not np.array_equal(first[before], second[before])
+
+
+@pytest.mark.spec("MODEL-5")
+def test_everything_computed_is_float32(tiny_source: RowMajorSource) -> None:
+    transformer = Transformer(tiny_source, 96)
+    assert transformer.prefill([1, 2, 3]).dtype == np.float32
+    assert transformer.decode([4]).dtype == np.float32
+    arrays = [transformer._arena, transformer._mask, transformer._rope.cos, transformer._rope.sin]
+    assert {a.dtype for a in arrays} == {np.dtype(np.float32)}
+
+
+@pytest.mark.spec("MODEL-10")
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_prefill_block_is_a_power_of_two_whose_scratch_is_small(name: str) -> None:
+    config = SHAPES[name]
+    positions = min(512, config.max_position_embeddings)
+    block = prefill_block(config, positions)
+    assert block & (block - 1) == 0
+    assert block == 32 or scratch_nbytes(config, positions) < config.n_parameters * 4 / 16
+    assert prefill_block(config, 7) == 7
+
+
+@pytest.mark.spec("MODEL-11")
+def test_decoding_allocates_nothing_of_the_size_of_a_weight() -> None:
+    config = replace(SHAPES["storyteller"], num_hidden_layers=2)
+    transformer = Transformer(RandomSource(config), 96)
+    transformer.prefill([1, 2, 3])
+    transformer.decode([4])
+    tracemalloc.start()
+    try:
+        for i in range(20):
+            transformer.decode([i])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    smallest_weight = 4 * config.hidden_size * config.num_key_value_heads * config.head_dim
+    assert peak < smallest_weight / 5
+
+
+@pytest.mark.spec("MODEL-12")
+@pytest.mark.parametrize(
+    ("ids", "why"),
+    [
+        ([], "no tokens"),
+        ([0, 261], "token id 261 is not in the vocabulary of 0 to 260"),
+        ([0, -1], "token id -1"),
+        (list(range(97)), "97 more tokens do not fit"),
+    ],
+    ids=["none", "too large", "negative", "too many"],
+)
+@pytest.mark.parametrize("method", ["prefill", "decode"])
+def test_impossible_tokens_are_refused_before_anything_is_computed(
+    tiny_source: RowMajorSource, method: str, ids: list[int], why: str
+) -> None:
+    transformer = Transformer(tiny_source, 96)
+    with pytest.raises(RequestError, match=why):
+        getattr(transformer, method)(ids)
+    assert transformer.kv_cache.length == 0
+
+
+@pytest.mark.spec("KV-3")
+def test_a_pass_that_breaks_off_can_be_repeated(tiny_source: RowMajorSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer = Transformer(tiny_source, 96)
+    transformer.prefill([1, 2, 3])
+    healthy = tiny_source.layers
+
+    def failing_layers() -> Iterator[LayerWeights]:
+        yield next(healthy())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny_source, "layers", failing_layers)
+    with pytest.raises(KeyboardInterrupt):
+        transformer.decode([4, 5])
+    assert transformer.kv_cache.length == 3
+    monkeypatch.undo()
+    plain = Transformer(tiny_source, 96)
+    plain.prefill([1, 2, 3])
+    np.testing.assert_array_equal(transformer.decode([4, 5]), plain.decode([4, 5]))

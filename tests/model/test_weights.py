@@ -1,0 +1,188 @@
+"""The seam to the weights: what a matrix answers, and the laws of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refinfer.arrays import Float32Array, IntArray
+from refinfer.model.checkpoint import open_checkpoint
+from refinfer.model.config import ModelConfig
+from refinfer.model.config_json import load_config
+from refinfer.model.safetensors import SafetensorsFile, TensorSpec, write_safetensors
+from refinfer.model.synth import write_checkpoint
+from refinfer.model.transformer import Transformer
+from refinfer.model.weights import (
+    LayerWeights,
+    Matrix,
+    RowMajorMatrix,
+    RowMajorSource,
+    RowTable,
+    StoredRowTable,
+    WeightSource,
+)
+
+SIX = np.array([[1, 2], [3, 4], [5, 6]])
+
+
+def normal(*shape: int) -> Float32Array:
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+@pytest.mark.spec("SOURCE-1")
+@pytest.mark.parametrize("bias", [None, normal(5)], ids=["no bias", "bias"])
+def test_a_matrix_multiplies_and_adds_its_bias(bias: Float32Array | None) -> None:
+    w, x = normal(5, 7), normal(3, 7)
+    expected = x @ w.T + (0 if bias is None else bias)
+    out = np.empty((3, 5), np.float32)
+    matrix = RowMajorMatrix(w, bias)
+    assert matrix.matmul(x, out) is out
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    np.testing.assert_array_equal(matrix.matmul(x), out)
+    assert matrix.shape == (5, 7)
+
+
+@pytest.mark.spec("SOURCE-1")
+@pytest.mark.parametrize(
+    "table",
+    [
+        RowMajorMatrix(SIX.astype(np.float32)),
+        StoredRowTable(SIX.astype(np.float32)),
+        StoredRowTable(SIX.astype(np.float16)),
+        StoredRowTable((SIX.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)),
+    ],
+    ids=["float32 matrix", "float32", "float16", "bfloat16"],
+)
+def test_rows_are_given_as_float32_copies(table: RowTable) -> None:
+    rows = table.rows(np.array([2, 0, 2]))
+    assert rows.dtype == np.float32
+    assert rows.tolist() == [[5, 6], [1, 2], [5, 6]]
+    rows[:] = 0
+    assert table.rows(np.array([2])).tolist() == [[5, 6]]
+    assert table.shape == (3, 2)
+
+
+@dataclass
+class Recorded:
+    """A matrix that writes down its uses."""
+
+    inner: Matrix
+    name: str
+    log: list[str]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    def matmul(self, x: Float32Array, out: Float32Array | None = None) -> Float32Array:
+        self.log.append(self.name)
+        return self.inner.matmul(x, out)
+
+    def rows(self, ids: IntArray) -> Float32Array:
+        self.log.append(f"{self.name}.rows")
+        return self.inner.rows(ids)
+
+
+class RecordingSource:
+    """A source that writes down every use, and takes each layer away when the next one is asked for."""
+
+    def __init__(self, inner: RowMajorSource) -> None:
+        self.inner = inner
+        self.log: list[str] = []
+        self.config: ModelConfig = inner.config
+        self.norm = inner.norm
+        self.lm_head: Matrix = Recorded(inner.lm_head, "lm_head", self.log)
+
+    @property
+    def embed_tokens(self) -> RowTable:
+        self.log.append("embed_tokens.rows")
+        return self.inner.embed_tokens
+
+    def layers(self) -> Iterator[LayerWeights]:
+        for i, layer in enumerate(self.inner.layers()):
+            matrices: dict[str, Any] = {
+                name: Recorded(getattr(layer, name), f"{i}.{name}", self.log)
+                for name in (f.name for f in fields(LayerWeights))
+                if name.endswith("_proj")
+            }
+            yield replace(layer, **matrices)
+            for matrix in matrices.values():
+                del matrix.inner
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@pytest.mark.spec("SOURCE-2")
+@pytest.mark.parametrize("n_tokens", [1, 5], ids=["one token", "five tokens"])
+def test_a_pass_uses_every_matrix_once_in_execution_order(tiny_source: RowMajorSource, n_tokens: int) -> None:
+    source = RecordingSource(tiny_source)
+    as_source: WeightSource = source
+    Transformer(as_source, 96).decode(list(range(n_tokens)))
+    order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    layers = [f"{i}.{name}" for i in range(source.config.num_hidden_layers) for name in order]
+    assert source.log == ["embed_tokens.rows", *layers, "lm_head"]
+
+
+@pytest.mark.spec("SOURCE-2")
+def test_a_prompt_of_several_blocks_needs_lm_head_once(tiny_source: RowMajorSource) -> None:
+    source = RecordingSource(tiny_source)
+    transformer = Transformer(source, 96)
+    transformer.prefill(list(range(2 * transformer.block + 1)))
+    assert source.log.count("embed_tokens.rows") == 3
+    assert source.log.count("lm_head") == 1
+
+
+def logits_of(folder: Path) -> Float32Array:
+    config = load_config(folder)
+    return Transformer(RowMajorSource(config, open_checkpoint(folder)), 24).decode(list(range(24)))
+
+
+@pytest.mark.spec("SOURCE-3")
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_the_stored_type_changes_no_logit_where_the_values_are_the_same(
+    dtype: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Every weight is rounded to the 8 bits of fraction and the range that all three types share."""
+    file = SafetensorsFile(tiny_folder / "model.safetensors")
+    (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())
+    results = []
+    for name in ("F32", dtype):
+        specs = []
+        for tensor in file:
+            values = (file.view(tensor).view(np.uint32) & 0xFFFF0000).view(np.float32)
+            values = np.where(np.abs(values) < 2**-13, np.float32(0), values)
+            stored = {"F32": values, "F16": values.astype("f2"), "BF16": (values.view(np.uint32) >> 16).astype("u2")}
+            specs.append(TensorSpec(tensor, name, values.shape, [stored[name]]))
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)
+        write_safetensors(tmp_path / "model.safetensors", specs)
+        results.append(logits_of(tmp_path))
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+@pytest.mark.spec("SOURCE-3", "TENSOR-9")
+def test_sharding_changes_no_logit(tiny_config: ModelConfig, tiny_folder: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tiny_config, dtype="f32", seed=3, shard_nbytes=30_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    np.testing.assert_array_equal(logits_of(tmp_path), logits_of(tiny_folder))
+
+
+@pytest.mark.spec("SOURCE-4")
+def test_tied_embeddings_are_one_table(tiny_config: ModelConfig, tmp_path: Path) -> None:
+    tied = replace(tiny_config, tie_word_embeddings=True)
+    write_checkpoint(tmp_path, tied, dtype="bf16")
+    source = RowMajorSource(tied, open_checkpoint(tmp_path))
+    assert source.embed_tokens is source.lm_head
+
+
+@pytest.mark.spec("SOURCE-5")
+def test_float32_matrices_stay_in_the_file(tiny_source: RowMajorSource) -> None:
+    matrices = [getattr(layer, f.name) for layer in tiny_source.layers() for f in fields(LayerWeights)]
+    in_place = [m for m in matrices if isinstance(m, RowMajorMatrix)]
+    assert len(in_place) == 7 * tiny_source.config.num_hidden_layers
+    assert not any(m.weight.flags.owndata or m.weight.flags.writeable for m in in_place)

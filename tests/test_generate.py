@@ -1,0 +1,358 @@
+"""The composition: what a session promises, on the storyteller and on small random models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info
+
+import refinfer
+from refinfer.errors import (
+    ConfigError,
+    GenerationError,
+    InputError,
+    RequestError,
+    SafetensorsError,
+    TokenizerError,
+    WeightsError,
+)
+from refinfer.generate import STORYTELLER, GenerationStats, Session, load, open_model
+from refinfer.model.config import SHAPES, ModelConfig
+from refinfer.model.safetensors import SafetensorsFile, TensorSpec, write_safetensors
+from refinfer.model.synth import write_checkpoint
+
+EXCERPT = Path(__file__).parent / "data" / "held-out-excerpt.txt"
+
+
+def stats_of(session: Session, *args: Any, **options: Any) -> GenerationStats:
+    "".join(session.generate(*args, **options))
+    assert session.stats is not None
+    return session.stats
+
+
+@pytest.mark.spec("GEN-1")
+def test_the_pieces_joined_are_the_text(storyteller: Session) -> None:
+    pieces = list(storyteller.generate("ROMEO:", max_tokens=50))
+    stats = storyteller.stats
+    assert stats is not None
+    assert stats.text == "".join(pieces)
+    assert len(stats.text) == len(stats.token_ids) == 50
+    assert stats.prompt_token_ids == tuple(storyteller.model.encode("ROMEO:"))
+
+
+@pytest.mark.spec("GEN-2")
+def test_the_same_greedy_request_gives_the_same_tokens(storyteller: Session) -> None:
+    first, second = (stats_of(storyteller, "JULIET:", max_tokens=40) for _ in range(2))
+    assert first.token_ids == second.token_ids
+
+
+@pytest.mark.spec("GEN-2")
+def test_the_same_seed_gives_the_same_draws_and_another_seed_others(storyteller: Session) -> None:
+    runs = [stats_of(storyteller, "KING", max_tokens=40, temperature=1.0, seed=s).token_ids for s in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.spec("GEN-2", "MODEL-9")
+def test_the_storyteller_writes_what_transformers_makes_of_it(storyteller: Session) -> None:
+    golden = json.loads((Path(__file__).parent / "golden" / "storyteller.json").read_text())
+    stats = stats_of(storyteller, golden["prompt"], max_tokens=len(golden["token_ids"]))
+    assert list(stats.prompt_token_ids) == golden["prompt_token_ids"]
+    assert stats.text == golden["text"]
+
+
+@pytest.mark.spec("GEN-3")
+def test_generation_stops_after_max_tokens(storyteller: Session) -> None:
+    stats = stats_of(storyteller, "ROMEO:", max_tokens=3)
+    assert (len(stats.token_ids), stats.finish_reason) == (3, "length")
+
+
+@pytest.mark.spec("GEN-3")
+def test_a_single_token_has_no_rate(storyteller: Session) -> None:
+    assert stats_of(storyteller, "ROMEO:", max_tokens=1).tokens_per_s is None
+
+
+@pytest.mark.spec("GEN-3", "CONFIG-9")
+def test_generation_stops_at_an_end_of_text_id(tmp_path: Path) -> None:
+    folder = shutil.copytree(STORYTELLER, tmp_path / "model")
+    newline = open_model(folder).encode("\n")[0]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9999, newline]}))
+    with load(folder) as session:
+        stats = stats_of(session, "ROMEO", max_tokens=100)
+    assert stats.finish_reason == "stop"
+    assert stats.token_ids.index(newline) == len(stats.token_ids) - 1
+    assert "\n" not in stats.text
+
+
+@pytest.mark.spec("GEN-4")
+@pytest.mark.parametrize(
+    ("request_", "error", "why"),
+    [
+        ({"prompt": ""}, RequestError, "the prompt is empty"),
+        ({"token_ids": []}, RequestError, "the prompt is empty"),
+        ({}, RequestError, "either a prompt or token_ids"),
+        ({"prompt": "a", "token_ids": [1]}, RequestError, "either a prompt or token_ids"),
+        ({"token_ids": [65]}, RequestError, "token id 65 is not in the vocabulary of 0 to 64"),
+        ({"token_ids": [-1]}, RequestError, "token id -1"),
+        ({"prompt": "é"}, TokenizerError, "no token for the character 'é'"),
+        ({"prompt": "a", "max_tokens": 0}, RequestError, "max-tokens must be at least 1"),
+        ({"prompt": "a", "max_tokens": -5}, RequestError, "max-tokens must be at least 1"),
+        ({"prompt": "a" * 513}, RequestError, "context of 512 positions"),
+        ({"prompt": "a" * 512}, RequestError, "context of 512 positions"),
+        ({"prompt": "a" * 500, "max_tokens": 13}, RequestError, "a prompt of 500 tokens and 13 more do not fit"),
+        ({"prompt": "a", "temperature": float("nan")}, RequestError, "temperature"),
+        ({"prompt": "a", "seed": -1}, RequestError, "seed"),
+    ],
+    ids=[
+        "empty prompt", "no token ids", "neither", "both", "id too large", "negative id", "unknown character",
+        "no tokens wanted", "fewer than none", "prompt longer than the context", "prompt as long as the context",
+        "prompt and tokens longer than the context", "temperature nan", "negative seed",
+    ],
+)  # fmt: skip
+def test_a_request_is_refused_when_it_is_made(
+    storyteller: Session, request_: dict[str, Any], error: type[Exception], why: str
+) -> None:
+    with pytest.raises(error, match=why):
+        storyteller.generate(**request_)
+
+
+@pytest.mark.spec("GEN-4")
+def test_a_prompt_fills_the_context_to_the_last_position(storyteller: Session) -> None:
+    assert len(stats_of(storyteller, "a" * 500, max_tokens=12).token_ids) == 12
+    assert len(stats_of(storyteller, "a" * 500).token_ids) == 12
+
+
+@pytest.mark.spec("GEN-4")
+def test_a_request_beyond_the_reserved_positions_is_refused() -> None:
+    with load(max_positions=20) as session, pytest.raises(RequestError, match="20 positions reserved"):
+        session.generate("ROMEO:", max_tokens=15)
+
+
+@pytest.mark.spec("GEN-4")
+def test_a_request_beyond_the_sliding_window_is_refused(tmp_path: Path) -> None:
+    config = replace(SHAPES["tiny"], model_type="mistral", sliding_window=16)
+    write_checkpoint(tmp_path / "m", config)
+    with load(tmp_path / "m") as session:
+        assert len(stats_of(session, token_ids=[1] * 10, max_tokens=6).token_ids) == 6
+        with pytest.raises(RequestError, match="sliding window of 16 positions"):
+            session.generate(token_ids=[1] * 10, max_tokens=7)
+
+
+@pytest.mark.spec("GEN-5")
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=["NaN", "infinity"])
+def test_damaged_weights_are_found_before_a_token_is_shown(tiny_folder: Path, tmp_path: Path, value: float) -> None:
+    file = SafetensorsFile(tiny_folder / "model.safetensors")
+    bad = "model.layers.1.mlp.up_proj.weight"
+    specs = []
+    for name, tensor in file.items():
+        values = file.view(name).copy()
+        if name == bad:
+            values[3, 4] = value
+        specs.append(TensorSpec(name, "F32", tensor.shape, [values]))
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    write_safetensors(tmp_path / "model.safetensors", specs)
+    with load(tmp_path) as session:
+        pieces = session.generate(token_ids=[1, 2, 3])
+        with pytest.raises(WeightsError, match=f"'{bad}' holds NaN or infinity"):
+            next(pieces)
+        with pytest.raises(WeightsError, match=bad):
+            session.logits([1, 2])
+
+
+@pytest.mark.spec("GEN-5", "ERR-1")
+def test_activations_that_overflow_are_a_failure_of_the_run(tiny_folder: Path, tmp_path: Path) -> None:
+    file = SafetensorsFile(tiny_folder / "model.safetensors")
+    specs = [
+        TensorSpec(n, "F32", t.shape, [np.full(t.shape, 3e38, np.float32) if "down" in n else file.view(n)])
+        for n, t in file.items()
+    ]
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    write_safetensors(tmp_path / "model.safetensors", specs)
+    with load(tmp_path) as session, pytest.raises(GenerationError, match="overflowed"), np.errstate(all="ignore"):
+        list(session.generate(token_ids=[1, 2, 3]))
+
+
+@pytest.mark.spec("GEN-6")
+def test_logits_do_not_disturb_a_generation(storyteller: Session) -> None:
+    plain = "".join(storyteller.generate("ROMEO:", max_tokens=30))
+    pieces = storyteller.generate("ROMEO:", max_tokens=30)
+    start = next(pieces)
+    logits = storyteller.logits(storyteller.model.encode("KING RICHARD"))
+    assert logits.shape == (12, 65)
+    assert logits.dtype == np.float32
+    assert start + "".join(pieces) == plain
+
+
+@pytest.mark.spec("GEN-6", "MODEL-12")
+@pytest.mark.parametrize("ids", [[], [65], [0] * 513], ids=["none", "out of range", "too many"])
+def test_logits_of_impossible_tokens_are_refused(storyteller: Session, ids: list[int]) -> None:
+    with pytest.raises(RequestError):
+        storyteller.logits(ids)
+
+
+@pytest.mark.spec("GEN-6")
+def test_logits_reach_to_the_last_position(storyteller: Session) -> None:
+    assert storyteller.logits([0] * 512).shape == (512, 65)
+
+
+def blas_threads() -> list[int]:
+    return [info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"]
+
+
+@pytest.mark.spec("GEN-7")
+@pytest.mark.parametrize("finish", [list, lambda pieces: pieces.close()], ids=["finished", "abandoned"])
+def test_blas_threads_are_set_while_generating_and_put_back(finish: Callable[[Any], object]) -> None:
+    before = blas_threads()
+    with load(threads=1) as session:
+        pieces = session.generate("ROMEO:", max_tokens=5)
+        next(pieces)
+        assert set(blas_threads()) == {1}
+        finish(pieces)
+    assert blas_threads() == before
+
+
+@pytest.mark.spec("GEN-8")
+def test_a_closed_session_refuses_further_work() -> None:
+    session = load()
+    session.close()
+    session.close()
+    with pytest.raises(RequestError, match="closed"):
+        session.generate("ROMEO:")
+    with pytest.raises(RequestError, match="closed"):
+        session.logits([1])
+
+
+@pytest.mark.spec("GEN-9")
+def test_the_storyteller_is_small() -> None:
+    assert sum(path.stat().st_size for path in STORYTELLER.iterdir()) <= 5_000_000
+    config = open_model().config
+    assert config.n_parameters <= 2_400_000
+    assert replace(config, dtype="float32") == SHAPES["storyteller"]
+
+
+@pytest.mark.spec("GEN-9")
+def test_the_storyteller_predicts_held_out_text(storyteller: Session) -> None:
+    """Over consecutive windows of the whole context, as the training script measures it."""
+    ids = storyteller.model.encode(EXCERPT.read_text())
+    total = 0.0
+    for start in range(0, len(ids) - 1, 512):
+        window = ids[start : start + 513]
+        logits = storyteller.logits(window[:-1]).astype(np.float64)
+        shifted = logits - logits.max(-1, keepdims=True)
+        log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        total -= log_p[np.arange(len(window) - 1), window[1:]].sum()
+    assert total / (len(ids) - 1) <= 1.65
+
+
+@pytest.mark.spec("GEN-9")
+def test_the_storytellers_text_reads_like_a_play(storyteller: Session) -> None:
+    text = stats_of(storyteller, "ROMEO:", max_tokens=200).text
+    assert text.count("\n") >= 3
+    assert all(len(line) < 80 for line in text.splitlines())
+
+
+@pytest.mark.spec("SYNTH-1")
+@pytest.mark.parametrize("name", ["tiny", "qwen2-0.5b", "qwen3-0.6b", "mistral-7b", "llama-1b"])
+def test_a_random_checkpoint_of_every_family_generates(name: str, tmp_path: Path) -> None:
+    config = replace(
+        SHAPES[name], vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    write_checkpoint(tmp_path / "m", config, dtype="f16")
+    with load(tmp_path / "m") as session:
+        assert len(stats_of(session, "hello", max_tokens=5).token_ids) == 5
+        vectors = [
+            v for layer in session._source.layers() for v in (layer.input_layernorm, layer.q_norm) if v is not None
+        ]
+    assert all(np.ptp(v) > 0 for v in vectors)
+
+
+@pytest.mark.spec("GEN-4", "ERR-1")
+@pytest.mark.parametrize(
+    ("damage", "error", "why"),
+    [
+        (shutil.rmtree, ConfigError, "is not a folder"),
+        (lambda m: (m / "config.json").unlink(), ConfigError, "config.json does not exist"),
+        (lambda m: (m / "config.json").write_text("{"), ConfigError, "not valid JSON"),
+        (
+            lambda m: (m / "config.json").write_text('{"model_type": "gpt2"}'),
+            ConfigError,
+            "llama, mistral, qwen2, qwen3",
+        ),
+        (lambda m: (m / "model.safetensors").unlink(), SafetensorsError, "has neither model.safetensors nor"),
+        (lambda m: (m / "model.safetensors").write_bytes(b"\xff" * 100), SafetensorsError, "announces a header"),
+        (lambda m: (m / "tokenizer.json").write_text("[]"), TokenizerError, "tokenizer"),
+    ],
+    ids=["no folder", "no config", "broken config", "gpt2", "no weights", "lying weights", "broken tokenizer"],
+)
+def test_an_unusable_folder_is_refused(
+    damage: Callable[[Path], object], error: type[InputError], why: str, tmp_path: Path, tiny_config: ModelConfig
+) -> None:
+    folder = tmp_path / "m"
+    write_checkpoint(folder, tiny_config)
+    damage(folder)
+    with pytest.raises(error, match=why) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.spec("GEN-4")
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"max_positions": 0}, "max_positions"),
+        ({"max_positions": 513}, "from 1 to this model's 512"),
+        ({"threads": 0}, "threads"),
+    ],
+    ids=["no positions", "more positions than the model has", "no threads"],
+)
+def test_impossible_options_of_load_are_refused(options: dict[str, int], why: str) -> None:
+    with pytest.raises(RequestError, match=why):
+        load(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.spec("TOKEN-3", "GEN-1")
+def test_a_model_without_a_tokenizer_takes_and_gives_token_ids(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    with load(folder) as session:
+        with pytest.raises(TokenizerError, match="give the prompt as --token-ids"):
+            session.generate("hello")
+        stats = stats_of(session, token_ids=[1, 2], max_tokens=4)
+    assert (stats.text, len(stats.token_ids)) == ("", 4)
+
+
+@pytest.mark.spec("ERR-1")
+def test_every_error_is_a_refinfer_error_with_an_exit_status() -> None:
+    errors = [v for v in vars(refinfer.errors).values() if isinstance(v, type) and issubclass(v, Exception)]
+    assert all(issubclass(e, refinfer.RefinferError) for e in errors)
+    assert {e.exit_status for e in errors if issubclass(e, InputError)} == {2}
+    assert GenerationError.exit_status == 1
+
+
+class SteppingClock:
+    """A clock that goes on by one second each time it is read."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def now(self) -> float:
+        self.seconds += 1
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@pytest.mark.spec("ERR-3", "GEN-1")
+def test_times_come_from_the_clock_that_load_was_handed() -> None:
+    with load(clock=SteppingClock()) as session:
+        first, second = (stats_of(session, "ROMEO:", max_tokens=6) for _ in range(2))
+    assert first.tokens_per_s == second.tokens_per_s == 1.0
+    assert first.time_to_first_token_s > second.time_to_first_token_s == 1.0
