@@ -47,8 +47,9 @@ def aligned_empty(shape: tuple[int, ...], alignment: int = 64) -> Float32Array:
 
     numpy promises 16 bytes only; a cache line is 64, a page `PAGE_BYTES`. Costs `alignment` bytes more than the data.
 
-    >>> aligned_empty((3, 5), alignment=4096).ctypes.data % 4096
-    0
+    Examples:
+        >>> aligned_empty((3, 5), alignment=4096).ctypes.data % 4096
+        0
     """
     nbytes = math.prod(shape) * 4
     raw = np.empty(nbytes + alignment, dtype=np.uint8)
@@ -65,8 +66,9 @@ def bf16_to_f32(bits: UInt16Array, out: Float32Array | None = None) -> Float32Ar
         float32   s eeeeeeee fffffffffffffffffffffff
         bfloat16  s eeeeeeee fffffff
 
-    >>> bf16_to_f32(np.array([0x3F80, 0xC000], np.uint16))
-    array([ 1., -2.], dtype=float32)
+    Examples:
+        >>> bf16_to_f32(np.array([0x3F80, 0xC000], np.uint16))
+        array([ 1., -2.], dtype=float32)
     """
     if out is None:
         out = np.empty(bits.shape, dtype=np.float32)
@@ -81,10 +83,11 @@ def f32_to_bf16(values: Float32Array) -> UInt16Array:
 
     Infinities stay; what is too large for bfloat16 becomes infinite; a NaN stays a NaN.
 
-    >>> [hex(bits) for bits in f32_to_bf16(np.array([1.0, 1.00390625, 1.01171875], np.float32))]
-    ['0x3f80', '0x3f80', '0x3f82']
+    Examples:
+        >>> [hex(bits) for bits in f32_to_bf16(np.array([1.0, 1.00390625, 1.01171875], np.float32))]
+        ['0x3f80', '0x3f80', '0x3f82']
     """
-    wide = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    wide = np.asarray(values, dtype=np.float32, order="C").view(np.uint32)
     # Adding half of the last kept bit rounds; one less when that bit is even, so that a tie goes to the even one.
     rounded = (wide + (((wide >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16)
     quiet_nan = (wide >> np.uint32(16)) | np.uint32(0x0040)

@@ -153,9 +153,10 @@ def load(
     Raises:
         InputError: the model cannot be used; the message says why and what to do.
 
-    >>> with load() as session:
-    ...     print("".join(session.generate("ROMEO:", max_tokens=8)).strip()[:1].isalpha())
-    True
+    Examples:
+        >>> with load() as session:
+        ...     print("".join(session.generate("ROMEO:", max_tokens=8)).strip()[:1].isalpha())
+        True
     """
     clock = clock or RealClock()
     started = clock.now()

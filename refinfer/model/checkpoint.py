@@ -8,6 +8,7 @@ Spec: TENSOR-8 to TENSOR-11. Tutorial: 05.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,7 @@ __all__ = ["FLOAT_DTYPES", "INDEX_NAME", "SINGLE_NAME", "Checkpoint", "open_chec
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
 FLOAT_DTYPES: Final = ("F32", "F16", "BF16")
+_PLAIN_NAME: Final = re.compile(r"[^/\\\x00\ud800-\udfff]+")
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
@@ -126,6 +128,6 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         raise SafetensorsError(f"{index} has no weight_map")
     for tensor, shard in weight_map.items():
         # A plain file name only: an index must not be able to point outside its folder.
-        if not isinstance(shard, str) or shard in {"", ".", ".."} or any(c in shard for c in "/\\\0"):
+        if not isinstance(shard, str) or shard in {".", ".."} or not _PLAIN_NAME.fullmatch(shard):
             raise SafetensorsError(f"{index} gives {tensor!r} the impossible file name {shard!r}")
     return weight_map

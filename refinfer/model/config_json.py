@@ -8,7 +8,6 @@ Spec: CONFIG-3 to CONFIG-9. Tutorial: 07.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from refinfer.model.config import Llama3RopeScaling, ModelConfig
 __all__ = ["load_config", "parse_config", "to_json"]
 
 _LARGEST_SIZE: Final = 1 << 31
+_LARGEST_NUMBER: Final = 1e30
 _DTYPES: Final = ("float32", "float16", "bfloat16")
 
 
@@ -33,6 +33,7 @@ class _Family:
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-6
     sliding_window: int | None = None
+    eos_token_id: int | None = None
     reads_attention_bias: bool = False
     qkv_bias: bool = False
     reads_mlp_bias: bool = False
@@ -42,8 +43,8 @@ class _Family:
 
 _FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
     {
-        "llama": _Family(max_position_embeddings=2048, reads_attention_bias=True, reads_mlp_bias=True),
-        "mistral": _Family(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096),
+        "llama": _Family(max_position_embeddings=2048, eos_token_id=2, reads_attention_bias=True, reads_mlp_bias=True),
+        "mistral": _Family(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096, eos_token_id=2),
         "qwen2": _Family(num_key_value_heads=32, sliding_window=4096, qkv_bias=True, window_has_a_switch=True),
         "qwen3": _Family(
             num_key_value_heads=32,
@@ -67,16 +68,13 @@ class _Keys:
     def error(self, key: str, problem: str) -> ConfigError:
         return ConfigError(f"{self.where}: {key} {problem}")
 
-    def get(self, key: str) -> Any:  # noqa: ANN401  (JSON values have no type yet)
-        return self.raw.get(key)
-
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None) -> int:
         value = self.raw.get(key)
         value = default if value is None else value
         if value is None:
             raise self.error(key, "is missing")
-        if type(value) is not int or not least <= value < _LARGEST_SIZE:
-            raise self.error(key, f"must be a whole number from {least} to {_LARGEST_SIZE - 1}, not {value!r}")
+        if type(value) is not int or not 1 <= value < _LARGEST_SIZE:
+            raise self.error(key, f"must be a whole number from 1 to {_LARGEST_SIZE - 1}, not {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -84,7 +82,8 @@ class _Keys:
         value = default if value is None else value
         if value is None:
             raise self.error(key, "is missing")
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        # The bound also keeps whole numbers away that no float can hold.
+        if type(value) not in (int, float) or not 0 < value < _LARGEST_NUMBER:
             raise self.error(key, f"must be a positive number, not {value!r}")
         return float(value)
 
@@ -135,9 +134,10 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     Raises:
         ConfigError: another architecture, a missing or impossible value, or a feature that is not implemented.
 
-    >>> from refinfer.model.config import SHAPES
-    >>> parse_config(to_json(SHAPES["llama2-7b"])) == SHAPES["llama2-7b"]
-    True
+    Examples:
+        >>> from refinfer.model.config import SHAPES
+        >>> parse_config(to_json(SHAPES["llama2-7b"])) == SHAPES["llama2-7b"]
+        True
     """
     keys = _Keys(raw, where)
     model_type = raw.get("model_type")
@@ -149,7 +149,9 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
 
     hidden_size = keys.integer("hidden_size")
     heads = keys.integer("num_attention_heads")
-    kv_heads = keys.integer("num_key_value_heads", family.num_key_value_heads or heads)
+    # Null means as many as query heads; absent, the family's default.
+    default_kv_heads = heads if "num_key_value_heads" in raw else family.num_key_value_heads or heads
+    kv_heads = keys.integer("num_key_value_heads", default_kv_heads)
     if heads % kv_heads:
         raise keys.error("num_key_value_heads", f"({kv_heads}) must divide num_attention_heads ({heads})")
     head_dim = keys.integer("head_dim", family.head_dim or hidden_size // heads)
@@ -180,24 +182,24 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         qk_norm=family.qk_norm,
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
         sliding_window=_sliding_window(keys, family),
-        eos_token_ids=_eos_token_ids(keys),
+        eos_token_ids=_eos_token_ids(keys, family),
         dtype=dtype,
     )
 
 
 def _refuse_what_is_not_implemented(keys: _Keys) -> None:
-    if (act := keys.get("hidden_act")) not in (None, "silu", "swish"):
+    if (act := keys.raw.get("hidden_act")) not in (None, "silu", "swish"):
         raise keys.error("hidden_act", f"is {act!r}; only silu is implemented")
-    if keys.get("quantization_config") is not None:
+    if keys.raw.get("quantization_config") is not None:
         raise keys.error("quantization_config", "is set; give the model's unquantised checkpoint instead")
-    if (share := keys.get("partial_rotary_factor")) not in (None, 1, 1.0):
+    if (share := keys.raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise keys.error("partial_rotary_factor", f"is {share!r}; only 1 is implemented")
 
 
 def _rope(keys: _Keys) -> tuple[float, Llama3RopeScaling | None]:
     """Return theta and the scaling, from `rope_parameters` or from the older pair of keys."""
-    name = "rope_parameters" if keys.get("rope_parameters") is not None else "rope_scaling"
-    raw = keys.get(name)
+    name = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
+    raw = keys.raw.get(name)
     if raw is None:
         return keys.number("rope_theta", 10000.0), None
     if not isinstance(raw, dict):
@@ -228,13 +230,13 @@ def _sliding_window(keys: _Keys, family: _Family) -> int | None:
         return None
     if family.window_has_a_switch and not keys.flag("use_sliding_window"):
         return None
-    if "sliding_window" in keys.raw and keys.get("sliding_window") is None:
+    if "sliding_window" in keys.raw and keys.raw.get("sliding_window") is None:
         return None
     return keys.integer("sliding_window", family.sliding_window)
 
 
-def _eos_token_ids(keys: _Keys) -> tuple[int, ...]:
-    value = keys.get("eos_token_id")
+def _eos_token_ids(keys: _Keys, family: _Family) -> tuple[int, ...]:
+    value = keys.raw.get("eos_token_id", family.eos_token_id)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(type(i) is not int or i < 0 for i in ids):
         raise keys.error("eos_token_id", f"must be a token id or a list of them, not {value!r}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from refinfer.arrays import Float32Array
 from refinfer.model.config import Llama3RopeScaling, ModelConfig
 
 __all__ = ["RopeTables", "attention", "causal_mask", "rms_norm", "rope", "rope_tables", "silu_multiply"]
+
+
+_ONE: Final = np.array(1.0, dtype=np.float32)  # ufuncs take an array sooner than a Python number
 
 
 def rms_norm(x: Float32Array, weight: Float32Array, eps: float, out: Float32Array) -> None:
@@ -130,6 +134,6 @@ def silu_multiply(gate: Float32Array, up: Float32Array, scratch: Float32Array) -
     """
     np.negative(gate, out=scratch)
     np.exp(scratch, out=scratch)
-    np.add(scratch, 1.0, out=scratch)
+    np.add(scratch, _ONE, out=scratch)
     np.divide(gate, scratch, out=gate)
     np.multiply(gate, up, out=gate)

@@ -50,6 +50,7 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 """The format's element types, and the numpy type that holds each."""
 
 LARGEST_HEADER_BYTES: Final = 100_000_000
+_LARGEST_ELEMENTS: Final = 1 << 60
 _LENGTH: Final = struct.Struct("<Q")
 
 
@@ -90,9 +91,9 @@ def parse_header(header: bytes, data_bytes: int, where: str) -> tuple[dict[str, 
     if not header.startswith(b"{"):
         raise refuse("the header does not begin with '{'")
     try:
-        raw = json.loads(header, object_pairs_hook=no_duplicates)
+        raw = json.loads(header.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise refuse(f"the header is not JSON ({error})") from None
+        raise refuse(f"the header is not JSON in UTF-8 ({error})") from None
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise refuse("__metadata__ must map names to strings")
@@ -115,10 +116,13 @@ def parse_header(header: bytes, data_bytes: int, where: str) -> tuple[dict[str, 
 def _parse_tensor(name: str, entry: object, base: int, refuse: Any) -> TensorInfo:  # noqa: ANN401
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise refuse(f"{name!r} must have exactly dtype, shape and data_offsets")
+    if not _is_text(name):
+        raise refuse(f"{name!r} is not a name that UTF-8 can express")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refuse(f"{name!r} has the unknown type {dtype!r}")
-    if not _are_sizes(shape):
+    # Zeros aside, so that an empty tensor of vast dimensions, which numpy cannot hold either, is refused too.
+    if not _are_sizes(shape) or math.prod(n for n in shape if n) >= _LARGEST_ELEMENTS:
         raise refuse(f"{name!r} has the impossible shape {shape!r}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refuse(f"{name!r} has the impossible data_offsets {offsets!r}")
@@ -130,6 +134,14 @@ def _parse_tensor(name: str, entry: object, base: int, refuse: Any) -> TensorInf
 
 def _are_sizes(values: object) -> bool:
     return isinstance(values, list) and len(values) <= 32 and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class SafetensorsFile(Mapping[str, TensorInfo]):
@@ -206,15 +218,19 @@ def write_safetensors(path: Path, tensors: Sequence[TensorSpec], metadata: Mappi
     """Write `tensors` in the given order, one piece in memory at a time; on any failure no file is left.
 
     Raises:
-        SafetensorsError: the file exists already or cannot be written, or the pieces of a tensor do not add up
-            to its shape.
+        SafetensorsError: the file exists already or cannot be written, a name is there twice or not usable, or the
+            pieces of a tensor do not add up to its shape.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
     begin = 0
     for tensor in tensors:
+        if tensor.name in header or not _is_text(tensor.name):
+            raise SafetensorsError(f"{path} cannot hold {tensor.name!r}: the name is taken, or UTF-8 cannot express it")
         end = begin + tensor.nbytes
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
+    if not metadata:
+        del header["__metadata__"]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format asks for tensors that start on 8 bytes
     try:

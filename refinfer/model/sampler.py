@@ -45,8 +45,9 @@ def probabilities(logits: Float32Array, sampling: Sampling) -> npt.NDArray[np.fl
     In the order of Hugging Face's `generate`: temperature, then the `top_k` largest, then the smallest set of the
     largest that holds at least `top_p` of what is left. Among equal logits the lower id comes first.
 
-    >>> probabilities(np.log(np.array([1, 2, 5], np.float32)), Sampling(temperature=1.0, top_k=2)).round(3)
-    array([0.   , 0.286, 0.714])
+    Examples:
+        >>> probabilities(np.log(np.array([1, 2, 5], np.float32)), Sampling(temperature=1.0, top_k=2)).round(3)
+        array([0.   , 0.286, 0.714])
     """
     if sampling.temperature == 0:
         one_hot = np.zeros(logits.size)

@@ -30,7 +30,7 @@ __all__ = ["DTYPES", "checkpoint_nbytes", "write_checkpoint"]
 DTYPES: Final = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
 """Short names of the stored types: what safetensors calls them, and what `config.json` does."""
 
-_PIECE_BYTES: Final = 16 << 20
+_PIECE_BYTES: Final = 2 << 20  # in float32; rounding to bfloat16 takes a few copies more
 
 
 def checkpoint_nbytes(config: ModelConfig, dtype: str) -> int:
@@ -108,7 +108,9 @@ def _pieces(
         else:
             values *= np.float32(0.1)
             values += np.float32(0.0 if name.endswith(".bias") else 1.0)
-        piece = f32_to_bf16(values) if dtype == "bf16" else values.astype("<f2" if dtype == "f16" else "<f4")
+        piece = (
+            f32_to_bf16(values) if dtype == "bf16" else values.astype("<f2" if dtype == "f16" else "<f4", copy=False)
+        )
         progress(piece.nbytes)
         yield piece
 

@@ -1,7 +1,8 @@
 """Tokenizers: text to token ids and back, also piece by piece while a text is being generated.
 
-Knows: `tokenizer.json`. One without merges is a character or byte tokenizer and is read here, with no package; any
-other goes to the `tokenizers` package (extra `hf`). Does not know: models, sampling.
+Knows: `tokenizer.json`. The two forms that refinfer writes, a byte-pair encoding that merges nothing over characters
+or over bytes, are read here, with no package; any other goes to the `tokenizers` package (extra `hf`).
+Does not know: models, sampling.
 Spec: TOKEN-1 to TOKEN-6. Tutorial: 07.
 """
 
@@ -47,9 +48,10 @@ class Tokenizer(Protocol):
 class CharacterTokenizer:
     """One token for each character of a fixed alphabet.
 
-    >>> tokenizer = CharacterTokenizer({"a": 0, "b": 1})
-    >>> tokenizer.encode("abba"), tokenizer.decode([1, 0])
-    ([0, 1, 1, 0], 'ba')
+    Examples:
+        >>> tokenizer = CharacterTokenizer({"a": 0, "b": 1})
+        >>> tokenizer.encode("abba"), tokenizer.decode([1, 0])
+        ([0, 1, 1, 0], 'ba')
     """
 
     def __init__(self, vocab: Mapping[str, int]) -> None:
@@ -74,8 +76,9 @@ class CharacterTokenizer:
 class ByteTokenizer:
     """One token for each byte of UTF-8; `vocab` gives the id of each byte.
 
-    >>> ByteTokenizer({byte: byte for byte in range(256)}).encode("né")
-    [110, 195, 169]
+    Examples:
+        >>> ByteTokenizer({byte: byte for byte in range(256)}).encode("né")
+        [110, 195, 169]
     """
 
     def __init__(self, vocab: Mapping[int, int]) -> None:
@@ -83,11 +86,8 @@ class ByteTokenizer:
         self._bytes = {i: bytes([b]) for b, i in vocab.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Return the id of each UTF-8 byte; raises TokenizerError for a lone surrogate."""
-        try:
-            return [self._ids[b] for b in text.encode()]
-        except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text has a character that UTF-8 cannot express: {error.reason}") from None
+        """Return the id of each UTF-8 byte; raises TokenizerError for half of a surrogate pair."""
+        return [self._ids[byte] for byte in _utf8(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the bytes; what is not UTF-8 becomes U+FFFD."""
@@ -110,14 +110,21 @@ class _PackageTokenizer:
             raise TokenizerError(f"{path} is not a usable tokenizer: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, with the special tokens the file asks for."""
-        ids: list[int] = self._inner.encode(text).ids
+        """Return the ids of `text`, with the special tokens the file asks for; raises TokenizerError."""
+        ids: list[int] = self._inner.encode(_utf8(text).decode()).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens."""
         text: str = self._inner.decode(list(ids))
         return text
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"the text has a character that UTF-8 cannot express: {error.reason}") from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -135,48 +142,40 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not valid JSON: {error}") from None
-    vocab = _vocab_without_merges(raw)
-    if vocab is None:
-        return _PackageTokenizer(path)
-    if _type_of(raw, "decoder") == "ByteLevel":
-        alphabet = {c: b for b, c in _byte_alphabet().items()}
-        if set(vocab) == set(alphabet):
-            return ByteTokenizer({alphabet[c]: i for c, i in vocab.items()})
-    elif all(len(token) == 1 for token in vocab):
+    vocab = _vocab_of(raw)
+    if vocab is not None and raw == _character_form(vocab) and all(len(token) == 1 for token in vocab):
         return CharacterTokenizer(vocab)
+    if vocab is not None and raw == _byte_form(vocab) and set(vocab) == set(_byte_alphabet().values()):
+        return ByteTokenizer({byte: vocab[c] for byte, c in _byte_alphabet().items()})
     return _PackageTokenizer(path)
 
 
-def _vocab_without_merges(raw: object) -> dict[str, int] | None:
-    """Return the vocabulary of a byte-pair encoding that merges nothing and does nothing else to the text."""
+def _vocab_of(raw: object) -> dict[str, int] | None:
+    """Return the vocabulary in a `tokenizer.json` object, if it has a plain one: a different id for each token."""
     model = raw.get("model") if isinstance(raw, dict) else None
-    if not isinstance(raw, dict) or not isinstance(model, dict):
-        return None
-    does_more = raw.get("normalizer") or raw.get("post_processor") or raw.get("added_tokens")
-    if model.get("type") != "BPE" or model.get("merges") or does_more:
-        return None
-    if _type_of(raw, "decoder") not in {"ByteLevel", "Fuse"}:
-        return None
-    vocab = model.get("vocab")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocab, dict) or not all(type(i) is int and i >= 0 for i in vocab.values()):
         return None
     return vocab if len(set(vocab.values())) == len(vocab) else None
 
 
-def _type_of(raw: Mapping[str, Any], part: str) -> str | None:
-    value = raw.get(part)
-    return value.get("type") if isinstance(value, dict) else None
-
-
 def character_tokenizer_json(characters: Sequence[str]) -> dict[str, Any]:
     """Return a `tokenizer.json` object with one token for each of `characters`, which `transformers` reads too."""
-    return _tokenizer_json({c: i for i, c in enumerate(characters)}, None, {"type": "Fuse"})
+    return _character_form({c: i for i, c in enumerate(characters)})
 
 
 def byte_tokenizer_json() -> dict[str, Any]:
     """Return a `tokenizer.json` object with one token for each byte, which `transformers` reads too."""
+    return _byte_form({c: byte for byte, c in _byte_alphabet().items()})
+
+
+def _character_form(vocab: dict[str, int]) -> dict[str, Any]:
+    return _tokenizer_json(vocab, None, {"type": "Fuse"})
+
+
+def _byte_form(vocab: dict[str, int]) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return _tokenizer_json({c: b for b, c in _byte_alphabet().items()}, byte_level, byte_level)
+    return _tokenizer_json(vocab, byte_level, byte_level)
 
 
 def _tokenizer_json(
@@ -209,30 +208,36 @@ class TextStream:
     has not come yet is held back, so that no half character is ever shown.
     """
 
-    _LONGEST_CHARACTER: Final = 8  # tokens; UTF-8 needs 4 at most, so more is not a character that is still coming
+    _MOST_STILL_COMING: Final = 3  # tokens of an unfinished character: UTF-8 has at most four bytes
+    _CONTEXT: Final = 8  # tokens in front that can change how the next one is written
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._shown = list(context[-self._LONGEST_CHARACTER :])
+        self._shown = list(context[-self._CONTEXT :])
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
         """Take the next id and return what can be shown now; may be empty."""
         self._pending.append(token_id)
-        piece = self._piece()
-        if piece.endswith(_REPLACEMENT) and len(self._pending) < self._LONGEST_CHARACTER:
-            return ""
-        return self._show(piece)
+        piece = self._text_of(self._pending)
+        if not piece.endswith(_REPLACEMENT):
+            return self._show(len(self._pending), piece)
+        # Either half a character, or bytes that are none. What the last tokens cannot change any more may go.
+        settled = len(self._pending) - self._MOST_STILL_COMING
+        if settled > 0 and piece.startswith(start := self._text_of(self._pending[:settled])):
+            return self._show(settled, start)
+        return ""
 
     def finish(self) -> str:
         """Return what was held back."""
-        return self._show(self._piece()) if self._pending else ""
+        return self._show(len(self._pending), self._text_of(self._pending))
 
-    def _piece(self) -> str:
+    def _text_of(self, ids: list[int]) -> str:
         # Some tokenizers write a token differently at the start of a text: decode it behind what it follows.
         before = self._tokenizer.decode(self._shown)
-        return self._tokenizer.decode(self._shown + self._pending)[len(before) :]
+        return self._tokenizer.decode(self._shown + ids)[len(before) :]
 
-    def _show(self, piece: str) -> str:
-        self._shown, self._pending = (self._shown + self._pending)[-self._LONGEST_CHARACTER :], []
+    def _show(self, n: int, piece: str) -> str:
+        self._shown = (self._shown + self._pending[:n])[-self._CONTEXT :]
+        del self._pending[:n]
         return piece

@@ -9,6 +9,7 @@ import struct
 import tempfile
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from refinfer.errors import SafetensorsError
 from refinfer.model.safetensors import DTYPES, SafetensorsFile, TensorSpec, write_safetensors
 
 HUGE = 1 << 62
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # what UTF-8 can express
 
 
 def entry(dtype: object = "U8", shape: object = (3,), offsets: object = (0, 3)) -> dict[str, object]:
@@ -59,16 +61,13 @@ def tensors(draw: st.DrawFn) -> tuple[str, str, npt.NDArray[Any]]:
     shape = draw(array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
     rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
     bits = rng.integers(0, 2 if dtype == "BOOL" else 256, (*shape, DTYPES[dtype].itemsize), np.uint8)
-    name = draw(st.text(st.characters(exclude_categories=["Cs"])))
-    return name, dtype, bits.view(DTYPES[dtype]).reshape(shape)
+    return draw(TEXT), dtype, bits.view(DTYPES[dtype]).reshape(shape)
 
 
 @pytest.mark.spec("TENSOR-1")
 @given(
     st.lists(tensors(), unique_by=lambda tensor: tensor[0], max_size=6),
-    st.dictionaries(
-        st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"]))
-    ),
+    st.dictionaries(TEXT, TEXT),
 )
 def test_what_is_written_reads_back_bit_for_bit_in_the_same_order(
     drawn: list[tuple[str, str, npt.NDArray[Any]]], metadata: dict[str, str]
@@ -192,22 +191,21 @@ BAD_TENSORS = {
     "negative offset": (entry(offsets=[-3, 0]), "impossible data_offsets [-3, 0]"),
     "fractional offset": (entry(offsets=[0, 3.0]), "impossible data_offsets [0, 3.0]"),
     "flag offset": (entry(offsets=[False, 3]), "impossible data_offsets [False, 3]"),
-    "too few bytes": (entry(shape=[4]), "takes 3 bytes, but U8 [4] needs 4"),
-    "too many bytes": (entry(shape=[2]), "takes 3 bytes, but U8 [2] needs 2"),
-    "bytes of a wide type": (entry("F32"), "takes 3 bytes, but F32 [3] needs 12"),
-    "bytes of nothing": (entry(shape=[3, 0]), "takes 3 bytes, but U8 [3, 0] needs 0"),
-    "no object": ([0, 3], "must have exactly dtype, shape and data_offsets"),
-    "missing key": ({"dtype": "U8", "shape": [3]}, "must have exactly dtype, shape and data_offsets"),
-    "extra key": (entry() | {"strides": [1]}, "must have exactly dtype, shape and data_offsets"),
+    "too few bytes": (entry(shape=[4]), "3 bytes, but U8 [4] needs 4"),
+    "too many bytes": (entry(shape=[2]), "3 bytes, but U8 [2] needs 2"),
+    "bytes of a wide type": (entry("F32"), "3 bytes, but F32 [3] needs 12"),
+    "bytes of nothing": (entry(shape=[3, 0]), "3 bytes, but U8 [3, 0] needs 0"),
+    "no object": ([0, 3], "exactly dtype, shape and data_offsets"),
+    "missing key": ({"dtype": "U8", "shape": [3]}, "exactly dtype, shape and data_offsets"),
+    "extra key": (entry() | {"strides": [1]}, "exactly dtype, shape and data_offsets"),
 }
 
 
 @pytest.mark.spec("TENSOR-3")
 @pytest.mark.parametrize(("tensor", "why"), BAD_TENSORS.values(), ids=BAD_TENSORS)
 def test_an_impossible_tensor_is_refused_by_name(tmp_path: Path, tensor: object, why: str) -> None:
-    with pytest.raises(SafetensorsError, match=re.escape(f"'odd' {why}" if why[0] in "tm" else why)) as refusal:
+    with pytest.raises(SafetensorsError, match=f"'odd' .*{re.escape(why)}"):
         open_bytes(tmp_path, file_bytes({"odd": tensor}, b"abc"))
-    assert "'odd'" in str(refusal.value)
 
 
 BAD_LAYOUTS = {
@@ -230,6 +228,16 @@ def test_tensors_that_do_not_tile_the_file_are_refused(tmp_path: Path, header: o
         open_bytes(tmp_path, file_bytes(header, data))
 
 
+@contextmanager
+def less_than_a_megabyte_allocated() -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
 GREEDY_FILES = {
     "header of 4 EB": struct.pack("<Q", HUGE) + b"{}",
     "tensor of 4 EB": file_bytes({"a": entry(shape=[HUGE], offsets=[0, HUGE])}),
@@ -244,13 +252,8 @@ def test_a_file_that_announces_too_much_is_refused_before_anything_is_allocated_
     tmp_path: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mmap, "mmap", lambda *_, **__: pytest.fail("a refused file was mapped"))
-    tracemalloc.start()
-    try:
-        with pytest.raises(SafetensorsError):
-            open_bytes(tmp_path, raw)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    finally:
-        tracemalloc.stop()
+    with less_than_a_megabyte_allocated(), pytest.raises(SafetensorsError):
+        open_bytes(tmp_path, raw)
 
 
 @pytest.mark.spec("TENSOR-5")
@@ -259,13 +262,9 @@ def test_a_header_beyond_100_megabytes_is_refused_unread_also_where_the_file_is_
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 100_000_001) + b"{")
         file.truncate(8 + 100_000_001)
-    tracemalloc.start()
-    try:
-        with pytest.raises(SafetensorsError, match="announces a header of 100000001 bytes"):
-            SafetensorsFile(path)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    finally:
-        tracemalloc.stop()
+    announced = pytest.raises(SafetensorsError, match="announces a header of 100000001 bytes")
+    with less_than_a_megabyte_allocated(), announced:
+        SafetensorsFile(path)
 
 
 SOUND = file_bytes(
@@ -342,14 +341,6 @@ def test_pieces_that_do_not_add_up_are_refused_and_leave_no_file(tmp_path: Path,
 def test_pieces_that_fail_leave_no_file_and_their_error_comes_through(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)):
         write_safetensors(tmp_path / "some.safetensors", [TensorSpec("a", "U8", (3,), pieces_that_fail(error))])
-    assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.spec("TENSOR-7")
-def test_a_disk_that_fails_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
-    full = OSError(28, "No space left on device")
-    with pytest.raises(SafetensorsError, match="cannot be written: No space left on device"):
-        write_safetensors(tmp_path / "some.safetensors", [TensorSpec("a", "U8", (3,), pieces_that_fail(full))])
     assert not any(tmp_path.iterdir())
 
 

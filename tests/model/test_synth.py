@@ -1,0 +1,164 @@
+"""Specifies `refinfer.model.synth`: what random checkpoints depend on, how little memory they need, what they leave."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import refinfer
+from refinfer.errors import RequestError
+from refinfer.model.checkpoint import INDEX_NAME, open_checkpoint
+from refinfer.model.config import SHAPES
+from refinfer.model.config_json import load_config
+from refinfer.model.safetensors import SafetensorsFile
+from refinfer.model.synth import DTYPES, checkpoint_nbytes, write_checkpoint
+
+SMALL = replace(SHAPES["tiny"], vocab_size=300, num_hidden_layers=2)
+SIXTEEN_MIB = 16 << 20
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    """Return every tensor's bytes by name."""
+    checkpoint = open_checkpoint(folder)
+    return {name: checkpoint.stored(name, tensor.shape).tobytes() for name, tensor in checkpoint.items()}
+
+
+@pytest.mark.spec("SYNTH-2")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shard_nbytes", [1, 50_000, 10**9])
+def test_the_same_seed_gives_the_same_weights_whatever_the_sharding(
+    tmp_path: Path, dtype: str, shard_nbytes: int
+) -> None:
+    write_checkpoint(tmp_path / "single", SMALL, dtype=dtype, seed=7)
+    write_checkpoint(tmp_path / "sharded", SMALL, dtype=dtype, seed=7, shard_nbytes=shard_nbytes)
+    assert bits(tmp_path / "single") == bits(tmp_path / "sharded")
+    assert (tmp_path / "sharded" / INDEX_NAME).exists()
+
+
+@pytest.mark.spec("SYNTH-2")
+def test_another_seed_or_another_name_gives_other_weights(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_checkpoint(tmp_path / str(seed), SMALL, seed=seed)
+    tensors = [tensor for seed in ("0", "1") for tensor in bits(tmp_path / seed).values()]
+    assert len(set(tensors)) == len(tensors)
+
+
+@pytest.mark.spec("SYNTH-2")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_checkpoint_has_the_tensors_and_the_bytes_that_its_config_says(tmp_path: Path, dtype: str) -> None:
+    write_checkpoint(tmp_path, SMALL, dtype=dtype)
+    assert load_config(tmp_path) == replace(SMALL, dtype=DTYPES[dtype][1])
+    assert {name: tensor.shape for name, tensor in open_checkpoint(tmp_path).items()} == SMALL.tensor_shapes()
+    assert sum(map(len, bits(tmp_path).values())) == checkpoint_nbytes(SMALL, dtype)
+
+
+@pytest.mark.spec("SYNTH-2")
+def test_a_shard_grows_beyond_its_limit_only_for_a_single_tensor(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, SMALL, dtype="f32", shard_nbytes=50_000)
+    shards = [SafetensorsFile(path) for path in sorted(tmp_path.glob("*.safetensors"))]
+    sizes = [[tensor.nbytes for tensor in shard.values()] for shard in shards]
+    assert all(sum(of_shard) <= 50_000 or len(of_shard) == 1 for of_shard in sizes)
+    assert len(shards) < sum(map(len, sizes))
+    assert [shard.path.name for shard in shards] == [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]
+
+
+@pytest.mark.spec("SYNTH-3")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_at_most_16_mib_of_weights_are_in_memory_at_a_time(tmp_path: Path, dtype: str) -> None:
+    config = replace(SMALL, vocab_size=98_304)
+    assert config.vocab_size * config.hidden_size * 4 > SIXTEEN_MIB
+    made: list[int] = []
+    tracemalloc.start()
+    try:
+        write_checkpoint(tmp_path, config, dtype=dtype, progress=made.append)
+        assert tracemalloc.get_traced_memory()[1] <= SIXTEEN_MIB
+    finally:
+        tracemalloc.stop()
+    assert sum(made) == checkpoint_nbytes(config, dtype)
+
+
+@pytest.mark.spec("SYNTH-4")
+def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("precious", encoding="utf-8")
+    for occupied in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(RequestError, match="exists and is not an empty folder"):
+            write_checkpoint(occupied, SMALL)
+    assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.spec("SYNTH-4")
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, SMALL)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+# Python ignores the signal that tells of a file beyond its limit: writing fails as it does on a full disk.
+WRITE_WITH_LITTLE_ROOM = """
+import resource, sys
+from pathlib import Path
+from refinfer.errors import InputError
+from refinfer.model.config import SHAPES
+from refinfer.model.synth import write_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    write_checkpoint(Path(sys.argv[1]), SHAPES["tiny"])
+except InputError as error:
+    print(error)
+"""
+
+
+def write_with_little_room(folder: Path) -> str:
+    """Try to write a checkpoint of 430 kB where no file may grow beyond 100 kB; return what is said about it."""
+    command = [sys.executable, "-c", WRITE_WITH_LITTLE_ROOM, str(folder)]
+    root = Path(refinfer.__file__).parents[1]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.spec("SYNTH-4", "TENSOR-7")
+def test_a_full_disk_is_reported_and_leaves_no_folder_behind(tmp_path: Path) -> None:
+    assert "cannot be written: File too large" in write_with_little_room(tmp_path / "new")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.spec("SYNTH-4", "TENSOR-7")
+def test_a_full_disk_is_reported_and_leaves_an_empty_folder_empty(tmp_path: Path) -> None:
+    assert "cannot be written: File too large" in write_with_little_room(tmp_path)
+    assert tmp_path.is_dir()
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.spec("SYNTH-4")
+@pytest.mark.parametrize("tensors", [0, 1, 10, 19])
+def test_an_interrupt_leaves_nothing_behind_whichever_shard_it_hits(tmp_path: Path, tensors: int) -> None:
+    made: list[int] = []
+
+    def interrupt(nbytes: int) -> None:
+        made.append(nbytes)
+        if len(made) > tensors:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path / "new", SMALL, shard_nbytes=20_000, progress=interrupt)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.spec("SYNTH-4")
+def test_a_checkpoint_larger_than_the_disk_is_refused_before_it_is_begun(tmp_path: Path) -> None:
+    giant = replace(SMALL, hidden_size=1 << 30, vocab_size=1 << 30)
+    with pytest.raises(RequestError, match="but the disk has"):
+        write_checkpoint(tmp_path / "new", giant, progress=lambda _: pytest.fail("weights were made"))
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.spec("SYNTH-4")
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RequestError, match="cannot be written: Not a directory"):
+        write_checkpoint(tmp_path / "file" / "new", SMALL)

@@ -1,0 +1,318 @@
+"""Specifies `refinfer.model.tokenizer`: text to ids and back, all at once and piece by piece."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+import refinfer
+from refinfer.errors import TokenizerError
+from refinfer.model.tokenizer import (
+    TextStream,
+    Tokenizer,
+    byte_tokenizer_json,
+    character_tokenizer_json,
+    load_tokenizer,
+)
+
+CHARACTERS = st.characters(exclude_categories=["Cs"])  # what UTF-8 can express
+TEXT = st.text(CHARACTERS)
+FEW = character_tokenizer_json("ab c")
+BYTES = byte_tokenizer_json()
+
+
+def load(raw: dict[str, Any]) -> Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+        tokenizer = load_tokenizer(Path(folder))
+    assert tokenizer is not None
+    return tokenizer
+
+
+def of_the_package(raw: dict[str, Any]) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(json.dumps(raw))
+
+
+def merging_json() -> dict[str, Any]:
+    """Return a byte-level tokenizer with merges: parts of words, a whole character, and half of one."""
+    letter = {byte: character for character, byte in BYTES["model"]["vocab"].items()}
+    pairs = [(b"h", b"e"), (b"l", b"l"), (b"he", b"ll"), (b"\xc3", b"\xa9"), (b"\xf0", b"\x9f"), (b" ", b"\xf0\x9f")]
+    merges = [("".join(letter[b] for b in left), "".join(letter[b] for b in right)) for left, right in pairs]
+    vocab = BYTES["model"]["vocab"] | {left + right: 256 + i for i, (left, right) in enumerate(merges)}
+    inner = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return dict(json.loads(inner.to_str()))
+
+
+def word_json() -> dict[str, Any]:
+    """Return a tokenizer of two words that writes no space before the first word of a text."""
+    inner = tokenizers.Tokenizer(models.WordLevel({"▁once": 0, "▁upon": 1}, unk_token="▁once"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    return dict(json.loads(inner.to_str()))
+
+
+BYTE_TOKENIZER = load(BYTES)
+MERGING_TOKENIZER = load(merging_json())
+
+
+@st.composite
+def alphabets_and_texts(draw: st.DrawFn) -> tuple[list[str], str]:
+    alphabet = draw(st.lists(CHARACTERS, min_size=1, max_size=20, unique=True))
+    return alphabet, draw(st.text(st.sampled_from(alphabet)))
+
+
+@pytest.mark.spec("TOKEN-1", "TOKEN-2")
+@given(alphabets_and_texts())
+def test_characters_of_the_alphabet_come_back_and_have_the_ids_of_the_package(drawn: tuple[list[str], str]) -> None:
+    alphabet, text = drawn
+    raw = character_tokenizer_json(alphabet)
+    tokenizer, package = load(raw), of_the_package(raw)
+    ids = tokenizer.encode(text)
+    assert ids == [alphabet.index(character) for character in text] == package.encode(text).ids
+    assert tokenizer.decode(ids) == text == package.decode(ids)
+
+
+@pytest.mark.spec("TOKEN-1", "TOKEN-2")
+@given(TEXT)
+def test_any_text_comes_back_from_bytes_and_has_the_ids_of_the_package(text: str) -> None:
+    ids = BYTE_TOKENIZER.encode(text)
+    assert ids == list(text.encode()) == of_the_package(BYTES).encode(text).ids
+    assert BYTE_TOKENIZER.decode(ids) == text
+
+
+@pytest.mark.spec("TOKEN-2")
+@given(st.binary())
+def test_any_bytes_also_those_of_no_text_decode_as_in_the_package(content: bytes) -> None:
+    ids = list(content)
+    assert BYTE_TOKENIZER.decode(ids) == content.decode(errors="replace") == of_the_package(BYTES).decode(ids)
+
+
+@pytest.mark.spec("TOKEN-2")
+def test_ids_are_those_of_the_file_not_those_of_the_order_in_it() -> None:
+    assert load(FEW | {"model": FEW["model"] | {"vocab": {"a": 7, "b": 3}}}).encode("ab") == [7, 3]
+    reversed_bytes = {character: 255 - byte for character, byte in BYTES["model"]["vocab"].items()}
+    assert load(BYTES | {"model": BYTES["model"] | {"vocab": reversed_bytes}}).encode("né") == [145, 60, 86]
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+TRUNCATION = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": {"Fixed": 6},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 1,
+    "pad_type_id": 0,
+    "pad_token": "b",
+}
+SPECIAL = {
+    "id": 9,
+    "content": "ab",
+    "special": True,
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+}
+BYTE_LEVEL = BYTES["pre_tokenizer"]
+FILES_WITHOUT_MERGES = {
+    "characters": FEW,
+    "bytes": BYTES,
+    "spaces dropped": FEW | {"pre_tokenizer": {"type": "Whitespace"}},
+    "space put in front": character_tokenizer_json("ab▁c") | {"pre_tokenizer": METASPACE},
+    "byte space put in front": BYTES | {"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}},
+    "bytes split into words": BYTES | {"pre_tokenizer": BYTE_LEVEL | {"use_regex": True}},
+    "bytes not made": BYTES | {"pre_tokenizer": None},
+    "letters lowered": FEW | {"normalizer": {"type": "Lowercase"}},
+    "letters joined with spaces": FEW | {"decoder": None},
+    "special tokens": FEW | {"added_tokens": [SPECIAL]},
+    "unknown letter": FEW | {"model": FEW["model"] | {"unk_token": "c", "vocab": {"a": 0, " ": 1, "c": 2}}},
+    "suffix": FEW | {"model": FEW["model"] | {"end_of_word_suffix": "b"}},
+    "prefix": FEW | {"model": FEW["model"] | {"continuing_subword_prefix": "#"}},
+    "truncation": FEW | {"truncation": TRUNCATION},
+    "padding": FEW | {"padding": PADDING},
+}
+
+
+@pytest.mark.spec("TOKEN-2")
+@pytest.mark.parametrize("raw", FILES_WITHOUT_MERGES.values(), ids=FILES_WITHOUT_MERGES)
+def test_a_file_without_merges_means_what_it_means_to_the_package(raw: dict[str, Any]) -> None:
+    tokenizer, package = load(raw), of_the_package(raw)
+    ids = package.encode("ab ac").ids
+    assert tokenizer.encode("ab ac") == ids
+    assert tokenizer.decode(ids) == package.decode(ids)
+
+
+@pytest.mark.spec("TOKEN-3")
+@given(TEXT | st.text("hel é😀\n"))
+def test_a_file_with_merges_has_the_ids_and_the_text_of_the_package(text: str) -> None:
+    package = of_the_package(merging_json())
+    ids = MERGING_TOKENIZER.encode(text)
+    assert ids == package.encode(text).ids
+    assert MERGING_TOKENIZER.decode(ids) == text == package.decode(ids)
+
+
+@pytest.mark.spec("TOKEN-3")
+def test_merges_are_applied() -> None:
+    assert MERGING_TOKENIZER.encode("hello é") == [258, ord("o"), ord(" "), 259]
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["tokenizers"] = None  # an import now fails as if it were not installed
+from pathlib import Path
+from refinfer.errors import TokenizerError
+from refinfer.model.tokenizer import load_tokenizer
+for folder in sys.argv[1:]:
+    try:
+        print(load_tokenizer(Path(folder)).encode("ab c"))
+    except TokenizerError as error:
+        print(error)
+"""
+
+
+@pytest.mark.spec("TOKEN-2", "TOKEN-3")
+def test_only_a_file_with_merges_needs_the_package_and_one_line_says_how_to_install_it(tmp_path: Path) -> None:
+    for name, raw in {"few": FEW, "bytes": BYTES, "merging": merging_json()}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    folders = [str(tmp_path / name) for name in ("few", "bytes", "merging")]
+    command, root = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *folders], Path(refinfer.__file__).parents[1]
+    output = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert output.splitlines() == [
+        "[0, 1, 2, 3]",
+        "[97, 98, 32, 99]",
+        f"{folders[2]}/tokenizer.json needs the tokenizers package: pip install 'refinfer[hf]', or give --token-ids",
+    ]
+
+
+@pytest.mark.spec("TOKEN-4")
+@pytest.mark.parametrize("character", ["x", "A", "é", "\n", "😀", "\udc80"], ids=ascii)
+def test_a_character_that_is_not_in_the_alphabet_is_refused_by_name(character: str) -> None:
+    with pytest.raises(TokenizerError, match=re.escape(f"{character!r}; it knows only ' abc'")):
+        load(FEW).encode("ab" + character)
+
+
+@pytest.mark.spec("TOKEN-4")
+@pytest.mark.parametrize("tokenizer", [BYTE_TOKENIZER, MERGING_TOKENIZER], ids=["bytes", "merges"])
+def test_half_of_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match="UTF-8"):
+        tokenizer.encode("ab\udc80")
+
+
+def stream_pieces(tokenizer: Tokenizer, ids: Sequence[int], context: Sequence[int] = ()) -> list[str]:
+    stream = TextStream(tokenizer, context)
+    return [*map(stream.push, ids), stream.finish()]
+
+
+BYTES_OF_CHARACTERS_AND_NOISE = st.lists(
+    st.sampled_from([[*character.encode()] for character in "aé€😀\ufffd"])
+    | st.lists(st.integers(120, 260), max_size=9)
+).map(lambda parts: [byte for part in parts for byte in part])
+
+
+@pytest.mark.spec("TOKEN-5")
+@settings(max_examples=200)
+@example([0x80] * 7 + [0xC3, 0xA9])
+@given(BYTES_OF_CHARACTERS_AND_NOISE)
+def test_streamed_bytes_only_ever_add_to_the_decoded_text_and_end_as_it(ids: list[int]) -> None:
+    text = BYTE_TOKENIZER.decode(ids)
+    shown = list(accumulate(stream_pieces(BYTE_TOKENIZER, ids)))
+    assert all(text.startswith(so_far) for so_far in shown)
+    assert shown[-1] == text
+
+
+@pytest.mark.spec("TOKEN-5")
+@given(st.lists(st.integers(0, 261)))
+def test_streamed_tokens_of_the_package_end_as_the_decoded_text(ids: list[int]) -> None:
+    assert "".join(stream_pieces(MERGING_TOKENIZER, ids)) == MERGING_TOKENIZER.decode(ids)
+
+
+@pytest.mark.spec("TOKEN-5")
+@given(TEXT.filter(lambda text: "\ufffd" not in text))
+def test_a_character_is_shown_with_its_last_byte_and_not_later(text: str) -> None:
+    pieces = [piece for c in text for piece in [""] * (len(c.encode()) - 1) + [c]]
+    assert stream_pieces(BYTE_TOKENIZER, BYTE_TOKENIZER.encode(text)) == [*pieces, ""]
+
+
+@pytest.mark.spec("TOKEN-5")
+@given(TEXT, TEXT)
+def test_a_stream_adds_what_comes_after_its_context(before: str, after: str) -> None:
+    pieces = stream_pieces(BYTE_TOKENIZER, BYTE_TOKENIZER.encode(after), BYTE_TOKENIZER.encode(before))
+    assert "".join(pieces) == after
+
+
+@pytest.mark.spec("TOKEN-5")
+def test_a_word_is_streamed_as_it_is_written_behind_its_context() -> None:
+    words = load(word_json())
+    assert stream_pieces(words, [0, 1]) == ["once", " upon", ""]
+    assert stream_pieces(words, [1], context=[0]) == [" upon", ""]
+
+
+MALFORMED = {
+    "cut short": (b"{", "is not valid JSON"),
+    "not UTF-8": (b'"\xff"', "is not valid JSON"),
+    "too deep": (b"[" * 100_000, "is not valid JSON"),
+    "empty": (b"", "is not valid JSON"),
+    "array": (b"[]", "is not a usable tokenizer"),
+    "null": (b"null", "is not a usable tokenizer"),
+    "no model": (b"{}", "is not a usable tokenizer"),
+}
+MALFORMED_PARTS = {
+    "model list": {"model": []},
+    "unknown model": {"model": {"type": "Oracle"}},
+    "vocab list": {"model": FEW["model"] | {"vocab": ["a", "b"]}},
+    "vocab absent": {"model": {"type": "BPE", "merges": []}},
+    "id text": {"model": FEW["model"] | {"vocab": {"a": "0"}}},
+    "id negative": {"model": FEW["model"] | {"vocab": {"a": -1}}},
+    "id fraction": {"model": FEW["model"] | {"vocab": {"a": 0.5}}},
+    "merge of nothing": {"model": FEW["model"] | {"merges": [["x", "y"]]}},
+    "unknown decoder": {"decoder": {"type": "Oracle"}},
+    "decoder type list": {"decoder": {"type": []}},
+    "decoder text": {"decoder": "Fuse"},
+    "unknown normalizer": {"normalizer": {"type": "Oracle"}},
+    "unknown pre-tokenizer": {"pre_tokenizer": {"type": "Oracle"}},
+    "unknown version": {"version": "2.0"},
+    "added tokens text": {"added_tokens": "ab"},
+}
+
+
+@pytest.mark.spec("TOKEN-6")
+@pytest.mark.parametrize(("content", "why"), MALFORMED.values(), ids=MALFORMED)
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(TokenizerError, match=rf"tokenizer\.json {why}"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.spec("TOKEN-6")
+@pytest.mark.parametrize("part", MALFORMED_PARTS.values(), ids=MALFORMED_PARTS)
+def test_a_tokenizer_with_a_malformed_part_is_refused(part: dict[str, Any]) -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a usable tokenizer"):
+        load(FEW | part)
+
+
+@pytest.mark.spec("TOKEN-6")
+def test_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read: Is a directory"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.spec("TOKEN-6")
+def test_a_model_without_a_tokenizer_file_has_no_tokenizer(tmp_path: Path) -> None:
+    assert load_tokenizer(tmp_path) is None
