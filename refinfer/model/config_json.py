@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -20,6 +20,7 @@ from refinfer.model.config import Llama3RopeScaling, ModelConfig
 __all__ = ["load_config", "parse_config", "to_json"]
 
 _LARGEST_SIZE: Final = 1 << 31
+_SMALLEST_NUMBER: Final = 1e-30
 _LARGEST_NUMBER: Final = 1e30
 _DTYPES: Final = ("float32", "float16", "bfloat16")
 
@@ -82,9 +83,10 @@ class _Keys:
         value = default if value is None else value
         if value is None:
             raise self.error(key, "is missing")
-        # The bound also keeps whole numbers away that no float can hold.
-        if type(value) not in (int, float) or not 0 < value < _LARGEST_NUMBER:
-            raise self.error(key, f"must be a positive number, not {value!r}")
+        # The bounds also keep numbers away that float32 cannot hold.
+        if type(value) not in (int, float) or not _SMALLEST_NUMBER < value < _LARGEST_NUMBER:
+            limits = f"{_SMALLEST_NUMBER:.0e} and {_LARGEST_NUMBER:.0e}"
+            raise self.error(key, f"must be a positive number between {limits}, not {value!r}")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -101,14 +103,18 @@ def load_config(folder: Path) -> ModelConfig:
     Raises:
         ConfigError: the folder or file is missing or unreadable, or `parse_config` refuses it.
     """
-    if not folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(f"{folder} cannot be read: {error.strerror}") from None
+    if not is_folder:
         raise ConfigError(f"{folder} is not a folder; --model takes a folder with config.json and safetensors files")
-    raw = _read_json(folder / "config.json")
+    config = parse_config(_read_json(folder / "config.json"), str(folder / "config.json"))
     generation = folder / "generation_config.json"
-    if generation.is_file():
+    if generation.is_file() and (raw := _read_json(generation)).get("eos_token_id") is not None:
         # transformers' generate() takes its end-of-text ids from here when they are given.
-        raw = raw | {k: v for k, v in _read_json(generation).items() if k == "eos_token_id" and v is not None}
-    return parse_config(raw, str(folder / "config.json"))
+        config = replace(config, eos_token_ids=_eos_token_ids(_Keys(raw, str(generation)), None))
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     attention_bias = family.reads_attention_bias and keys.flag("attention_bias")
     theta, scaling = _rope(keys)
     vocab_size = keys.integer("vocab_size")
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    dtype = next((raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None), "float32")
     if dtype not in _DTYPES:
         raise keys.error("dtype", f"is {dtype!r}; supported are {', '.join(_DTYPES)}")
     return ModelConfig(
@@ -182,7 +188,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         qk_norm=family.qk_norm,
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
         sliding_window=_sliding_window(keys, family),
-        eos_token_ids=_eos_token_ids(keys, family),
+        eos_token_ids=_eos_token_ids(keys, family.eos_token_id),
         dtype=dtype,
     )
 
@@ -192,6 +198,9 @@ def _refuse_what_is_not_implemented(keys: _Keys) -> None:
         raise keys.error("hidden_act", f"is {act!r}; only silu is implemented")
     if keys.raw.get("quantization_config") is not None:
         raise keys.error("quantization_config", "is set; give the model's unquantised checkpoint instead")
+    kinds = keys.raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
+        raise keys.error("layer_types", "must be a list of full_attention and sliding_attention")
     if (share := keys.raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise keys.error("partial_rotary_factor", f"is {share!r}; only 1 is implemented")
 
@@ -228,15 +237,16 @@ def _sliding_window(keys: _Keys, family: _Family) -> int | None:
     """Return the window in positions, or None where every layer sees everything."""
     if family.sliding_window is None:
         return None
-    if family.window_has_a_switch and not keys.flag("use_sliding_window"):
+    slides = "sliding_attention" in (keys.raw.get("layer_types") or [])
+    if family.window_has_a_switch and not keys.flag("use_sliding_window") and not slides:
         return None
     if "sliding_window" in keys.raw and keys.raw.get("sliding_window") is None:
         return None
     return keys.integer("sliding_window", family.sliding_window)
 
 
-def _eos_token_ids(keys: _Keys, family: _Family) -> tuple[int, ...]:
-    value = keys.raw.get("eos_token_id", family.eos_token_id)
+def _eos_token_ids(keys: _Keys, default: int | None) -> tuple[int, ...]:
+    value = keys.raw.get("eos_token_id", default)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(type(i) is not int or i < 0 for i in ids):
         raise keys.error("eos_token_id", f"must be a token id or a list of them, not {value!r}")

@@ -219,20 +219,9 @@ def write_safetensors(path: Path, tensors: Sequence[TensorSpec], metadata: Mappi
 
     Raises:
         SafetensorsError: the file exists already or cannot be written, a name is there twice or not usable, or the
-            pieces of a tensor do not add up to its shape.
+            pieces of a tensor are of another type or do not add up to its shape.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
-    begin = 0
-    for tensor in tensors:
-        if tensor.name in header or not _is_text(tensor.name):
-            raise SafetensorsError(f"{path} cannot hold {tensor.name!r}: the name is taken, or UTF-8 cannot express it")
-        end = begin + tensor.nbytes
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        begin = end
-    if not metadata:
-        del header["__metadata__"]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for tensors that start on 8 bytes
+    text = _header_for(path, tensors, metadata or {})
     try:
         file = path.open("xb")
     except OSError as error:
@@ -243,13 +232,28 @@ def write_safetensors(path: Path, tensors: Sequence[TensorSpec], metadata: Mappi
             for tensor in tensors:
                 written = 0
                 for piece in tensor.pieces:
-                    flat = np.ascontiguousarray(piece, DTYPES[tensor.dtype]).reshape(-1)
-                    written += file.write(flat.view(np.uint8).data)
+                    if piece.dtype != DTYPES[tensor.dtype]:
+                        raise SafetensorsError(f"{tensor.name!r} got {piece.dtype} where {tensor.dtype} is wanted")
+                    written += file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
                 if written != tensor.nbytes:
                     raise SafetensorsError(f"{tensor.name!r} got {written} bytes, but its shape needs {tensor.nbytes}")
-    except OSError as error:
+    except BaseException as error:
         path.unlink(missing_ok=True)
-        raise SafetensorsError(f"{path} cannot be written: {error.strerror}") from None
-    except BaseException:
-        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise SafetensorsError(f"{path} cannot be written: {error.strerror}") from None
         raise
+
+
+def _header_for(path: Path, tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for tensor in tensors:
+        if tensor.name in header or not _is_text(tensor.name):
+            raise SafetensorsError(f"{path} cannot hold {tensor.name!r}: the name is taken, or UTF-8 cannot express it")
+        end = begin + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    if not metadata:
+        del header["__metadata__"]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)  # the format asks for tensors that start on 8 bytes

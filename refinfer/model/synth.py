@@ -66,11 +66,14 @@ def write_checkpoint(
         RequestError: the folder is not empty, cannot be made, or the disk has too little room.
         SafetensorsError: writing failed.
     """
-    existed = folder.exists()
-    if existed and (not folder.is_dir() or any(folder.iterdir())):
-        raise RequestError(f"{folder} exists and is not an empty folder; name a new one")
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RequestError(f"{folder} exists and is not an empty folder; name a new one")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be made: {error.strerror}") from None
+    try:
         need, free = checkpoint_nbytes(config, dtype), shutil.disk_usage(folder).free
         if need > free:
             raise RequestError(f"{folder} needs {need / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left")
@@ -83,11 +86,10 @@ def write_checkpoint(
             _write_json(folder / TOKENIZER_NAME, byte_tokenizer_json())
         _write_json(folder / "config.json", to_json(replace(config, dtype=DTYPES[dtype][1])))
     except BaseException as error:
-        if folder.is_dir():
-            for file in folder.iterdir():
-                file.unlink()
-            if not existed:
-                folder.rmdir()
+        for file in folder.iterdir():
+            file.unlink()
+        for path in made:
+            path.rmdir()
         if isinstance(error, OSError):
             raise RequestError(f"{folder} cannot be written: {error.strerror}") from None
         raise

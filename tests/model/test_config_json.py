@@ -192,6 +192,7 @@ NO_POSITIVE_NUMBERS = {
     "negative": -1e-5,
     "nan": math.nan,
     "infinity": math.inf,
+    "beyond float32": 1e39,
     "beyond float": 10**400,
 }
 
@@ -271,7 +272,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     """Draw any config that a `config.json` of its family can express."""
     family = draw(st.sampled_from(FAMILIES))
     size = st.integers(1, (1 << 31) - 1)
-    positive = st.floats(min_value=0, max_value=1e30, exclude_min=True, exclude_max=True)
+    positive = st.floats(min_value=1e-29, max_value=1e29)
     heads = draw(st.integers(1, 64))
     attention_bias = family in {"llama", "qwen3"} and draw(st.booleans())
     low, high = sorted(draw(st.tuples(positive, positive).filter(lambda pair: pair[0] != pair[1])))
@@ -353,3 +354,24 @@ def test_a_generation_config_that_is_no_json_object_is_refused(tmp_path: Path) -
     write_folder(tmp_path, config=raw_config(), generation_config=[])
     with pytest.raises(ConfigError, match=r"generation_config\.json must hold a JSON object"):
         load_config(tmp_path)
+
+
+@pytest.mark.spec("CONFIG-6")
+def test_layers_that_do_not_attend_are_refused() -> None:
+    raw = raw_config("qwen3", layer_types=["full_attention", "linear_attention"])
+    with pytest.raises(ConfigError, match="layer_types must be a list of full_attention and sliding_attention"):
+        parse_config(raw)
+
+
+@pytest.mark.spec("CONFIG-6")
+def test_sliding_layers_have_a_window_whatever_the_switch_says() -> None:
+    raw = raw_config("qwen3", layer_types=["full_attention", "sliding_attention"], sliding_window=16)
+    assert parse_config(raw).sliding_window == 16
+    assert parse_config(raw | {"layer_types": ["full_attention"]}).sliding_window is None
+
+
+@pytest.mark.spec("CONFIG-9")
+def test_a_wrong_id_in_the_generation_config_is_refused_by_its_file(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, config=raw_config(), generation_config={"eos_token_id": "end"})
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id"):
+        load_config(folder)

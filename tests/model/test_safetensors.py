@@ -103,9 +103,9 @@ def test_the_pieces_of_a_tensor_may_have_any_size_and_layout(tmp_path: Path) -> 
 
 
 @pytest.mark.spec("TENSOR-1")
-@pytest.mark.parametrize("names", [["a", "a"], ["__metadata__"]], ids=["twice", "reserved"])
+@pytest.mark.parametrize("names", [["a", "a"], ["__metadata__"], ["\ud800"]], ids=["twice", "reserved", "surrogate"])
 def test_the_writer_refuses_names_that_the_reader_would_refuse(tmp_path: Path, names: list[str]) -> None:
-    with pytest.raises(SafetensorsError, match=names[-1]):
+    with pytest.raises(SafetensorsError, match=re.escape(repr(names[-1]))):
         write_safetensors(tmp_path / "some.safetensors", [whole(name, np.zeros(1, "u1"), "U8") for name in names])
     assert not any(tmp_path.iterdir())
 
@@ -149,6 +149,7 @@ BAD_HEADERS = {
     "name twice": (file_bytes(b'{"a": {}, "b": {}, "a": {}}'), "'a' is there twice"),
     "metadata twice": (file_bytes(b'{"__metadata__": {}, "__metadata__": {}}'), "'__metadata__' is there twice"),
     "key twice": (file_bytes(b'{"a": {"dtype": "U8", "dtype": "I8"}}'), "'dtype' is there twice"),
+    "surrogate name": (file_bytes({"\ud800": entry(shape=[0], offsets=[0, 0])}), "'\\ud800' is not a name"),
     "metadata list": (file_bytes({"__metadata__": []}), "__metadata__ must map names to strings"),
     "metadata number": (file_bytes({"__metadata__": {"a": 1}}), "__metadata__ must map names to strings"),
 }
@@ -348,3 +349,11 @@ def test_pieces_that_fail_leave_no_file_and_their_error_comes_through(tmp_path: 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SafetensorsError, match="cannot be written: No such file or directory"):
         write_safetensors(tmp_path / "nowhere" / "some.safetensors", [])
+
+
+@pytest.mark.spec("TENSOR-7")
+def test_a_piece_of_another_type_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(SafetensorsError, match="'t' got float32 where BF16 is wanted"):
+        write_safetensors(path, [TensorSpec("t", "BF16", (2,), [np.ones(2, np.float32)])])
+    assert not path.exists()

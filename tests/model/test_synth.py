@@ -160,5 +160,5 @@ def test_a_checkpoint_larger_than_the_disk_is_refused_before_it_is_begun(tmp_pat
 @pytest.mark.spec("SYNTH-4")
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RequestError, match="cannot be written: Not a directory"):
+    with pytest.raises(RequestError, match="cannot be made: Not a directory"):
         write_checkpoint(tmp_path / "file" / "new", SMALL)
