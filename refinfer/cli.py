@@ -7,12 +7,12 @@ Spec: CLI-1 to CLI-9. Tutorial: 00.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_MOST_BYTES: Final = 2.0**63
+
 _UNITS: Final = {
     "": 1, "B": 1,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -36,6 +38,7 @@ _UNITS: Final = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure while running, 2 for bad input, 130 for Ctrl-C."""
+    _mend_streams()
     try:
         args = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], None] = args.run
@@ -56,9 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _mend_streams() -> None:
+    """Make the standard streams usable: closed ones swallow, and characters a terminal lacks become '?'."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  (open until the program ends)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
 def _complain(message: str, status: int) -> int:
     one_line = re.sub(r"\s+", " ", message)
-    sys.stderr.write(f"refinfer: {one_line}\n")
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"refinfer: {one_line}\n")
     return status
 
 
@@ -93,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--temperature", metavar="T", type=_number, default=0.0, help="0 is greedy, 1 the model's own distribution (0)"
     )
-    generate.add_argument("--top-k", metavar="K", type=_integer(1), help="draw from the K likeliest tokens only")
-    generate.add_argument("--top-p", metavar="P", type=_number, help="draw from the likeliest that hold the share P")
+    generate.add_argument("--top-k", metavar="K", type=_integer(1), help="draw from the K likeliest, at a temperature")
+    generate.add_argument("--top-p", metavar="P", type=_number, help="draw from the likeliest that hold a share P")
     generate.add_argument("--seed", metavar="S", type=_integer(0), help="of the draws (a different one each time)")
     generate.add_argument("--threads", metavar="N", type=_integer(1), help="BLAS threads (by the model's size)")
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -146,10 +160,10 @@ def _nbytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 300MB or 1.5GiB")
-    value = int(float(match[1]) * _UNITS[match[2].upper()])
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least one byte, not {text!r}")
-    return value
+    value = float(match[1]) * _UNITS[match[2].upper()]
+    if not 1 <= value < _MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"must be at least one byte and less than 2^63, not {text!r}")
+    return int(value)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -170,14 +184,19 @@ def _generate(args: argparse.Namespace) -> None:
         )
         if not args.json:
             sys.stdout.write(prompt or "")
-        for piece in pieces:
-            if not args.json:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+        try:
+            for piece in pieces:
+                if not args.json:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            if sys.stdout.isatty():
+                print()  # what comes next begins on a line of its own
+            raise
         stats = session.stats
     assert stats is not None
     if args.json:
-        print(json.dumps(stats.to_json(), ensure_ascii=False))
+        print(json.dumps(stats.to_json()))
         return
     print("" if model.tokenizer else ",".join(map(str, stats.token_ids)))
     sys.stdout.flush()
@@ -224,7 +243,7 @@ def _synth(args: argparse.Namespace) -> None:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on a terminal, nothing in a pipe."""
     if not sys.stderr.isatty():

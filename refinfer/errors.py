@@ -13,10 +13,12 @@ __all__ = [
     "ConfigError",
     "GenerationError",
     "InputError",
+    "PackingError",
     "RefinferError",
     "RequestError",
     "SafetensorsError",
     "TokenizerError",
+    "TokenizerPackageMissingError",
     "WeightsError",
 ]
 
@@ -52,8 +54,16 @@ class TokenizerError(InputError):
     """A tokenizer file is missing or unusable, or a text cannot be encoded."""
 
 
+class TokenizerPackageMissingError(TokenizerError):
+    """A tokenizer file needs the `tokenizers` package, which is not installed; token ids still work."""
+
+
 class WeightsError(InputError):
     """A checkpoint's tensors do not fit its config: missing, of another shape or type, or not finite."""
+
+
+class PackingError(InputError):
+    """A matrix cannot be packed or multiplied as asked: shapes, types, or values that a format cannot hold."""
 
 
 class RequestError(InputError):

@@ -2,7 +2,7 @@
 
 Knows: every room, and in which order they are put together. Does not know: options as strings, terminals, JSON text;
 those are `cli`'s.
-Spec: GEN-1 to GEN-9. Tutorial: 00.
+Spec: GEN-1 to GEN-11. Tutorial: 00.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +19,15 @@ from typing import Any, Final, Self
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from refinfer.arrays import Float32Array
-from refinfer.errors import GenerationError, RequestError, TokenizerError, WeightsError
+from refinfer.arrays import Float32Array, IntArray
+from refinfer.errors import (
+    GenerationError,
+    InputError,
+    RequestError,
+    TokenizerError,
+    TokenizerPackageMissingError,
+    WeightsError,
+)
 from refinfer.model.checkpoint import Checkpoint, open_checkpoint
 from refinfer.model.config import ModelConfig
 from refinfer.model.config_json import load_config
@@ -38,9 +45,11 @@ __all__ = [
     "GenerationStats",
     "Model",
     "Session",
+    "default_threads",
     "load",
     "open_model",
     "peak_rss_bytes",
+    "usable_cores",
 ]
 
 STORYTELLER: Final = Path(__file__).parent / "storyteller"
@@ -50,15 +59,22 @@ DEFAULT_PROMPT: Final = "ROMEO:"
 DEFAULT_MAX_TOKENS: Final = 200
 DEFAULT_MAX_POSITIONS: Final = 512
 _BLAS_THREADS_PAY_FROM_BYTES: Final = 64 << 20
+_MOST_THREADS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model folder that has been looked at: its config and tokenizer; no weight has been read."""
+    """A model folder that has been looked at: its config and tokenizer; no weight has been read.
+
+    `tokenizer` is None where there is none or its package is missing, as `why_no_tokenizer` says; token ids work all
+    the same. `opening_s` is how long looking took.
+    """
 
     folder: Path
     config: ModelConfig
     tokenizer: Tokenizer | None
+    why_no_tokenizer: str
+    opening_s: float
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of `prompt`.
@@ -67,7 +83,7 @@ class Model:
             TokenizerError: the model has no tokenizer, or the text cannot be expressed.
         """
         if self.tokenizer is None:
-            raise TokenizerError(f"{self.folder} has no tokenizer.json; give the prompt as --token-ids")
+            raise TokenizerError(self.why_no_tokenizer)
         return self.tokenizer.encode(prompt)
 
     def plan_request(self, prompt_token_ids: Sequence[int], max_tokens: int | None) -> int:
@@ -101,8 +117,8 @@ class Model:
 class GenerationStats:
     """What one generation did; the fields of the command line's JSON, in its order.
 
-    `time_to_first_token_s` counts from the start of loading for a session's first generation, from the start of
-    generating for later ones. `tokens_per_s` counts the tokens after the first over the time spent on them; None
+    `time_to_first_token_s` is the time to load the model and to reach the first token; for a session's later
+    generations, to reach it alone. `tokens_per_s` counts the tokens after the first over the time spent on them; None
     for a single token. `peak_rss_bytes` is None where the system does not tell.
     """
 
@@ -121,17 +137,34 @@ class GenerationStats:
         return asdict(self)
 
 
-def open_model(folder: str | os.PathLike[str] | None = None) -> Model:
+def open_model(folder: str | os.PathLike[str] | None = None, clock: Clock | None = None) -> Model:
     """Look at a model folder: read its config and tokenizer, but no weights; None means the storyteller.
 
     Raises:
-        ConfigError: the folder or its config is missing or not supported.
-        TokenizerError: the tokenizer is malformed or needs a package that is not installed. A model without a
-            tokenizer can still be given token ids.
+        ConfigError: the folder or its config is missing, unreadable or not supported.
+        TokenizerError: the tokenizer is malformed.
     """
+    clock = clock or RealClock()
+    started = clock.now()
     path = STORYTELLER if folder is None else Path(folder)
-    config = load_config(path)
-    return Model(path, config, load_tokenizer(path))
+    why = f"{path} has no tokenizer.json; give the prompt as --token-ids"
+    tokenizer = None
+    with _readable(path):
+        config = load_config(path)
+        try:
+            tokenizer = load_tokenizer(path)
+        except TokenizerPackageMissingError as error:
+            why = str(error)
+    return Model(path, config, tokenizer, why, clock.now() - started)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the system says of a folder it will not let us look into (no permission, a name too long) into one."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def load(
@@ -159,57 +192,63 @@ def load(
         True
     """
     clock = clock or RealClock()
+    opened = model if isinstance(model, Model) else open_model(model, clock)
     started = clock.now()
-    opened = model if isinstance(model, Model) else open_model(model)
     positions = opened.config.longest_request
     if max_positions is None:
         max_positions = min(DEFAULT_MAX_POSITIONS, positions)
     if not 1 <= max_positions <= positions:
         raise RequestError(f"max_positions must be from 1 to this model's {positions}, not {max_positions}")
-    if threads is not None and threads < 1:
-        raise RequestError(f"threads must be at least 1, not {threads}")
-    checkpoint = open_checkpoint(opened.folder)
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise RequestError(f"threads must be from 1 to {_MOST_THREADS}, not {threads}")
+    with _readable(opened.folder):
+        checkpoint = open_checkpoint(opened.folder)
     source = RowMajorSource(opened.config, checkpoint)
-    threads = threads or _default_threads(opened.config)
-    return Session(opened, checkpoint, source, max_positions, threads, clock, started)
+    transformer = Transformer(source, max_positions)
+    threads = threads or default_threads(opened.config)
+    return Session(opened, checkpoint, transformer, threads, clock, opened.opening_s + clock.now() - started)
 
 
-def _default_threads(config: ModelConfig) -> int:
+def default_threads(config: ModelConfig) -> int:
     """One BLAS thread for a model of a cache's size: there, handing work over costs more than it saves."""
-    return 1 if config.n_parameters * 4 < _BLAS_THREADS_PAY_FROM_BYTES else os.cpu_count() or 1
+    return 1 if config.n_parameters * 4 < _BLAS_THREADS_PAY_FROM_BYTES else usable_cores()
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, where the system tells; otherwise how many there are."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 class Session:
     """A loaded model, ready to generate; made by `load`, closed by `close` or the end of a `with` block.
 
-    Laws: one generation at a time; each starts from an empty text. Greedy generations of the same prompt are equal.
-    BLAS threads are set while a generation runs and put back afterwards.
+    Laws: one generation at a time, each from an empty text; a new one ends the one before, which says so when it is
+    asked for more. Greedy generations of the same prompt are equal. BLAS threads are set for each token computed and
+    put back after it, never while the caller's code runs.
     """
 
     def __init__(
         self,
         model: Model,
         checkpoint: Checkpoint,
-        source: RowMajorSource,
-        max_positions: int,
+        transformer: Transformer,
         threads: int,
         clock: Clock,
-        started: float,
+        loading_s: float,
     ) -> None:
         self.model = model
         self.threads = threads
-        self._checkpoint = checkpoint
-        self._source = source
-        self._transformer: Transformer | None = Transformer(source, max_positions)
+        self._loaded: tuple[Checkpoint, Transformer] | None = (checkpoint, transformer)
         self._clock = clock
-        self._started: float | None = started
+        self._loading_s = loading_s
         self._stats: GenerationStats | None = None
+        self._latest: object = None  # the generation that may go on
         self._blas = ThreadpoolController()
 
     @property
     def max_positions(self) -> int:
         """How many positions the KV cache has room for."""
-        return self._open().kv_cache.max_positions
+        return self._transformer.kv_cache.max_positions
 
     @property
     def stats(self) -> GenerationStats | None:
@@ -220,7 +259,7 @@ class Session:
         self,
         prompt: str | None = None,
         *,
-        token_ids: Sequence[int] | None = None,
+        token_ids: Sequence[int] | IntArray | None = None,
         max_tokens: int | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -246,101 +285,109 @@ class Session:
         Raises:
             InputError: the request cannot be served.
         """
-        transformer = self._open()
+        room = self.max_positions
         if (prompt is None) == (token_ids is None):
             raise RequestError("give either a prompt or token_ids")
-        ids = list(token_ids) if token_ids is not None else self.model.encode(prompt or "")
+        ids = [int(i) for i in token_ids] if token_ids is not None else self.model.encode(prompt or "")
         if seed is not None and seed < 0:
             raise RequestError(f"seed must be at least 0, not {seed}")
         sampling = Sampling(temperature, top_k, top_p)
         if max_tokens is None:
-            max_tokens = min(self.model.plan_request(ids, None), max(1, self.max_positions - len(ids)))
+            max_tokens = min(self.model.plan_request(ids, None), max(1, room - len(ids)))
         n = self.model.plan_request(ids, max_tokens)
-        if len(ids) + n > self.max_positions:
+        if len(ids) + n > room:
             raise RequestError(
-                f"a prompt of {len(ids)} tokens and {n} more do not fit the {self.max_positions} positions reserved; "
+                f"a prompt of {len(ids)} tokens and {n} more do not fit the {room} positions reserved; "
                 "load the model with a larger max_positions"
             )
-        return self._run(transformer, ids, n, sampling, np.random.default_rng(seed))
+        return self._run(ids, n, sampling, np.random.default_rng(seed))
 
-    def _run(
-        self, transformer: Transformer, prompt_ids: list[int], n: int, sampling: Sampling, rng: np.random.Generator
-    ) -> Iterator[str]:
-        now = self._clock.now
-        started, self._started = self._started, None
-        step_started = now()
-        if started is None:
-            started = step_started
+    def _run(self, prompt_ids: list[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Iterator[str]:
+        tokens = _Tokens(self._clock)
+        self._latest = tokens
         stream = TextStream(self.model.tokenizer, prompt_ids) if self.model.tokenizer else None
-        ids: list[int] = []
         pieces: list[str] = []
-        finish_reason = "length"
-        first_s = later_s = 0.0
-        transformer.kv_cache.rewind(0)
-        with self._blas_limits():
-            while True:
-                logits = transformer.decode(ids[-1:])[0] if ids else transformer.prefill(prompt_ids)
-                self._require_finite(logits)
-                ids.append(sample(logits, sampling, rng))
-                if len(ids) == 1:
-                    first_s = now() - started
-                else:
-                    later_s += now() - step_started
-                if ids[-1] in self.model.config.eos_token_ids:
-                    finish_reason = "stop"
-                    break
-                if stream and (piece := stream.push(ids[-1])):
-                    pieces.append(piece)
-                    yield piece
-                if len(ids) == n:
-                    break
-                step_started = now()
-            if stream and (piece := stream.finish()):
+        for token_id in tokens.timed(self._token_ids(tokens, prompt_ids, n, sampling, rng)):
+            if token_id in self.model.config.eos_token_ids:
+                break
+            if stream and (piece := stream.push(token_id)):
                 pieces.append(piece)
                 yield piece
+        if stream and (piece := stream.finish()):
+            pieces.append(piece)
+            yield piece
         self._stats = GenerationStats(
             text="".join(pieces),
             prompt_token_ids=tuple(prompt_ids),
-            token_ids=tuple(ids),
-            finish_reason=finish_reason,
-            time_to_first_token_s=first_s,
-            tokens_per_s=(len(ids) - 1) / later_s if later_s > 0 else None,
+            token_ids=tuple(tokens.ids),
+            finish_reason="stop" if tokens.ids[-1] in self.model.config.eos_token_ids else "length",
+            time_to_first_token_s=self._loading_s + tokens.first_s,
+            tokens_per_s=(len(tokens.ids) - 1) / tokens.later_s if tokens.later_s > 0 else None,
             peak_rss_bytes=peak_rss_bytes(),
         )
+        self._loading_s = 0.0
 
-    def logits(self, token_ids: Sequence[int]) -> Float32Array:
+    def _token_ids(
+        self, tokens: _Tokens, prompt_ids: list[int], n: int, sampling: Sampling, rng: np.random.Generator
+    ) -> Iterator[int]:
+        """Yield `n` token ids, each computed when it is asked for."""
+        self._transformer.kv_cache.rewind(0)
+        for _ in range(n):
+            if self._latest is not tokens:
+                raise RequestError("this generation was ended by a later one of the same session")
+            with self._blas_limits():
+                logits = self._next_logits(tokens.ids[-1:], prompt_ids)
+                token_id = sample(logits, sampling, rng)
+            yield token_id
+
+    def _next_logits(self, last: list[int], prompt_ids: list[int]) -> Float32Array:
+        """Return the logits `[V]` behind the last token, or behind the prompt where there is none yet."""
+        transformer = self._transformer
+        logits: Float32Array = transformer.decode(last)[0] if last else transformer.prefill(prompt_ids)
+        self._require_finite(logits)
+        return logits
+
+    def logits(self, token_ids: Sequence[int] | IntArray) -> Float32Array:
         """Return the logits `[T, V]` after each of `token_ids`; uses memory of its own, whatever is generated.
 
         Raises:
             RequestError: no tokens, an id out of range, or more tokens than the model has positions.
         """
-        self._open()
-        self.model.plan_request(token_ids[:-1] or token_ids, 1)
+        source = self._transformer.source
+        ids = [int(i) for i in token_ids]
+        if len(ids) > self.model.config.longest_request:
+            raise RequestError(f"{len(ids)} tokens are more than this model's {self.model.config.longest_request}")
         with self._blas_limits():
-            logits = Transformer(self._source, len(token_ids)).decode(token_ids)
+            logits = Transformer(source, max(1, len(ids))).decode(ids)
         self._require_finite(logits)
         return logits
 
     def _require_finite(self, logits: Float32Array) -> None:
         if np.isfinite(logits).all():
             return
-        if (name := self._checkpoint.first_non_finite()) is not None:
-            raise WeightsError(f"{self._checkpoint.path_of(name)}: {name!r} holds NaN or infinity; the file is damaged")
+        checkpoint, _ = self._open()
+        if (name := checkpoint.first_non_finite()) is not None:
+            raise WeightsError(f"{checkpoint.path_of(name)}: {name!r} holds NaN or infinity; the file is damaged")
         raise GenerationError("the logits are not finite although every weight is: the activations have overflowed")
 
     def _blas_limits(self) -> AbstractContextManager[object]:
         limit: Callable[..., AbstractContextManager[object]] = self._blas.limit
         return limit(limits=self.threads, user_api="blas")
 
-    def _open(self) -> Transformer:
-        if self._transformer is None:
+    @property
+    def _transformer(self) -> Transformer:
+        return self._open()[1]
+
+    def _open(self) -> tuple[Checkpoint, Transformer]:
+        if self._loaded is None:
             raise RequestError("this session is closed; load the model again")
-        return self._transformer
+        return self._loaded
 
     def close(self) -> None:
         """Release the weights and the KV cache; closing twice is allowed."""
-        self._source.close()
-        self._transformer = None
+        if self._loaded is not None:
+            self._loaded[1].source.close()
+        self._loaded = None
 
     def __enter__(self) -> Self:
         return self
@@ -351,10 +398,34 @@ class Session:
         self.close()
 
 
+class _Tokens:
+    """The ids of one generation so far, and the time it took to make them; not the time its reader took."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.ids: list[int] = []
+        self.first_s = self.later_s = 0.0
+        self._now = clock.now
+
+    def timed(self, ids: Iterator[int]) -> Iterator[int]:
+        """Pass `ids` on, keeping each and its time."""
+        while True:
+            started = self._now()
+            token_id = next(ids, None)
+            if token_id is None:
+                return
+            if self.ids:
+                self.later_s += self._now() - started
+            else:
+                self.first_s = self._now() - started
+            self.ids.append(token_id)
+            yield token_id
+
+
 def peak_rss_bytes() -> int | None:
     """Return the most memory this process has had resident at once; None where the system does not tell.
 
-    On Linux from `VmHWM`: unlike `getrusage` it starts anew when a program is executed.
+    On Linux from `VmHWM`: unlike `getrusage` it starts anew when a program is executed. The kernel counts pages in
+    batches, so that it may be some hundred kilobytes off.
     """
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text().splitlines():

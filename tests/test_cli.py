@@ -80,7 +80,7 @@ def test_generate_json_is_one_object_with_the_documented_keys(run: Run) -> None:
     assert list(result) == list(GENERATE_KEYS)
     assert len(result["token_ids"]) == len(result["text"]) == 7
     assert result["time_to_first_token_s"] > 0
-    assert 0 < result["peak_rss_bytes"] <= (peak_rss_bytes() or 0)
+    assert result["peak_rss_bytes"] == pytest.approx(peak_rss_bytes(), rel=0.05)  # the kernel counts in batches
 
 
 @pytest.mark.spec("CLI-2", "GEN-2")
@@ -136,6 +136,10 @@ def test_what_does_not_exist_is_refused(run: Run, argv: list[str]) -> None:
         (["generate", "--top-k", "0"], "must be at least 1"),
         (["generate", "--seed", "-1"], "must be at least 0"),
         (["generate", "--threads", "0"], "must be at least 1"),
+        (["generate", "--threads", "9" * 30], "threads must be from 1 to 1024"),
+        (["generate", "--model", "m" * 300], "cannot be read"),
+        (["synth", "m" * 300, "--shape", "tiny"], "cannot be made"),
+        (["synth", "x", "--shape", "tiny", "--shard-size", "9" * 400 + "TB"], "less than 2^63"),
         (["generate", "--token-ids", "1,two"], "not a list of token ids"),
         (["generate", "--token-ids", "999"], "token id 999 is not in the vocabulary"),
         (["generate", "--token-ids", "1", "ROMEO"], "not both"),
@@ -147,7 +151,7 @@ def test_what_does_not_exist_is_refused(run: Run, argv: list[str]) -> None:
         (["synth", "/", "--shape", "tiny"], "is not an empty folder"),
         (["synth", "/dev/null/x", "--shape", "tiny"], "/dev/null/x"),
     ],
-    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+    ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
 )
 def test_bad_input_ends_in_one_line_and_status_2(run: Run, argv: list[str], why: str) -> None:
     status, out, err = run(*argv)
@@ -166,6 +170,66 @@ def test_ctrl_c_ends_with_status_130_and_one_line(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b"refinfer: interrupted\n"
     assert process.returncode == 130
+
+
+@pytest.mark.spec("CLI-5")
+def test_ctrl_c_while_the_program_starts_is_answered_the_same() -> None:
+    """The interrupt comes out of the first import of the command line."""
+    code = (
+        "import sys, importlib.abc\n"
+        "class Interrupting(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'numpy': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from refinfer.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"refinfer: interrupted\n")
+
+
+@pytest.mark.spec("CLI-4", "CLI-1")
+def test_a_terminal_that_lacks_a_character_shows_a_question_mark(tmp_path: Path) -> None:
+    main(["synth", str(tmp_path / "m"), "--shape", "tiny"])
+    argv = program("generate", "é", "--model", str(tmp_path / "m"), "--max-tokens", "3")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(argv, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"?")
+
+
+@pytest.mark.spec("CLI-4")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "2>/dev/full"])
+def test_closed_and_full_streams_change_no_exit_status(closed: str) -> None:
+    command = " ".join(program("generate", "--max-tokens", "{}")) + " " + closed
+    statuses = [
+        subprocess.run(command.format(n), shell=True, capture_output=True, check=False).returncode for n in (0, 2)
+    ]
+    assert statuses == ([2, 0] if closed != "2>/dev/full" else [2, 1])
+
+
+@pytest.mark.spec("TOKEN-3", "CLI-6")
+def test_without_the_tokenizers_package_token_ids_still_work(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    main(["synth", str(folder), "--shape", "tiny"])
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["merges"] = ["h e"]
+    raw["model"]["vocab"]["he"] = 256
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    blocked = "import sys; sys.modules['tokenizers'] = None; from refinfer.cli import main; sys.exit(main())"
+
+    def run_without(*argv: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [sys.executable, "-c", blocked, "generate", "--model", str(folder), "--max-tokens", "3", *argv],
+            capture_output=True,
+            check=False,
+        )
+
+    by_ids, by_text = run_without("--token-ids", "1,2"), run_without("hello")
+    assert by_ids.returncode == 0
+    assert len(by_ids.stdout.split(b",")) == 3
+    assert by_text.returncode == 2
+    assert b"pip install 'refinfer[hf]', or give the prompt as --token-ids" in by_text.stderr
 
 
 @pytest.mark.spec("CLI-5", "SYNTH-4")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +26,15 @@ from refinfer.errors import (
     TokenizerError,
     WeightsError,
 )
-from refinfer.generate import STORYTELLER, GenerationStats, Session, load, open_model
+from refinfer.generate import (
+    STORYTELLER,
+    GenerationStats,
+    Session,
+    default_threads,
+    load,
+    open_model,
+    usable_cores,
+)
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.safetensors import SafetensorsFile, TensorSpec, write_safetensors
 from refinfer.model.synth import write_checkpoint
@@ -189,6 +200,14 @@ def test_logits_do_not_disturb_a_generation(storyteller: Session) -> None:
     assert start + "".join(pieces) == plain
 
 
+@pytest.mark.spec("GEN-6", "GEN-1")
+def test_numpy_ids_are_ids(storyteller: Session) -> None:
+    ids = np.array(storyteller.model.encode("ROMEO:"))
+    np.testing.assert_array_equal(storyteller.logits(ids), storyteller.logits(ids.tolist()))
+    stats = stats_of(storyteller, token_ids=ids, max_tokens=3)
+    assert json.loads(json.dumps(stats.to_json()))["prompt_token_ids"] == ids.tolist()
+
+
 @pytest.mark.spec("GEN-6", "MODEL-12")
 @pytest.mark.parametrize("ids", [[], [65], [0] * 513], ids=["none", "out of range", "too many"])
 def test_logits_of_impossible_tokens_are_refused(storyteller: Session, ids: list[int]) -> None:
@@ -206,29 +225,60 @@ def blas_threads() -> list[int]:
 
 
 @pytest.mark.spec("GEN-7")
-@pytest.mark.parametrize("finish", [list, lambda pieces: pieces.close()], ids=["finished", "abandoned"])
-def test_blas_threads_are_set_while_generating_and_put_back(finish: Callable[[Any], object]) -> None:
+def test_blas_threads_are_set_while_a_token_is_computed_and_put_back_before_the_caller_sees_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     before = blas_threads()
+    inside: list[list[int]] = []
+
+    def watching_sample(*_: object) -> int:
+        inside.append(blas_threads())
+        return 1
+
+    monkeypatch.setattr("refinfer.generate.sample", watching_sample)
     with load(threads=1) as session:
-        pieces = session.generate("ROMEO:", max_tokens=5)
-        next(pieces)
-        assert set(blas_threads()) == {1}
-        finish(pieces)
-    assert blas_threads() == before
+        for _ in session.generate("ROMEO:", max_tokens=3):
+            assert blas_threads() == before
+    assert inside == [[1] * len(before)] * 3
+
+
+@pytest.mark.spec("GEN-9")
+def test_a_later_generation_ends_an_earlier_one(storyteller: Session) -> None:
+    expected = "".join(storyteller.generate("JULIET:", max_tokens=12))
+    first = storyteller.generate("ROMEO:", max_tokens=12)
+    next(first)
+    second = storyteller.generate("JULIET:", max_tokens=12)
+    start = next(second)
+    with pytest.raises(RequestError, match="ended by a later one"):
+        next(first)
+    assert start + "".join(second) == expected
+
+
+@pytest.mark.spec("GEN-10")
+@pytest.mark.parametrize(("name", "threads"), [("storyteller", 1), ("stories15m", 1), ("smollm-135m", None)])
+def test_small_models_use_one_blas_thread_and_larger_ones_every_usable_core(name: str, threads: int | None) -> None:
+    assert default_threads(SHAPES[name]) == (threads or usable_cores())
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
 
 
 @pytest.mark.spec("GEN-8")
 def test_a_closed_session_refuses_further_work() -> None:
     session = load()
+    under_way = session.generate("ROMEO:")
+    next(under_way)
+    weights = weakref.ref(session._transformer.source)
     session.close()
     session.close()
+    gc.collect()
+    assert weights() is None
     with pytest.raises(RequestError, match="closed"):
-        session.generate("ROMEO:")
-    with pytest.raises(RequestError, match="closed"):
-        session.logits([1])
+        next(under_way)
+    for refused in (lambda: session.generate("ROMEO:"), lambda: session.logits([1])):
+        with pytest.raises(RequestError, match="closed"):
+            refused()
 
 
-@pytest.mark.spec("GEN-9")
+@pytest.mark.spec("GEN-11")
 def test_the_storyteller_is_small() -> None:
     assert sum(path.stat().st_size for path in STORYTELLER.iterdir()) <= 5_000_000
     config = open_model().config
@@ -236,7 +286,7 @@ def test_the_storyteller_is_small() -> None:
     assert replace(config, dtype="float32") == SHAPES["storyteller"]
 
 
-@pytest.mark.spec("GEN-9")
+@pytest.mark.spec("GEN-11")
 def test_the_storyteller_predicts_held_out_text(storyteller: Session) -> None:
     """Over consecutive windows of the whole context, as the training script measures it."""
     ids = storyteller.model.encode(EXCERPT.read_text())
@@ -250,7 +300,7 @@ def test_the_storyteller_predicts_held_out_text(storyteller: Session) -> None:
     assert total / (len(ids) - 1) <= 1.65
 
 
-@pytest.mark.spec("GEN-9")
+@pytest.mark.spec("GEN-11")
 def test_the_storytellers_text_reads_like_a_play(storyteller: Session) -> None:
     text = stats_of(storyteller, "ROMEO:", max_tokens=200).text
     assert text.count("\n") >= 3
@@ -268,7 +318,10 @@ def test_a_random_checkpoint_of_every_family_generates(name: str, tmp_path: Path
     with load(tmp_path / "m") as session:
         assert len(stats_of(session, "hello", max_tokens=5).token_ids) == 5
         vectors = [
-            v for layer in session._source.layers() for v in (layer.input_layernorm, layer.q_norm) if v is not None
+            v
+            for layer in session._transformer.source.layers()
+            for v in (layer.input_layernorm, layer.q_norm)
+            if v is not None
         ]
     assert all(np.ptp(v) > 0 for v in vectors)
 

@@ -6,10 +6,10 @@ Spec: BENCH-3. Tutorial: 00.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import platform
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any, Final
 
 import numpy as np
 from threadpoolctl import threadpool_info
+
+from refinfer.generate import usable_cores
 
 __all__ = ["describe_machine"]
 
@@ -31,7 +33,7 @@ def describe_machine(folder: Path) -> dict[str, Any]:
     """
     return {
         "cpu": _cpu_name(),
-        "cores": _usable_cores(),
+        "cores": usable_cores(),
         "memory_bytes": _meminfo("MemTotal"),
         "memory_available_bytes": _meminfo("MemAvailable"),
         "cgroup": _cgroup(),
@@ -57,10 +59,6 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -77,20 +75,21 @@ def _meminfo(key: str) -> int | None:
 
 
 def _cgroup() -> dict[str, Any] | None:
-    """Return the version of control groups and the memory limit this process lives under."""
+    """Return the version of control groups and the memory limit this process lives under: the least up the tree."""
     for line in _lines(Path("/proc/self/cgroup")):
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
-            folder = Path("/sys/fs/cgroup") / path.lstrip("/")
-            limit, version = _lines(folder / "memory.max"), 2
+            root, file, version = Path("/sys/fs/cgroup"), "memory.max", 2
         elif "memory" in controllers.split(","):
-            folder = Path("/sys/fs/cgroup/memory") / path.lstrip("/")
-            limit, version = _lines(folder / "memory.limit_in_bytes"), 1
+            root, file, version = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", 1
         else:
             continue
-        if limit:
-            nbytes = None if limit[0] == "max" or int(limit[0]) >= _NO_LIMIT_BYTES else int(limit[0])
-            return {"version": version, "memory_limit_bytes": nbytes}
+        leaf = root / path.lstrip("/")
+        groups = [leaf, *(parent for parent in leaf.parents if parent == root or root in parent.parents)]
+        found = [lines[0] for group in groups if (lines := _lines(group / file))]
+        if found:
+            limits = [int(text) for text in found if text != "max" and int(text) < _NO_LIMIT_BYTES]
+            return {"version": version, "memory_limit_bytes": min(limits, default=None)}
     return None
 
 
@@ -124,8 +123,8 @@ def _read_ahead_kb(folder: Path) -> int | None:
     return int(lines[0]) if lines else None
 
 
-def _direct_io_works(folder: Path) -> bool:
-    """Try it: write a page and read it back with O_DIRECT into page-aligned memory."""
+def _direct_io_works(folder: Path) -> bool | None:
+    """Try it: write a page and read it back with O_DIRECT into page-aligned memory; None if that cannot be tried."""
     flag = getattr(os, "O_DIRECT", None)
     if flag is None:
         return False
@@ -138,8 +137,8 @@ def _direct_io_works(folder: Path) -> bool:
                 return os.preadv(descriptor, [page], 0) == mmap.PAGESIZE
             finally:
                 os.close(descriptor)
-    except OSError:
-        return False
+    except OSError as error:
+        return False if error.errno in (errno.EINVAL, errno.EOPNOTSUPP) else None
 
 
 def _blas() -> list[Mapping[str, Any]]:

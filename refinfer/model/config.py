@@ -63,7 +63,9 @@ class ModelConfig:
     @property
     def n_parameters(self) -> int:
         """How many numbers the model's tensors hold; a tied embedding table counts once."""
-        return sum(math.prod(shape) for shape in self.tensor_shapes().values())
+        layer = sum(math.prod(shape) for shape in self.layer_shapes().values())
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + tables + self.hidden_size
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the tensors of one layer, by name without the layer's prefix, in execution order.

@@ -69,13 +69,13 @@ class _Keys:
     def error(self, key: str, problem: str) -> ConfigError:
         return ConfigError(f"{self.where}: {key} {problem}")
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self.raw.get(key)
         value = default if value is None else value
         if value is None:
             raise self.error(key, "is missing")
-        if type(value) is not int or not 1 <= value < _LARGEST_SIZE:
-            raise self.error(key, f"must be a whole number from 1 to {_LARGEST_SIZE - 1}, not {value!r}")
+        if type(value) is not int or not least <= value < _LARGEST_SIZE:
+            raise self.error(key, f"must be a whole number from {least} to {_LARGEST_SIZE - 1}, not {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -164,7 +164,9 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     if head_dim % 2:
         raise keys.error("head_dim", f"must be even for rotary embeddings, not {head_dim}")
     attention_bias = family.reads_attention_bias and keys.flag("attention_bias")
-    theta, scaling = _rope(keys)
+    max_position_embeddings = keys.integer("max_position_embeddings", family.max_position_embeddings)
+    theta, scaling = _rope(keys, max_position_embeddings)
+    n_layers = keys.integer("num_hidden_layers")
     vocab_size = keys.integer("vocab_size")
     dtype = next((raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None), "float32")
     if dtype not in _DTYPES:
@@ -174,11 +176,11 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=keys.integer("intermediate_size"),
-        num_hidden_layers=keys.integer("num_hidden_layers"),
+        num_hidden_layers=n_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=keys.integer("max_position_embeddings", family.max_position_embeddings),
+        max_position_embeddings=max_position_embeddings,
         rms_norm_eps=keys.number("rms_norm_eps", family.rms_norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -187,7 +189,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
         mlp_bias=family.reads_mlp_bias and keys.flag("mlp_bias"),
         qk_norm=family.qk_norm,
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
-        sliding_window=_sliding_window(keys, family),
+        sliding_window=_sliding_window(keys, family, n_layers),
         eos_token_ids=_eos_token_ids(keys, family.eos_token_id),
         dtype=dtype,
     )
@@ -205,9 +207,9 @@ def _refuse_what_is_not_implemented(keys: _Keys) -> None:
         raise keys.error("partial_rotary_factor", f"is {share!r}; only 1 is implemented")
 
 
-def _rope(keys: _Keys) -> tuple[float, Llama3RopeScaling | None]:
-    """Return theta and the scaling, from `rope_parameters` or from the older pair of keys."""
-    name = "rope_parameters" if keys.raw.get("rope_parameters") is not None else "rope_scaling"
+def _rope(keys: _Keys, max_position_embeddings: int) -> tuple[float, Llama3RopeScaling | None]:
+    """Return theta and the scaling; where both spellings are given, `rope_scaling` wins, as in `transformers`."""
+    name = "rope_scaling" if keys.raw.get("rope_scaling") is not None else "rope_parameters"
     raw = keys.raw.get(name)
     if raw is None:
         return keys.number("rope_theta", 10000.0), None
@@ -226,20 +228,27 @@ def _rope(keys: _Keys) -> tuple[float, Llama3RopeScaling | None]:
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),
         high_freq_factor=rope.number("high_freq_factor"),
-        original_max_position_embeddings=rope.integer("original_max_position_embeddings"),
+        original_max_position_embeddings=rope.integer("original_max_position_embeddings", max_position_embeddings),
     )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise rope.error("high_freq_factor", "must be larger than low_freq_factor")
     return theta, scaling
 
 
-def _sliding_window(keys: _Keys, family: _Family) -> int | None:
-    """Return the window in positions, or None where every layer sees everything."""
+def _sliding_window(keys: _Keys, family: _Family, n_layers: int) -> int | None:
+    """Return the window in positions, or None where every layer sees everything.
+
+    The families with a switch let only the layers from `max_window_layers` on slide, unless `layer_types` says which.
+    """
     if family.sliding_window is None:
         return None
-    slides = "sliding_attention" in (keys.raw.get("layer_types") or [])
-    if family.window_has_a_switch and not keys.flag("use_sliding_window") and not slides:
-        return None
+    if family.window_has_a_switch:
+        if (kinds := keys.raw.get("layer_types")) is not None:
+            slides = "sliding_attention" in kinds
+        else:
+            slides = keys.flag("use_sliding_window") and keys.integer("max_window_layers", 28, least=0) < n_layers
+        if not slides:
+            return None
     if "sliding_window" in keys.raw and keys.raw.get("sliding_window") is None:
         return None
     return keys.integer("sliding_window", family.sliding_window)
@@ -268,6 +277,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
         "mlp_bias": config.mlp_bias,
         "sliding_window": config.sliding_window,
         "use_sliding_window": config.sliding_window is not None,
+        "max_window_layers": 0,  # where there is a window, every layer has it
         "rope_scaling": None,
     }
     for key in _PLAIN_KEYS:

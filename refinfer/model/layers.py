@@ -3,8 +3,8 @@
 Knows: arrays. Does not know: matrices (the transformer multiplies), weights' whereabouts, tokens.
 Spec: MODEL-1 to MODEL-6. Tutorial: 07.
 
-Every function writes into arrays it is given, so that decoding a token allocates nothing of size; float32 in, float32
-out, held by a test, because one float64 table would make every later step twice as slow.
+Every function that is called for each token writes into arrays it is given, so that decoding allocates little.
+float32 in, float32 out, held by a test, because one float64 table would make every later step twice as slow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ import numpy as np
 from refinfer.arrays import Float32Array
 from refinfer.model.config import Llama3RopeScaling, ModelConfig
 
-__all__ = ["RopeTables", "attention", "causal_mask", "rms_norm", "rope", "rope_tables", "silu_multiply"]
+__all__ = [
+    "RopeTables",
+    "attention",
+    "causal_mask",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "rope_tables",
+    "silu_multiply",
+]
 
 
 _ONE: Final = np.array(1.0, dtype=np.float32)  # ufuncs take an array sooner than a Python number
@@ -52,14 +61,10 @@ class RopeTables:
 def rope_tables(config: ModelConfig, n_positions: int) -> RopeTables:
     """Compute the tables for positions 0 to `n_positions - 1`; trigonometry happens here and nowhere else.
 
-    Angles are rounded to float32 where `transformers` rounds them, so that long contexts agree too.
+    Frequencies and angles are float32 because those of `transformers` are: at position 4,000 the rounding of a
+    frequency already shows in the fourth digit of a cosine.
     """
-    half = config.head_dim // 2
-    exponent = np.arange(half, dtype=np.float32) * np.float32(2) / np.float32(config.head_dim)
-    frequency = (np.float32(1) / np.power(np.float32(config.rope_theta), exponent)).astype(np.float32)
-    if config.rope_scaling is not None:
-        frequency = _llama3_frequencies(frequency, config.rope_scaling)
-    angle = np.arange(n_positions, dtype=np.float32)[:, None] * frequency
+    angle = np.arange(n_positions, dtype=np.float32)[:, None] * rope_frequencies(config)
     cos, sin = np.cos(angle), np.sin(angle)
     return RopeTables(
         cos=np.stack((cos, cos), axis=1)[:, None],
@@ -67,13 +72,29 @@ def rope_tables(config: ModelConfig, n_positions: int) -> RopeTables:
     )
 
 
+def rope_frequencies(config: ModelConfig) -> Float32Array:
+    """Return the angle `[hd/2]` that each pair of a head turns by from one position to the next."""
+    exponent = np.arange(0, config.head_dim, 2).astype(np.float32) / np.float32(config.head_dim)
+    power = np.power(config.rope_theta, exponent.astype(np.float64)).astype(np.float32)
+    frequency: Float32Array = np.float32(1) / power
+    if config.rope_scaling is not None:
+        frequency = _llama3_frequencies(frequency, config.rope_scaling)
+    return frequency
+
+
 def _llama3_frequencies(frequency: Float32Array, scaling: Llama3RopeScaling) -> Float32Array:
-    """Slow down the slow rotations by `factor`, leave the fast ones, and blend between (Llama 3.1)."""
-    wavelength = 2 * math.pi / frequency.astype(np.float64)
-    turns = scaling.original_max_position_embeddings / wavelength
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-    return ((1 - keep) * frequency / scaling.factor + keep * frequency).astype(np.float32)
+    """Slow down the slow rotations by `factor`, leave the fast ones, and blend between (Llama 3.1).
+
+    In float32 and in the order of `transformers`, so that the same bits come out.
+    """
+    wavelength = np.float32(2 * math.pi) / frequency
+    turns = np.float32(scaling.original_max_position_embeddings) / wavelength
+    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+    factor = np.float32(scaling.factor)
+    keep = (turns - low) / (high - low)
+    blended = (1 - keep) * frequency / factor + keep * frequency
+    result: Float32Array = np.where(turns < low, frequency / factor, np.where(turns > high, frequency, blended))
+    return result
 
 
 def rope(x: Float32Array, cos: Float32Array, sin: Float32Array, scratch: Float32Array) -> None:

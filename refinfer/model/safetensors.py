@@ -20,10 +20,10 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -82,10 +82,11 @@ def parse_header(header: bytes, data_bytes: int, where: str) -> tuple[dict[str, 
         return SafetensorsError(f"{where} is not a valid safetensors file: {problem}")
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = dict(pairs)
-        if len(names) < len(pairs):
-            twice = next(name for i, (name, _) in enumerate(pairs) if name in {n for n, _ in pairs[:i]})
-            raise refuse(f"{twice!r} is there twice in the header")
+        names: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in names:
+                raise refuse(f"{name!r} is there twice in the header")
+            names[name] = value
         return names
 
     if not header.startswith(b"{"):
@@ -101,19 +102,25 @@ def parse_header(header: bytes, data_bytes: int, where: str) -> tuple[dict[str, 
     base = _LENGTH.size + len(header)
     tensors = [_parse_tensor(name, entry, base, refuse) for name, entry in raw.items()]
     tensors.sort(key=lambda t: (t.offset, t.offset + t.nbytes))
-    end = base
+    _check_no_byte_is_shared_or_spare(tensors, base, base + data_bytes, refuse)
+    return {tensor.name: tensor for tensor in tensors}, metadata
+
+
+def _check_no_byte_is_shared_or_spare(
+    tensors: Sequence[TensorInfo], start: int, file_end: int, refuse: Callable[[str], SafetensorsError]
+) -> None:
+    end = start
     for tensor in tensors:
         if tensor.offset != end:
             problem = "overlaps the tensor before it" if tensor.offset < end else "leaves a hole before it"
             raise refuse(f"{tensor.name!r} {problem}")
         end += tensor.nbytes
-    if end != base + data_bytes:
-        problem = "is cut short" if end > base + data_bytes else "has bytes that belong to no tensor"
-        raise refuse(f"it {problem}: the tensors take {end - base} bytes, the file has {data_bytes}")
-    return {tensor.name: tensor for tensor in tensors}, metadata
+    if end != file_end:
+        problem = "is cut short" if end > file_end else "has bytes that belong to no tensor"
+        raise refuse(f"it {problem}: the tensors take {end - start} bytes, the file has {file_end - start}")
 
 
-def _parse_tensor(name: str, entry: object, base: int, refuse: Any) -> TensorInfo:  # noqa: ANN401
+def _parse_tensor(name: str, entry: object, base: int, refuse: Callable[[str], SafetensorsError]) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise refuse(f"{name!r} must have exactly dtype, shape and data_offsets")
     if not _is_text(name):
@@ -161,11 +168,8 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
             with path.open("rb") as file:
                 size = file.seek(0, 2)
                 file.seek(0)
-                self._tensors, self.metadata = parse_header(
-                    _read_header(file.read(_LENGTH.size), file.read, size, str(path)),
-                    size - file.tell(),
-                    str(path),
-                )
+                header = _read_header(file, size, str(path))
+                self._tensors, self.metadata = parse_header(header, size - file.tell(), str(path))
                 self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise SafetensorsError(f"{path} cannot be read: {error.strerror}") from None
@@ -186,8 +190,9 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
         return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
-def _read_header(length_bytes: bytes, read: Any, size: int, where: str) -> bytes:  # noqa: ANN401
+def _read_header(file: BinaryIO, size: int, where: str) -> bytes:
     """Read the JSON after checking its announced length against the file's `size`."""
+    length_bytes = file.read(_LENGTH.size)
     if len(length_bytes) < _LENGTH.size:
         raise SafetensorsError(f"{where} is not a valid safetensors file: it has only {size} bytes")
     (length,) = _LENGTH.unpack(length_bytes)
@@ -195,8 +200,7 @@ def _read_header(length_bytes: bytes, read: Any, size: int, where: str) -> bytes
         raise SafetensorsError(
             f"{where} is not a valid safetensors file: it announces a header of {length} bytes, but has {size} bytes"
         )
-    header: bytes = read(length)
-    return header
+    return file.read(length)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,9 @@ from refinfer.arrays import Float32Array
 from refinfer.errors import RequestError
 
 __all__ = ["Sampling", "probabilities", "sample"]
+
+
+_FIRST_SORTED: Final = 64  # top-p seldom keeps more
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,32 +47,53 @@ def probabilities(logits: Float32Array, sampling: Sampling) -> npt.NDArray[np.fl
     """Return the distribution `[V]` that `sample` draws from; in float64, because it must add up to one.
 
     In the order of Hugging Face's `generate`: temperature, then the `top_k` largest, then the smallest set of the
-    largest that holds at least `top_p` of what is left. Among equal logits the lower id comes first.
+    largest that holds at least `top_p` of what is left. Among equal logits the lower id comes first. Sorts only as
+    many of the largest as it keeps.
 
     Examples:
         >>> probabilities(np.log(np.array([1, 2, 5], np.float32)), Sampling(temperature=1.0, top_k=2)).round(3)
         array([0.   , 0.286, 0.714])
     """
-    if sampling.temperature == 0:
-        one_hot = np.zeros(logits.size)
-        one_hot[np.argmax(logits)] = 1.0
-        return one_hot
-    # The largest logit is taken away before dividing: a tiny temperature must not make infinities.
-    scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
-    kept = np.exp(scaled[order[: sampling.top_k]])
-    kept /= kept.sum()
-    if sampling.top_p is not None:
-        before = np.cumsum(kept) - kept  # what lies above each: the first that reaches top_p is still kept
-        kept = kept[: max(1, np.count_nonzero(before < sampling.top_p))]
-        kept /= kept.sum()
     result = np.zeros(logits.size)
-    result[order[: kept.size]] = kept
+    if sampling.temperature == 0:
+        result[np.argmax(logits)] = 1.0
+        return result
+    # The largest logit is taken away before dividing, so that it becomes 0 whatever the temperature; under a tiny
+    # one the others become minus infinity, and their exponential the right zero.
+    with np.errstate(over="ignore"):
+        weights = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
+    kept = np.arange(logits.size)
+    if sampling.top_k is not None:
+        kept = _largest(logits, sampling.top_k)
+    if sampling.top_p is not None:
+        total = weights[kept].sum()
+        n = min(_FIRST_SORTED, kept.size)
+        while True:
+            candidates = _largest(logits, n) if sampling.top_k is None else kept
+            before = np.cumsum(weights[candidates]) - weights[candidates]  # what lies above each
+            keep = max(1, int(np.count_nonzero(before < sampling.top_p * total)))  # the first that reaches p is kept
+            if keep < candidates.size or candidates.size == kept.size:
+                break
+            n = min(8 * n, kept.size)
+        kept = candidates[:keep]
+    result[kept] = weights[kept] / weights[kept].sum()
     return result
+
+
+def _largest(logits: Float32Array, n: int) -> npt.NDArray[np.int64]:
+    """Return the ids of the `n` largest logits, largest first, the lower id first among equals."""
+    if n >= logits.size:
+        return np.argsort(-logits, kind="stable")
+    least = np.partition(logits, logits.size - n)[logits.size - n]
+    above, equal = np.flatnonzero(logits > least), np.flatnonzero(logits == least)
+    above = above[np.argsort(-logits[above], kind="stable")]
+    return np.concatenate((above, equal[: n - above.size]))
 
 
 def sample(logits: Float32Array, sampling: Sampling, rng: np.random.Generator) -> int:
     """Return the next token id; greedy sampling takes the lowest of equal ids and leaves `rng` untouched."""
     if sampling.temperature == 0:
         return int(np.argmax(logits))
-    return int(rng.choice(logits.size, p=probabilities(logits, sampling)))
+    cumulative = np.cumsum(probabilities(logits, sampling))
+    # The last sum may fall short of one by a rounding; drawing below it keeps the id in range.
+    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))

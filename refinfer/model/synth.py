@@ -6,6 +6,7 @@ Spec: SYNTH-1 to SYNTH-4. Tutorial: 12.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -69,27 +70,30 @@ def write_checkpoint(
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RequestError(f"{folder} exists and is not an empty folder; name a new one")
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        made = [path for path in (folder, *folder.parents) if not path.exists()]  # deepest first
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"{folder} cannot be made: {error.strerror}") from None
+    written: list[Path] = []
     try:
         need, free = checkpoint_nbytes(config, dtype), shutil.disk_usage(folder).free
         if need > free:
-            raise RequestError(f"{folder} needs {need / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left")
+            raise RequestError(f"{folder} needs {need / 1e6:.1f} MB, but the disk has {free / 1e6:.1f} MB left")
         specs = [
             TensorSpec(name, DTYPES[dtype][0], shape, _pieces(name, shape, dtype, seed, progress))
             for name, shape in config.tensor_shapes().items()
         ]
-        _write_weights(folder, specs, shard_nbytes)
+        _write_weights(folder, specs, shard_nbytes, written)
         if config.vocab_size >= 256:
-            _write_json(folder / TOKENIZER_NAME, byte_tokenizer_json())
-        _write_json(folder / "config.json", to_json(replace(config, dtype=DTYPES[dtype][1])))
+            _write_json(folder / TOKENIZER_NAME, byte_tokenizer_json(), written)
+        _write_json(folder / "config.json", to_json(replace(config, dtype=DTYPES[dtype][1])), written)
     except BaseException as error:
-        for file in folder.iterdir():
-            file.unlink()
-        for path in made:
-            path.rmdir()
+        # Only what was made here: somebody else may have put something into the folder meanwhile.
+        for file in written:
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
         if isinstance(error, OSError):
             raise RequestError(f"{folder} cannot be written: {error.strerror}") from None
         raise
@@ -117,10 +121,11 @@ def _pieces(
         yield piece
 
 
-def _write_weights(folder: Path, specs: Sequence[TensorSpec], shard_nbytes: int | None) -> None:
+def _write_weights(folder: Path, specs: Sequence[TensorSpec], shard_nbytes: int | None, written: list[Path]) -> None:
     metadata = {"format": "pt"}  # what `transformers` writes and asks for
     if shard_nbytes is None:
         write_safetensors(folder / SINGLE_NAME, specs, metadata)
+        written.append(folder / SINGLE_NAME)
         return
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:
@@ -132,10 +137,13 @@ def _write_weights(folder: Path, specs: Sequence[TensorSpec], shard_nbytes: int 
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         write_safetensors(folder / name, shard, metadata)
+        written.append(folder / name)
     weight_map = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
     total = sum(spec.nbytes for spec in specs)
-    _write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}, written)
 
 
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_json(path: Path, value: object, written: list[Path]) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        written.append(path)
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from refinfer.errors import TokenizerError
+from refinfer.errors import TokenizerError, TokenizerPackageMissingError
 
 __all__ = [
     "ByteTokenizer",
@@ -101,22 +101,31 @@ class _PackageTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise TokenizerError(
-                f"{path} needs the tokenizers package: pip install 'refinfer[hf]', or give --token-ids"
+            raise TokenizerPackageMissingError(
+                f"{path} needs the tokenizers package: pip install 'refinfer[hf]', or give the prompt as --token-ids"
             ) from None
         try:
             self._inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises plain Exception
             raise TokenizerError(f"{path} is not a usable tokenizer: {error}") from None
+        # Settings of training that would cut or lengthen a prompt; `transformers` does not apply them either.
+        self._inner.no_truncation()
+        self._inner.no_padding()
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with the special tokens the file asks for; raises TokenizerError."""
-        ids: list[int] = self._inner.encode(_utf8(text).decode()).ids
+        text = _utf8(text).decode()
+        try:
+            ids: list[int] = self._inner.encode(text).ids
+        except Exception as error:  # the package raises plain Exception
+            raise TokenizerError(f"the text cannot be encoded: {error}") from None
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens."""
-        text: str = self._inner.decode(list(ids))
+        # An id beyond the vocabulary, as a model with a padded table may give, means no text.
+        known = [i for i in ids if self._inner.id_to_token(i) is not None]
+        text: str = self._inner.decode(known)
         return text
 
 
@@ -131,7 +140,8 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     """Read `tokenizer.json` in `folder`; None where there is none.
 
     Raises:
-        TokenizerError: the file is malformed, or needs the `tokenizers` package and that is not installed.
+        TokenizerError: the file is malformed.
+        TokenizerPackageMissingError: it needs the `tokenizers` package, and that is not installed.
     """
     path = folder / TOKENIZER_NAME
     if not path.exists():

@@ -124,8 +124,8 @@ class Transformer:
         ids = self._checked(token_ids)
         with np.errstate(all="ignore"):
             for start in range(0, len(ids), self.block):
-                x = self._forward(ids[start : start + self.block])
-            last: Float32Array = self._logits(x[-1:])[0]
+                a = self._forward(ids[start : start + self.block])
+            last: Float32Array = self._logits(a.x[-1:], a.normed[-1:])[0]
         return last
 
     def decode(self, token_ids: Sequence[int]) -> Float32Array:
@@ -136,7 +136,10 @@ class Transformer:
         """
         ids = self._checked(token_ids)
         with np.errstate(all="ignore"):
-            blocks = [self._logits(self._forward(ids[i : i + self.block])) for i in range(0, len(ids), self.block)]
+            blocks = []
+            for start in range(0, len(ids), self.block):
+                a = self._forward(ids[start : start + self.block])
+                blocks.append(self._logits(a.x, a.normed))
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
     def _checked(self, token_ids: Sequence[int]) -> IntArray:
@@ -148,8 +151,8 @@ class Transformer:
         self.kv_cache.require_room(ids.size)
         return ids
 
-    def _forward(self, ids: IntArray) -> Float32Array:
-        """Run M tokens through every layer; return the residual stream `[M, D]`, not yet normed."""
+    def _forward(self, ids: IntArray) -> _Activations:
+        """Run M tokens through every layer; the residual stream `x` `[M, D]` is not yet normed."""
         M, start = ids.size, self.kv_cache.length
         a = self._activations.get(M)
         if a is None:
@@ -164,7 +167,7 @@ class Transformer:
             self._attend(index, layer, a, cos, sin, scores, mask)
             self._feed_forward(layer, a)
         self.kv_cache.advance(M)
-        return a.x
+        return a
 
     def _attend(
         self,
@@ -201,8 +204,7 @@ class Transformer:
         layer.down_proj.matmul(a.gate, a.down)
         np.add(a.x, a.down, out=a.x)
 
-    def _logits(self, x: Float32Array) -> Float32Array:
-        """Return the logits `[M, V]` of `x` `[M, D]`."""
-        normed = np.empty_like(x)
+    def _logits(self, x: Float32Array, normed: Float32Array) -> Float32Array:
+        """Return the logits `[M, V]` of `x` `[M, D]`, as a new array; `normed` is scratch."""
         rms_norm(x, self.source.norm, self.config.rms_norm_eps, out=normed)
         return self.source.lm_head.matmul(normed)

@@ -4,13 +4,14 @@ Knows: what a weight source must give, in which order and for how long. Does not
 weights, memory budgets; those rooms satisfy these Protocols from outside, by having the right methods.
 Spec: SOURCE-1 to SOURCE-5. Tutorial: 07.
 
-Laws of one pass (one call of `Transformer.forward`):
+Laws of one pass (one block of tokens in `Transformer.prefill` or `decode`):
 
 1. `embed_tokens.rows(ids)` comes first.
 2. Then `layers()` is walked once, from the first layer to the last. In each layer every matrix is multiplied exactly
    once, in the order of the fields of `LayerWeights`.
 3. A layer is valid until the next one is asked for. What it was made of may be gone afterwards.
-4. `norm`, and then at most one multiplication by `lm_head`, end the pass; the next pass starts again at 1.
+4. `norm` and one multiplication by `lm_head` end the pass, or nothing does (all blocks of a prompt but the last);
+   the next pass starts again at 1.
 5. A pass may be left at any point (an error, Ctrl-C); the next one starts at 1 all the same.
 
 These laws are what lets a source read weights from disk just ahead of their use.
@@ -26,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from refinfer.arrays import Float32Array, IntArray
+from refinfer.errors import WeightsError
 from refinfer.model.checkpoint import Checkpoint, stored_to_f32
 from refinfer.model.config import ModelConfig
 
@@ -158,6 +160,12 @@ class RowMajorSource:
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
         self.config = config
+        least = config.num_hidden_layers * len(config.layer_shapes())
+        if least > len(checkpoint):  # before anything as long as a lying config says is made
+            raise WeightsError(
+                f"{checkpoint.folder} has {len(checkpoint)} tensors, but its config.json asks for "
+                f"{config.num_hidden_layers} layers, which take {least}"
+            )
         shapes = config.tensor_shapes()
 
         def vector(name: str) -> Float32Array:

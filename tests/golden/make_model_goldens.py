@@ -6,8 +6,9 @@
 Writes, beside itself, one folder for each family: a tiny random checkpoint (`config.json` in the spelling of
 `transformers` 5, `model.safetensors` in bfloat16) and `golden.json` (a prompt, the logits after each of its tokens, 64
 greedy tokens). Sizes are odd on purpose: `head_dim` is not `hidden_size / heads`, the vocabulary is a prime. Weights
-are chosen so that float32, float16 and bfloat16 hold the very same values. Also writes `storyteller.json`: the text
-that `transformers` makes of the storyteller.
+are chosen so that float32, float16 and bfloat16 hold the very same values. Also writes
+`storyteller.json`, the text that `transformers` makes of the storyteller, and `rope_frequencies.json`, the rotary
+frequencies of published shapes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 HERE = Path(__file__).parent
 STORYTELLER = HERE.parents[1] / "refinfer" / "storyteller"
@@ -76,7 +78,28 @@ def greedy(model: Any, ids: list[int], n: int) -> tuple[list[int], float]:
     return out, lead
 
 
+ROPE: dict[str, dict[str, Any]] = {
+    "llama2-7b": {"head_dim": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "codellama-34b": {"head_dim": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "llama3-8b": {"head_dim": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "llama-1b": {
+        "head_dim": 64,
+        "rope_parameters": LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 8192},
+    },
+    "storyteller": {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+}
+
+
+def rope_frequencies() -> dict[str, list[float]]:
+    """Return the rotary frequencies that `transformers` computes; float32 values print and read back exactly."""
+    return {
+        name: LlamaRotaryEmbedding(AutoConfig.for_model("llama", **keys)).inv_freq.tolist()
+        for name, keys in ROPE.items()
+    }
+
+
 def main() -> None:
+    (HERE / "rope_frequencies.json").write_text(json.dumps(rope_frequencies(), indent=1) + "\n")
     torch.manual_seed(0)
     for index, (family, special) in enumerate(FAMILIES.items()):
         folder = HERE / family

@@ -103,10 +103,28 @@ def test_null_key_value_heads_are_as_many_as_query_heads(family: str) -> None:
 
 @pytest.mark.spec("CONFIG-4")
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_a_qwen_window_needs_its_switch(family: str) -> None:
+def test_a_qwen_window_needs_its_switch_and_a_layer_that_slides(family: str) -> None:
+    slides = {"use_sliding_window": True, "max_window_layers": 1}
     assert parse_config(raw_config(family, sliding_window=512)).sliding_window is None
-    assert parse_config(raw_config(family, sliding_window=512, use_sliding_window=True)).sliding_window == 512
-    assert parse_config(raw_config(family, use_sliding_window=True)).sliding_window == 4096
+    assert parse_config(raw_config(family, sliding_window=512, **slides)).sliding_window == 512
+    assert parse_config(raw_config(family, **slides)).sliding_window == 4096
+    all_layers_see_everything = slides | {"max_window_layers": SIZES["num_hidden_layers"]}
+    assert parse_config(raw_config(family, sliding_window=512, **all_layers_see_everything)).sliding_window is None
+
+
+@pytest.mark.spec("CONFIG-4")
+def test_llama3_scaling_without_an_original_context_takes_the_models_own() -> None:
+    raw = raw_config(rope_scaling=without("original_max_position_embeddings", LLAMA3), max_position_embeddings=4096)
+    scaling = parse_config(raw).rope_scaling
+    assert scaling is not None
+    assert scaling.original_max_position_embeddings == 4096
+
+
+@pytest.mark.spec("CONFIG-6")
+def test_the_older_scaling_is_not_ignored_beside_the_newer_key() -> None:
+    raw = raw_config(rope_scaling={"rope_type": "yarn"}, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    with pytest.raises(ConfigError, match="'yarn'"):
+        parse_config(raw)
 
 
 @pytest.mark.spec("CONFIG-4")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from refinfer.arrays import Float32Array
 from refinfer.model.config import SHAPES, ModelConfig
-from refinfer.model.layers import attention, causal_mask, rms_norm, rope, rope_tables, silu_multiply
+from refinfer.model.layers import attention, causal_mask, rms_norm, rope, rope_frequencies, rope_tables, silu_multiply
 
 TINY: ModelConfig = SHAPES["tiny"]
 LLAMA_1B: ModelConfig = SHAPES["llama-1b"]
@@ -76,6 +78,15 @@ def test_rope_is_a_rotation_of_the_two_halves_of_a_head() -> None:
     angle = np.array([0, 7])[:, None, None] * 10000.0 ** (-np.arange(half) / half)
     turned = pairs * np.exp(1j * angle)
     np.testing.assert_allclose(rotated(x, [0, 7], TINY), np.concatenate((turned.real, turned.imag), axis=-1), atol=2e-6)
+
+
+@pytest.mark.spec("MODEL-3", "MODEL-8")
+@pytest.mark.parametrize("name", ["llama2-7b", "codellama-34b", "llama3-8b", "llama-1b", "storyteller"])
+def test_rope_frequencies_are_those_of_transformers_to_the_last_bit_but_one(name: str) -> None:
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "rope_frequencies.json").read_text())[name]
+    ours, theirs = rope_frequencies(SHAPES[name]), np.array(golden, np.float32)
+    assert np.abs(ours.view(np.int32) - theirs.view(np.int32)).max() <= 1
+    assert np.count_nonzero(ours != theirs) <= 1
 
 
 @pytest.mark.spec("MODEL-4")

@@ -22,7 +22,7 @@ from hypothesis.extra.numpy import array_shapes
 from numpy.testing import assert_array_equal
 
 from refinfer.errors import SafetensorsError
-from refinfer.model.safetensors import DTYPES, SafetensorsFile, TensorSpec, write_safetensors
+from refinfer.model.safetensors import DTYPES, SafetensorsFile, TensorSpec, parse_header, write_safetensors
 
 HUGE = 1 << 62
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # what UTF-8 can express
@@ -357,3 +357,13 @@ def test_a_piece_of_another_type_is_refused_and_leaves_no_file(tmp_path: Path) -
     with pytest.raises(SafetensorsError, match="'t' got float32 where BF16 is wanted"):
         write_safetensors(path, [TensorSpec("t", "BF16", (2,), [np.ones(2, np.float32)])])
     assert not path.exists()
+
+
+@pytest.mark.spec("TENSOR-2")
+def test_a_name_given_twice_among_very_many_is_found_at_once() -> None:
+    """Comparing each name with all before it would take hours here."""
+    entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    names = [*(f"t{i}" for i in range(200_000)), "t7"]
+    header = "{" + ",".join(f'"{name}":{entry}' for name in names) + "}"
+    with pytest.raises(SafetensorsError, match="'t7' is there twice"):
+        parse_header(header.encode(), 0, "m.safetensors")

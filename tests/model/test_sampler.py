@@ -49,7 +49,7 @@ def test_draws_follow_the_distribution() -> None:
 
 
 @pytest.mark.spec("SAMPLE-2")
-@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e30], ids=str)
+@pytest.mark.parametrize("temperature", [1e-310, 1e-300, 1e-30, 1e30], ids=str)
 def test_an_extreme_temperature_still_gives_a_distribution(temperature: float) -> None:
     p = probabilities(np.array([3, 1, 2], np.float32), Sampling(temperature, top_k=2, top_p=0.9))
     assert p.sum() == pytest.approx(1)
@@ -74,6 +74,26 @@ def test_top_p_keeps_the_smallest_likeliest_set_that_holds_p(logits: Float32Arra
     assert full[kept].sum() - full[kept].min() < p + 1e-9  # without its least likely member it holds less
     if not kept.all():
         assert logits[kept].min() >= logits[~kept].max()
+
+
+@pytest.mark.spec("SAMPLE-4")
+@given(st.integers(100, 2000), st.floats(0.01, 1), st.floats(0.1, 3), st.integers(0, 99))
+def test_top_p_finds_the_same_set_in_a_large_vocabulary_without_sorting_it(
+    V: int, p: float, temperature: float, seed: int
+) -> None:
+    logits = np.random.default_rng(seed).standard_normal(V, dtype=np.float32) * 3
+    order = np.argsort(-logits, kind="stable")
+    sorted_shares = softmax(logits, temperature)[order]
+    n = int(np.count_nonzero(np.cumsum(sorted_shares) - sorted_shares < p))
+    kept = np.flatnonzero(probabilities(logits, Sampling(temperature, top_p=p)))
+    assert abs(len(kept) - n) <= 1  # a sum within a rounding of p may fall on either side
+    assert set(kept) == set(order[: len(kept)])
+
+
+@pytest.mark.spec("SAMPLE-3")
+def test_among_equal_logits_top_k_keeps_the_lowest_ids() -> None:
+    logits = np.array([1, 3, 2, 3, 2, 2], np.float32)
+    assert np.flatnonzero(probabilities(logits, Sampling(1.0, top_k=4))).tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.spec("SAMPLE-3", "SAMPLE-4")

@@ -162,3 +162,23 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match="cannot be made: Not a directory"):
         write_checkpoint(tmp_path / "file" / "new", SMALL)
+
+
+@pytest.mark.spec("SYNTH-4")
+def test_a_failure_removes_the_folders_it_made_and_nothing_of_anybody_else(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+
+    def fail(nbytes: int) -> None:
+        (folder / "mine.txt").write_text("not yours")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(folder, SHAPES["tiny"], progress=fail)
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+    def just_fail(nbytes: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path / "c" / "d", SHAPES["tiny"], progress=just_fail)
+    assert not (tmp_path / "c").exists()

@@ -152,6 +152,8 @@ FILES_WITHOUT_MERGES = {
 @pytest.mark.parametrize("raw", FILES_WITHOUT_MERGES.values(), ids=FILES_WITHOUT_MERGES)
 def test_a_file_without_merges_means_what_it_means_to_the_package(raw: dict[str, Any]) -> None:
     tokenizer, package = load(raw), of_the_package(raw)
+    package.no_truncation()  # settings of training, which `transformers` turns off for a prompt
+    package.no_padding()
     ids = package.encode("ab ac").ids
     assert tokenizer.encode("ab ac") == ids
     assert tokenizer.decode(ids) == package.decode(ids)
@@ -196,7 +198,10 @@ def test_only_a_file_with_merges_needs_the_package_and_one_line_says_how_to_inst
     assert output.splitlines() == [
         "[0, 1, 2, 3]",
         "[97, 98, 32, 99]",
-        f"{folders[2]}/tokenizer.json needs the tokenizers package: pip install 'refinfer[hf]', or give --token-ids",
+        (
+            f"{folders[2]}/tokenizer.json needs the tokenizers package: pip install 'refinfer[hf]', "
+            "or give the prompt as --token-ids"
+        ),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from refinfer.arrays import Float32Array, IntArray
+from refinfer.errors import WeightsError
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import ModelConfig
 from refinfer.model.config_json import load_config
@@ -116,6 +118,33 @@ class RecordingSource:
 
     def close(self) -> None:
         self.inner.close()
+
+
+@pytest.mark.spec("SOURCE-1")
+def test_a_stored_table_converts_the_rows_it_is_asked_for_and_no_others() -> None:
+    table = StoredRowTable(np.zeros((50_000, 8), np.uint16))
+    tracemalloc.start()
+    try:
+        table.rows(np.array([7]))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5_000
+
+
+@pytest.mark.spec("TENSOR-5", "TENSOR-11")
+def test_a_config_that_lies_about_its_layers_is_refused_before_anything_is_made(
+    tiny_config: ModelConfig, tiny_folder: Path
+) -> None:
+    lying = replace(tiny_config, num_hidden_layers=2**31 - 1)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WeightsError, match="asks for 2147483647 layers"):
+            RowMajorSource(lying, open_checkpoint(tiny_folder))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 @pytest.mark.spec("SOURCE-2")

@@ -1,0 +1,205 @@
+"""`refinfer bench matmul`: the packed matmul of every format against `x @ W.T`, and where its gains come from.
+
+Knows: the packing room, memory pages. Does not know: models.
+Spec: BENCH-5, BENCH-6. Tutorial: 02.
+
+One BLAS thread. Weights are streamed over enough copies that they do not stay in a cache of the processor. Both sides
+of a ratio lie in the same kind of page: huge ones, as numpy asks the system for, and in rows named `4k-pages` small
+ones, as in a mapped file.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from threadpoolctl import threadpool_limits
+
+from refinfer.arrays import Float32Array
+from refinfer.bench.harness import interleave
+from refinfer.packing.formats import FORMATS, PackedMatrix, pack_matrix
+from refinfer.packing.gemm import pack
+from refinfer.packing.layout import GoiLayout, TileShape
+from refinfer.packing.matmul import GemmScratch, matmul, scratch_floats, tile_rows
+from refinfer.packing.quantized import quantize_int8
+
+__all__ = ["ROWS_OF_X", "SHAPES", "machine_limits", "matmul_rows"]
+
+SHAPES: Final = ((256, 256), (1024, 1024), (2048, 2048), (4096, 4096))
+ROWS_OF_X: Final = (1, 2, 4, 8, 16, 64, 256, 512)
+
+_STREAMED_BYTES: Final = 160 << 20
+_COMPUTE_COPIES_M: Final = 64  # from here on arithmetic, not memory, is what takes time: one copy is enough
+
+Run = Callable[[], object]
+
+
+def machine_limits(rounds: int = 5) -> dict[str, float]:
+    """Measure how fast one core reads memory (GB/s) and multiplies float32 (GFLOP/s): the best of some rounds."""
+    memory = np.ones(1 << 26, np.float32)
+    square = np.ones((1536, 1536), np.float32)
+    out = np.empty_like(square)
+
+    def best(run: Run) -> float:
+        seconds = []
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    with threadpool_limits(1, user_api="blas"):
+        read = best(lambda: np.dot(memory, memory))
+        multiply = best(lambda: np.matmul(square, square, out=out))
+    return {"read_gb_per_s": memory.nbytes / read / 1e9, "sgemm_gflop_per_s": 2 * 1536**3 / multiply / 1e9}
+
+
+def matmul_rows(
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    rows_of_x: Sequence[int] = ROWS_OF_X,
+    rounds: int = 9,
+    limits: Mapping[str, float] | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each format or named comparison, number of rows of x, and shape."""
+    limits = limits or machine_limits()
+    rng = np.random.default_rng(0)
+    with threadpool_limits(1, user_api="blas"):
+        for N, K in shapes:
+            weights = _Weights(rng.standard_normal((N, K), dtype=np.float32) / np.float32(math.sqrt(K)))
+            for M in rows_of_x:
+                x = rng.standard_normal((M, K), dtype=np.float32)
+                yield from _measure(weights, x, rounds, limits)
+                progress()
+
+
+class _Weights:
+    """One matrix in every form the bench compares, each copied until it no longer fits a cache."""
+
+    def __init__(self, w: Float32Array) -> None:
+        self.N, self.K = w.shape
+        self.n_copies = max(1, _STREAMED_BYTES // w.nbytes)
+        self.row_major = _copies(w, self.n_copies)
+        self.small_pages = _copies(w, self.n_copies, _in_small_pages)
+        self.packed = {name: self._packed_copies(pack_matrix(w, name)) for name in FORMATS}
+        self.packed_in_small_pages = self._packed_copies(pack_matrix(w, "f32"), _in_small_pages)
+        self.xnnpack = {nr: self._xnnpack_copies(w, nr) for nr in (16, 32, 128) if self.N % nr == 0}
+        self.int8 = quantize_int8(w)
+
+    def _packed_copies(
+        self, packed: PackedMatrix, memory: Callable[[int], npt.NDArray[np.uint8]] | None = None
+    ) -> list[PackedMatrix]:
+        flat = np.zeros(packed.layout.nbytes, np.uint8)
+        for chunk, buffer in zip(packed.layout.chunks, packed.buffers, strict=True):
+            flat[chunk.offset : chunk.offset + chunk.nbytes] = buffer
+        return [
+            PackedMatrix(packed.layout, [copy[c.offset : c.offset + c.nbytes] for c in packed.layout.chunks])
+            for copy in _copies(flat, self.n_copies, memory)
+        ]
+
+    def _xnnpack_copies(self, w: Float32Array, nr: int) -> list[Float32Array]:
+        """Tiles `[T, K, nr]` behind their biases, as XNNPACK packs them: views that skip the biases."""
+        packed = pack(w, GoiLayout(self.N, self.K, TileShape(nr), has_bias=True))
+        return [
+            copy.reshape(self.N // nr, nr * (self.K + 1))[:, nr:].reshape(-1, self.K, nr)
+            for copy in _copies(packed, self.n_copies)
+        ]
+
+
+def _copies(
+    array: npt.NDArray[Any], n: int, memory: Callable[[int], npt.NDArray[np.uint8]] | None = None
+) -> npt.NDArray[Any]:
+    """Return `[n, *array.shape]`, all copies of `array`, each on a page of 4096 bytes."""
+    stride = -(-array.nbytes // 4096) * 4096
+    raw = (memory or _in_huge_pages)(n * stride + 4096)
+    raw = raw[-raw.ctypes.data % 4096 :][: n * stride].reshape(n, stride)
+    copies = raw[:, : array.nbytes].view(array.dtype).reshape(n, *array.shape)
+    copies[:] = array
+    return copies
+
+
+def _in_huge_pages(nbytes: int) -> npt.NDArray[np.uint8]:
+    return np.empty(nbytes, np.uint8)  # numpy asks for huge pages from 4 MiB on
+
+
+def _in_small_pages(nbytes: int) -> npt.NDArray[np.uint8]:
+    memory = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
+def _candidates(weights: _Weights, x: Float32Array) -> dict[str, tuple[float, str, Callable[[int], object]]]:
+    """Return the candidates by name: weight bytes read, the baseline's name, and the product with copy `i`."""
+    M, N, K = len(x), weights.N, weights.K
+    out = np.empty((M, N), np.float32)
+    layouts = [packed[0].layout for packed in weights.packed.values()]
+    scratch = GemmScratch(scratch_floats(layouts, M))
+    f32_bytes = 4.0 * N * K
+
+    def packed_run(copies: list[PackedMatrix]) -> Callable[[int], object]:
+        return lambda i: matmul(x, copies[i], out=out, scratch=scratch)
+
+    candidates: dict[str, tuple[float, str, Callable[[int], object]]] = {
+        "naive": (f32_bytes, "naive", lambda i: x @ weights.row_major[i].T),
+        "naive-4k-pages": (f32_bytes, "naive-4k-pages", lambda i: x @ weights.small_pages[i].T),
+        "f32-4k-pages": (f32_bytes, "naive-4k-pages", packed_run(weights.packed_in_small_pages)),
+    }
+    for name, copies in weights.packed.items():
+        nbytes = float(sum(chunk.nbytes for chunk in copies[0].layout.chunks))
+        candidates[name] = (nbytes, "naive", packed_run(copies))
+    if 1 < M <= 16 and (nr := tile_rows(M, K)):
+        tiled_out = out.reshape(M, N // nr, nr).transpose(1, 0, 2)
+
+        def by_tiles(i: int) -> object:
+            return np.matmul(x, weights.row_major[i].reshape(-1, nr, K).transpose(0, 2, 1), out=tiled_out)
+
+        candidates["f32-by-tiles"] = (f32_bytes, "naive", by_tiles)
+    for width, tiles in weights.xnnpack.items():
+        candidates[f"f32-nr{width}"] = (f32_bytes, "naive", _xnnpack_run(x, tiles, out, width))
+    if M == 1:
+        q, scales = weights.int8
+        candidates["int8-naive"] = (N * K + 4.0 * N, "naive", lambda i: x @ (q.astype(np.float32) * scales[:, None]).T)
+    return candidates
+
+
+def _xnnpack_run(x: Float32Array, tiles: Sequence[Float32Array], out: Float32Array, nr: int) -> Callable[[int], object]:
+    view = out.reshape(len(x), -1, nr).transpose(1, 0, 2)
+    return lambda i: np.matmul(x, tiles[i], out=view)
+
+
+def _measure(weights: _Weights, x: Float32Array, rounds: int, limits: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    M, N, K = len(x), weights.N, weights.K
+    n_copies = 1 if M >= _COMPUTE_COPIES_M and N * K >= 1 << 20 else weights.n_copies
+
+    def over_copies(run: Callable[[int], object]) -> Run:
+        def turn() -> None:
+            for i in range(n_copies):
+                run(i)
+
+        return turn
+
+    candidates = _candidates(weights, x)
+    timings = interleave({name: over_copies(run) for name, (_, _, run) in candidates.items()}, rounds)
+    for name, (nbytes, baseline, _) in candidates.items():
+        seconds = timings.median(name) / n_copies
+        gb_per_s, gflop_per_s = nbytes / seconds / 1e9, 2.0 * M * N * K / seconds / 1e9
+        low, high = timings.spread(name, baseline)
+        yield {
+            "format": name,
+            "m": M,
+            "n": N,
+            "k": K,
+            "ratio_to_naive": round(timings.ratio(name, baseline), 3),
+            "ratio_quartiles": [round(low, 3), round(high, 3)],
+            "gb_per_s": round(gb_per_s, 2),
+            "gflop_per_s": round(gflop_per_s, 2),
+            "fraction_of_limit": round(
+                max(gb_per_s / limits["read_gb_per_s"], gflop_per_s / limits["sgemm_gflop_per_s"]), 3
+            ),
+        }

@@ -1,0 +1,303 @@
+"""The four weight formats of the engine, and a packed matrix: its chunks, wherever their bytes lie.
+
+Knows: which tile each format uses, how many bytes it takes, how rows become tiles and tiles rows again. Does not know:
+how a chunk is multiplied (`matmul`), where chunks are kept.
+Spec: PACK-16 to PACK-22. Tutorial: 03.
+
+Every chunk can be read and multiplied by itself: scales lie in the tile they belong to. Biases are not here: a matrix
+adds its own.
+
+    f32    16 rows of K float32
+    bf16   16 rows of ceil(K/2) words of 32 bits: the high half is column c, the low half column c + ceil(K/2), so
+           that a mask and a shift, each a single pass, give two float32 arrays
+    int8   16 rows of K bytes, 16 scales
+    int4   up to 256 rows in blocks of 32 columns, two blocks to a byte, then the scales (see `quantized`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from refinfer.arrays import PAGE_BYTES, Float32Array, IntArray, UInt16Array, bf16_to_f32, f32_to_bf16
+from refinfer.errors import PackingError
+from refinfer.packing.layout import Chunk, TileShape, cut_into_chunks
+from refinfer.packing.quantized import BLOCK, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+
+__all__ = ["FORMATS", "Format", "PackedLayout", "PackedMatrix", "Tiles", "format_of", "pack_matrix"]
+
+Bytes = npt.NDArray[np.uint8]
+
+_ROWS: Final = 16
+_LARGEST_INT4_TILE: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How one weight format is laid out.
+
+    `tile` picks the tile shape for a matrix `[N, K]`; `tile_nbytes` says what a tile takes; `pack` fills whole tiles
+    `[T, tile_nbytes]` from rows as stored (float32, float16, or bfloat16 as its bits); `unpack` gives the float32
+    rows `[T * nr, K]` that a product with those tiles uses. `chunk_nbytes` is the aim for a chunk: a million weights,
+    two million in int4.
+    """
+
+    name: str
+    chunk_nbytes: int
+    tile: Callable[[int, int], TileShape]
+    tile_nbytes: Callable[[TileShape, int], int]
+    pack: Callable[[npt.NDArray[Any], Tiles], None]
+    unpack: Callable[[Tiles], Float32Array]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Everything about a packed matrix but its bytes."""
+
+    format: Format
+    N: int
+    K: int
+    tile: TileShape
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all chunks, each padded to whole pages."""
+        return sum(chunk.padded_nbytes for chunk in self.chunks)
+
+    def tiles(self, buffer: Bytes) -> Tiles:
+        """See a chunk's bytes as its tiles."""
+        nbytes = self.format.tile_nbytes(self.tile, self.K)
+        n_tiles = buffer.size // nbytes
+        return Tiles(buffer[: n_tiles * nbytes].reshape(n_tiles, nbytes), self.tile.nr, self.K)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The tiles of a chunk, `[T, tile_nbytes]`, with typed views of their parts; a view copies nothing."""
+
+    raw: Bytes
+    nr: int
+    K: int
+
+    @property
+    def f32(self) -> Float32Array:
+        """The rows `[T * nr, K]` of an f32 chunk."""
+        return self.raw.reshape(-1).view(np.float32).reshape(-1, self.K)
+
+    @property
+    def bf16_pairs(self) -> npt.NDArray[np.uint32]:
+        """The rows `[T * nr, ceil(K/2)]` of a bf16 chunk, two columns to a word."""
+        return self.raw.reshape(-1).view(np.uint32).reshape(self.raw.shape[0] * self.nr, -1)
+
+    @property
+    def int8(self) -> npt.NDArray[np.int8]:
+        """The weights `[T, nr, K]` of an int8 chunk."""
+        weights = self.raw[:, : self.nr * self.K].view(np.int8)
+        return np.lib.stride_tricks.as_strided(
+            weights, (len(self.raw), self.nr, self.K), (self.raw.strides[0], self.K, 1)
+        )
+
+    @property
+    def int8_scales(self) -> Float32Array:
+        """The scales `[T, nr]` of an int8 chunk."""
+        return self.raw[:, self.nr * self.K :].view(np.float32)
+
+    @property
+    def nibbles(self) -> Bytes:
+        """The bytes `[T, B/2, 32, nr]` of an int4 chunk."""
+        half = half_blocks(self.K)
+        strides = (self.raw.strides[0], BLOCK * self.nr, self.nr, 1)
+        return np.lib.stride_tricks.as_strided(self.raw, (len(self.raw), half, BLOCK, self.nr), strides)
+
+    @property
+    def int4_scales(self) -> UInt16Array:
+        """The bfloat16 scales `[T, B, nr]` of an int4 chunk."""
+        half = half_blocks(self.K)
+        start = half * BLOCK * self.nr
+        scales = self.raw[:, start:].view(np.uint16)
+        strides = (self.raw.strides[0], 2 * self.nr, 2)
+        return np.lib.stride_tricks.as_strided(scales, (len(self.raw), 2 * half, self.nr), strides)
+
+
+def half_blocks(K: int) -> int:
+    """Return how many blocks of 32 columns each of int4's two planes has."""
+    return -(-K // (2 * BLOCK))
+
+
+def _as_f32(rows: npt.NDArray[Any]) -> Float32Array:
+    return bf16_to_f32(rows) if rows.dtype == np.uint16 else rows.astype(np.float32, copy=False)
+
+
+def _rows_whole(N: int, K: int) -> TileShape:
+    return TileShape(nr=_ROWS, kr=K)
+
+
+def _pack_f32(rows: npt.NDArray[Any], tiles: Tiles) -> None:
+    target = tiles.f32[: len(rows)]
+    if rows.dtype == np.uint16:
+        bf16_to_f32(rows, out=target)
+    else:
+        np.copyto(target, rows)
+
+
+def _unpack_f32(tiles: Tiles) -> Float32Array:
+    return tiles.f32.copy()
+
+
+def _pack_bf16(rows: npt.NDArray[Any], tiles: Tiles) -> None:
+    bits = rows if rows.dtype == np.uint16 else f32_to_bf16(_as_f32(rows))
+    half = tiles.bf16_pairs.shape[1]
+    halves = tiles.bf16_pairs.view(np.uint16).reshape(-1, half, 2)[: len(rows)]  # little-endian: low half first
+    halves[..., 1] = bits[:, :half]
+    halves[:, : tiles.K - half, 0] = bits[:, half:]
+
+
+def _unpack_bf16(tiles: Tiles) -> Float32Array:
+    pairs = tiles.bf16_pairs
+    return np.hstack((pairs & np.uint32(0xFFFF0000), pairs << np.uint32(16))).view(np.float32)[:, : tiles.K]
+
+
+def _pack_int8(rows: npt.NDArray[Any], tiles: Tiles) -> None:
+    q, scales = quantize_int8(_as_f32(rows))
+    whole, rest = divmod(len(rows), tiles.nr)
+    for t, n in ((slice(0, whole), tiles.nr), (slice(whole, whole + 1), rest)):
+        a, b = t.start * tiles.nr, t.start * tiles.nr + (t.stop - t.start) * n
+        if a < b:
+            tiles.int8[t, :n] = q[a:b].reshape(-1, n, tiles.K)
+            tiles.int8_scales[t, :n] = scales[a:b].reshape(-1, n)
+
+
+def _unpack_int8(tiles: Tiles) -> Float32Array:
+    return dequantize_int8(tiles.int8.reshape(-1, tiles.K), tiles.int8_scales.reshape(-1))
+
+
+def _int4_tile(N: int, K: int) -> TileShape:
+    """As few tiles of at most 256 rows as possible, all alike, a multiple of 16: little is wasted on missing rows."""
+    n_tiles = -(-N // _LARGEST_INT4_TILE)
+    return TileShape(nr=-(-N // (n_tiles * _ROWS)) * _ROWS, kr=1)
+
+
+def _pack_int4(rows: npt.NDArray[Any], tiles: Tiles) -> None:
+    T, half, nr = len(tiles.raw), half_blocks(tiles.K), tiles.nr
+    q, scales = quantize_int4(_as_f32(rows))
+    # Missing rows, and the block that makes the number of blocks even, are zeros.
+    padded = np.full((T * nr, 2 * half * BLOCK), 8, np.uint8)
+    padded[: len(q), : q.shape[1]] = q + 8
+    planes = padded.reshape(T, nr, 2, half, BLOCK).transpose(2, 0, 3, 4, 1)
+    np.bitwise_or(planes[0], planes[1] << 4, out=tiles.nibbles)
+    padded_scales = np.zeros((T * nr, 2 * half), np.uint16)
+    padded_scales[: len(scales), : scales.shape[1]] = scales
+    tiles.int4_scales[:] = padded_scales.reshape(T, nr, -1).transpose(0, 2, 1)
+
+
+def _unpack_int4(tiles: Tiles) -> Float32Array:
+    planes = np.stack((tiles.nibbles & 15, tiles.nibbles >> 4), axis=1).astype(np.int8) - np.int8(8)
+    q = planes.transpose(0, 4, 1, 2, 3).reshape(len(tiles.raw) * tiles.nr, -1)
+    scales = tiles.int4_scales.transpose(0, 2, 1).reshape(q.shape[0], -1)
+    return dequantize_int4(q, scales, tiles.K)
+
+
+FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
+    {
+        "f32": Format("f32", 4 << 20, _rows_whole, lambda tile, K: tile.nr * 4 * K, _pack_f32, _unpack_f32),
+        "bf16": Format(
+            "bf16", 2 << 20, _rows_whole, lambda tile, K: tile.nr * 4 * -(-K // 2), _pack_bf16, _unpack_bf16
+        ),
+        "int8": Format("int8", 1 << 20, _rows_whole, lambda tile, K: tile.nr * (K + 4), _pack_int8, _unpack_int8),
+        "int4": Format(
+            "int4",
+            9 << 17,
+            _int4_tile,
+            lambda tile, K: tile.nr * half_blocks(K) * (BLOCK + 4),
+            _pack_int4,
+            _unpack_int4,
+        ),
+    }
+)
+"""The engine's formats by name."""
+
+
+def format_of(name: str) -> Format:
+    """Return a format by its name; raises PackingError for another name."""
+    if name not in FORMATS:
+        raise PackingError(f"{name!r} is not a weight format; there are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def layout_of(name: str, N: int, K: int) -> PackedLayout:
+    """Return how a matrix `[N, K]` is packed in the format `name`; raises PackingError for impossible sizes."""
+    fmt = format_of(name)
+    if min(N, K) < 1:
+        raise PackingError(f"a matrix of {N} outputs and {K} inputs cannot be packed")
+    tile = fmt.tile(N, K)
+    return PackedLayout(fmt, N, K, tile, cut_into_chunks(N, tile.nr, fmt.tile_nbytes(tile, K), fmt.chunk_nbytes))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """A packed matrix: its layout, and the bytes of each chunk, in memory, in a mapped file or in a ring."""
+
+    layout: PackedLayout
+    buffers: Sequence[Bytes]
+
+    def unpack(self) -> Float32Array:
+        """Return the float32 weights `[N, K]` that a product uses: the inverse of packing, an oracle."""
+        layout = self.layout
+        return np.concatenate(
+            [
+                layout.format.unpack(layout.tiles(buffer))[: chunk.n_rows]
+                for chunk, buffer in zip(layout.chunks, self.buffers, strict=True)
+            ]
+        )
+
+    def unpack_rows(self, ids: IntArray) -> Float32Array:
+        """Return the rows `ids` as float32 `[len(ids), K]`; reads only the tiles they lie in."""
+        layout, nr = self.layout, self.layout.tile.nr
+        out = np.empty((len(ids), layout.K), np.float32)
+        for chunk, buffer in zip(layout.chunks, self.buffers, strict=True):
+            here = np.flatnonzero((ids >= chunk.first_row) & (ids < chunk.first_row + chunk.n_rows))
+            if here.size:
+                which, lane = np.divmod(ids[here] - chunk.first_row, nr)
+                used, position = np.unique(which, return_inverse=True)
+                tiles = layout.tiles(buffer)
+                rows = layout.format.unpack(Tiles(tiles.raw[used], nr, layout.K))
+                out[here] = rows[position * nr + lane]
+        return out
+
+
+def pack_chunk(rows: npt.NDArray[Any], layout: PackedLayout, chunk: Chunk, buffer: Bytes) -> None:
+    """Pack the rows of one chunk `[chunk.n_rows, K]`, as stored, into `buffer` of `chunk.nbytes` zeros.
+
+    Raises:
+        PackingError: another shape or type of rows, or values that the format cannot hold.
+    """
+    if rows.shape != (chunk.n_rows, layout.K):
+        raise PackingError(f"rows of shape {rows.shape} do not fit a chunk [{chunk.n_rows}, {layout.K}]")
+    if rows.dtype not in (np.float32, np.float16, np.uint16):
+        raise PackingError(f"weights of type {rows.dtype} cannot be packed; give float32, float16 or bfloat16 bits")
+    layout.format.pack(rows, layout.tiles(buffer))
+
+
+def pack_matrix(w: npt.NDArray[Any], name: str) -> PackedMatrix:
+    """Pack `w` `[N, K]`, as stored, into memory of its own, chunk by chunk, each on a page.
+
+    Raises:
+        PackingError: not a matrix, an unknown format, or values that the format cannot hold.
+    """
+    if w.ndim != 2:
+        raise PackingError(f"only matrices can be packed, not an array of shape {w.shape}")
+    layout = layout_of(name, *w.shape)
+    memory = np.zeros(layout.nbytes + PAGE_BYTES, np.uint8)
+    memory = memory[-memory.ctypes.data % PAGE_BYTES :]
+    buffers = []
+    for chunk in layout.chunks:
+        buffer = memory[chunk.offset : chunk.offset + chunk.nbytes]
+        pack_chunk(w[chunk.first_row : chunk.first_row + chunk.n_rows], layout, chunk, buffer)
+        buffers.append(buffer)
+    return PackedMatrix(layout, tuple(buffers))
