@@ -21,6 +21,7 @@ from refinfer.errors import InputError, RefinferError, RequestError
 from refinfer.generate import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT, GenerationStats, load, open_model
 from refinfer.model.config import SHAPES
 from refinfer.model.synth import DTYPES, checkpoint_nbytes, write_checkpoint
+from refinfer.packing.formats import FORMATS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
     generate = command("generate", _generate, "Generate text behind a prompt.")
     generate.add_argument("prompt", nargs="?", metavar="PROMPT", help=f"the text to go on from ({DEFAULT_PROMPT!r})")
     generate.add_argument("--model", metavar="DIR", help="a model folder in Hugging Face's form (the storyteller)")
+    generate.add_argument(
+        "--weights",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="the format to pack weights in (auto: bf16 for bfloat16 checkpoints, else f32)",
+    )
+    generate.add_argument("--weight-cache", choices=("off",), help="off: row-major weights, nothing packed")
     generate.add_argument("--token-ids", metavar="1,2,3", type=_token_ids, help="the prompt as token ids")
     generate.add_argument(
         "--max-tokens", metavar="N", type=_integer(1), help=f"stop after N tokens ({DEFAULT_MAX_TOKENS}, if they fit)"
@@ -124,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
 
     bench = command("bench", _bench, "Measure, interleaved, and print medians.")
-    bench.add_argument("name", metavar="NAME", choices=["decode"], help="decode")
+    bench.add_argument("name", metavar="NAME", choices=_BENCHES, help=" or ".join(_BENCHES))
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -173,7 +181,13 @@ def _generate(args: argparse.Namespace) -> None:
     prompt = DEFAULT_PROMPT if args.prompt is None and args.token_ids is None else args.prompt
     ids = args.token_ids if prompt is None else model.encode(prompt)
     max_tokens = model.plan_request(ids, args.max_tokens)
-    with load(model, max_positions=len(ids) + max_tokens, threads=args.threads) as session:
+    with load(
+        model,
+        weights=args.weights,
+        weight_cache=args.weight_cache,
+        max_positions=len(ids) + max_tokens,
+        threads=args.threads,
+    ) as session:
         pieces = session.generate(
             token_ids=ids,
             max_tokens=max_tokens,
@@ -305,26 +319,66 @@ def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from refinfer.bench.decode import DECODE_SHAPES, decode_rows
     from refinfer.bench.machine import describe_machine
+
+    result = {"machine": describe_machine(Path.cwd())} | _BENCHES[args.name](args.json)
+    if args.json:
+        print(json.dumps(result))
+
+
+def _bench_decode(quiet: bool) -> dict[str, Any]:
+    from refinfer.bench.decode import DECODE_SHAPES, decode_rows
 
     with _progress("measuring", len(DECODE_SHAPES)) as advance:
         rows = list(decode_rows(progress=lambda: advance(1)))
-    result = {"machine": describe_machine(Path.cwd()), "rows": rows}
-    if args.json:
-        print(json.dumps(result))
-        return
-    _print_table(
-        "Decode, one BLAS thread, against a clean naive numpy decode",
-        ["hidden size x layers", "times as fast", "quartiles", "tokens/s", "naive tokens/s"],
-        [
+    if not quiet:
+        _print_table(
+            "Decode, one BLAS thread, against a clean naive numpy decode",
+            ["hidden size x layers", "times as fast", "quartiles", "tokens/s", "naive tokens/s"],
             [
-                f"{row['hidden_size']} x {row['num_hidden_layers']}",
-                f"{row['ratio_to_naive']:.2f}",
-                " - ".join(f"{q:.2f}" for q in row["ratio_quartiles"]),
-                f"{row['tokens_per_s']:,.0f}",
-                f"{row['naive_tokens_per_s']:,.0f}",
-            ]
-            for row in rows
-        ],
-    )
+                [
+                    f"{row['hidden_size']} x {row['num_hidden_layers']}",
+                    f"{row['ratio_to_naive']:.2f}",
+                    _quartiles(row),
+                    f"{row['tokens_per_s']:,.0f}",
+                    f"{row['naive_tokens_per_s']:,.0f}",
+                ]
+                for row in rows
+            ],
+        )
+    return {"rows": rows}
+
+
+def _bench_matmul(quiet: bool) -> dict[str, Any]:
+    from refinfer.bench.matmul import ROWS_OF_X, SHAPES, machine_limits, matmul_rows
+
+    limits = machine_limits()
+    with _progress("measuring", len(SHAPES) * len(ROWS_OF_X)) as advance:
+        rows = list(matmul_rows(limits=limits, progress=lambda: advance(1)))
+    if not quiet:
+        _print_table(
+            f"x @ W.T, one BLAS thread; this core reads {limits['read_gb_per_s']:.1f} GB/s "
+            f"and multiplies {limits['sgemm_gflop_per_s']:.0f} GFLOP/s",
+            ["format", "M", "N x K", "times as fast as naive", "quartiles", "GB/s", "GFLOP/s", "of the limit"],
+            [
+                [
+                    row["format"],
+                    str(row["m"]),
+                    f"{row['n']} x {row['k']}",
+                    f"{row['ratio_to_naive']:.2f}",
+                    _quartiles(row),
+                    f"{row['gb_per_s']:.1f}",
+                    f"{row['gflop_per_s']:.1f}",
+                    f"{row['fraction_of_limit']:.0%}",
+                ]
+                for row in rows
+            ],
+        )
+    return {"limits": limits, "rows": rows}
+
+
+def _quartiles(row: dict[str, Any]) -> str:
+    return " - ".join(f"{quartile:.2f}" for quartile in row["ratio_quartiles"])
+
+
+_BENCHES: Final = {"decode": _bench_decode, "matmul": _bench_matmul}

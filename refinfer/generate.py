@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
+import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from refinfer.arrays import Float32Array, IntArray
@@ -28,13 +29,15 @@ from refinfer.errors import (
     TokenizerPackageMissingError,
     WeightsError,
 )
-from refinfer.model.checkpoint import Checkpoint, open_checkpoint
+from refinfer.model.checkpoint import Checkpoint, open_checkpoint, stored_to_f32
 from refinfer.model.config import ModelConfig
 from refinfer.model.config_json import load_config
 from refinfer.model.sampler import Sampling, sample
 from refinfer.model.tokenizer import TextStream, Tokenizer, load_tokenizer
-from refinfer.model.transformer import Transformer
-from refinfer.model.weights import RowMajorSource
+from refinfer.model.transformer import LARGEST_BLOCK, Transformer
+from refinfer.model.weights import LayerWeights, RowMajorSource, WeightSource, assemble
+from refinfer.packing.formats import FORMATS, PackedLayout, PackedMatrix, pack_matrix
+from refinfer.packing.matmul import GemmScratch, matmul, scratch_floats
 from refinfer.trace import Clock, RealClock
 
 __all__ = [
@@ -44,6 +47,8 @@ __all__ = [
     "STORYTELLER",
     "GenerationStats",
     "Model",
+    "PackedSource",
+    "ResidentMatrix",
     "Session",
     "default_threads",
     "load",
@@ -170,6 +175,8 @@ def _readable(path: Path) -> Iterator[None]:
 def load(
     model: str | os.PathLike[str] | Model | None = None,
     *,
+    weights: str = "auto",
+    weight_cache: str | None = None,
     max_positions: int | None = None,
     threads: int | None = None,
     clock: Clock | None = None,
@@ -178,6 +185,10 @@ def load(
 
     Args:
         model: a folder in Hugging Face's form, or what `open_model` returned; None means the storyteller.
+        weights: the format to pack weights in: f32, bf16, int8, int4, or auto: bf16 for bfloat16 checkpoints, else
+            f32.
+        weight_cache: "off" packs nothing: row-major float32 weights with the same values, multiplied by numpy as a
+            whole; an oracle. None packs while loading.
         max_positions: how many positions, prompt and generated tokens together, the KV cache reserves;
             None means 512, or as many as the model has.
         threads: BLAS threads while generating; None means one for models below 64 MiB, else one per core.
@@ -203,10 +214,76 @@ def load(
         raise RequestError(f"threads must be from 1 to {_MOST_THREADS}, not {threads}")
     with _readable(opened.folder):
         checkpoint = open_checkpoint(opened.folder)
-    source = RowMajorSource(opened.config, checkpoint)
+    source = _weight_source(opened.config, checkpoint, weights, weight_cache)
     transformer = Transformer(source, max_positions)
     threads = threads or default_threads(opened.config)
     return Session(opened, checkpoint, transformer, threads, clock, opened.opening_s + clock.now() - started)
+
+
+def _weight_source(config: ModelConfig, checkpoint: Checkpoint, weights: str, weight_cache: str | None) -> WeightSource:
+    if weights not in ("auto", *FORMATS):
+        raise RequestError(f"weights must be auto, {', '.join(FORMATS)}, not {weights!r}")
+    if weight_cache not in (None, "off"):
+        raise RequestError(f"weight_cache must be None or 'off', not {weight_cache!r}")
+    name = weights if weights != "auto" else "bf16" if config.dtype == "bfloat16" else "f32"
+    if weight_cache == "off":
+        widen = stored_to_f32 if weights in ("auto", "f32") else lambda w: pack_matrix(w, name).unpack()
+        return RowMajorSource(config, checkpoint, widen)
+    return PackedSource(config, checkpoint, name)
+
+
+class ResidentMatrix:
+    """A packed matrix in memory, with its bias and the scratch it shares with the others of its source."""
+
+    def __init__(self, packed: PackedMatrix, bias: Float32Array | None, source: PackedSource) -> None:
+        self.packed = packed
+        self._bias = bias
+        self._source = source
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(N, K)`."""
+        return self.packed.layout.N, self.packed.layout.K
+
+    def matmul(self, x: Float32Array, out: Float32Array | None = None) -> Float32Array:
+        """Return `x @ W.T + bias`, chunk by chunk."""
+        y = matmul(x, self.packed, out, self._source.scratch)
+        if self._bias is not None:
+            np.add(y, self._bias, out=y)
+        return y
+
+    def rows(self, ids: IntArray) -> Float32Array:
+        """Return the rows `ids` as float32 `[len(ids), K]`."""
+        return self.packed.unpack_rows(ids)
+
+
+class PackedSource:
+    """All matrices of a checkpoint packed in one format while loading, resident in memory; norms as float32.
+
+    Raises:
+        WeightsError: a tensor is missing, or has another shape or type.
+        PackingError: weights that the format cannot hold.
+    """
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, name: str) -> None:
+        layouts: list[PackedLayout] = []
+
+        def matrix(stored: npt.NDArray[Any], bias: Float32Array | None) -> ResidentMatrix:
+            packed = pack_matrix(stored, name)
+            layouts.append(packed.layout)
+            return ResidentMatrix(packed, bias, self)
+
+        self.config = config
+        self.embed_tokens, self._layers, self.norm, self.lm_head = assemble(config, checkpoint, matrix)
+        self.scratch = GemmScratch(scratch_floats(layouts, min(LARGEST_BLOCK, config.longest_request)))
+        self.packed_bytes = sum(layout.nbytes for layout in layouts)
+
+    def layers(self) -> Iterator[LayerWeights]:
+        """Walk over the layers in execution order."""
+        return iter(self._layers)
+
+    def close(self) -> None:
+        """Do nothing: the arrays go with the last reference to them."""
 
 
 def default_threads(config: ModelConfig) -> int:

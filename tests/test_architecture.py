@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {"errors", "arrays", "trace", "model", "packing"},
     "__init__": {"errors", "generate", "model"},
     "bench": {"errors", "arrays", "trace", "model", "packing", "generate"},
-    "cli": {"", "errors", "generate", "model", "bench"},
+    "cli": {"", "errors", "generate", "model", "packing", "bench"},
     "__main__": {"cli"},
 }
 

@@ -14,7 +14,7 @@ from typing import IO
 import pytest
 
 from refinfer.cli import main
-from refinfer.generate import Session, peak_rss_bytes
+from refinfer.generate import Session, load, peak_rss_bytes
 
 GENERATE_KEYS = {
     "text": str,
@@ -99,6 +99,16 @@ def test_sampling_options_reach_the_sampler(run: Run, storyteller: Session) -> N
     assert json.loads(out)["text"] == "".join(expected)
 
 
+@pytest.mark.spec("CLI-2", "PACK-28")
+@pytest.mark.parametrize(
+    "options", [["--weights", "int8"], ["--weights", "int4", "--weight-cache", "off"]], ids=" ".join
+)
+def test_weight_formats_are_chosen_on_the_command_line(run: Run, options: list[str]) -> None:
+    status, out, _ = run("generate", "ROMEO:", "--max-tokens", 20, *options, "--json")
+    with load(weights=options[1], weight_cache="off") as session:
+        assert (status, json.loads(out)["text"]) == (0, "".join(session.generate("ROMEO:", max_tokens=20)))
+
+
 @pytest.mark.spec("CLI-3", "ERR-2")
 @pytest.mark.parametrize(
     "argv",
@@ -136,6 +146,8 @@ def test_what_does_not_exist_is_refused(run: Run, argv: list[str]) -> None:
         (["generate", "--top-k", "0"], "must be at least 1"),
         (["generate", "--seed", "-1"], "must be at least 0"),
         (["generate", "--threads", "0"], "must be at least 1"),
+        (["generate", "--weights", "fp8"], "invalid choice: 'fp8'"),
+        (["generate", "--weight-cache", "somewhere"], "invalid choice: 'somewhere'"),
         (["generate", "--threads", "9" * 30], "threads must be from 1 to 1024"),
         (["generate", "--model", "m" * 300], "cannot be read"),
         (["synth", "m" * 300, "--shape", "tiny"], "cannot be made"),

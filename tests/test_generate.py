@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +23,7 @@ from refinfer.errors import (
     ConfigError,
     GenerationError,
     InputError,
+    PackingError,
     RequestError,
     SafetensorsError,
     TokenizerError,
@@ -29,6 +32,7 @@ from refinfer.errors import (
 from refinfer.generate import (
     STORYTELLER,
     GenerationStats,
+    PackedSource,
     Session,
     default_threads,
     load,
@@ -38,6 +42,7 @@ from refinfer.generate import (
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.safetensors import SafetensorsFile, TensorSpec, write_safetensors
 from refinfer.model.synth import write_checkpoint
+from refinfer.packing.formats import FORMATS
 
 EXCERPT = Path(__file__).parent / "data" / "held-out-excerpt.txt"
 
@@ -76,6 +81,46 @@ def test_the_storyteller_writes_what_transformers_makes_of_it(storyteller: Sessi
     stats = stats_of(storyteller, golden["prompt"], max_tokens=len(golden["token_ids"]))
     assert list(stats.prompt_token_ids) == golden["prompt_token_ids"]
     assert stats.text == golden["text"]
+
+
+@pytest.mark.spec("PACK-28")
+@pytest.mark.parametrize("weights", ["auto", "f32", "bf16"])
+def test_packed_float_weights_give_the_row_major_models_text(weights: str) -> None:
+    with load(weights=weights) as packed, load(weight_cache="off") as row_major:
+        texts = [stats_of(session, "ROMEO:", max_tokens=120).text for session in (packed, row_major)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.spec("PACK-28", "PACK-23")
+@pytest.mark.parametrize("weights", FORMATS)
+def test_packed_logits_are_those_of_the_same_weights_unpacked(weights: str, tiny_folder: Path) -> None:
+    """`weight_cache="off"` multiplies the dequantised weights row-major: the oracle."""
+    ids = list(range(60))
+    with load(tiny_folder, weights=weights) as packed, load(tiny_folder, weights=weights, weight_cache="off") as oracle:
+        np.testing.assert_allclose(packed.logits(ids), oracle.logits(ids), atol=2e-4)
+        first, second = (stats_of(s, token_ids=ids[:5], max_tokens=20).token_ids for s in (packed, oracle))
+    assert first == second
+
+
+@pytest.mark.spec("PACK-13", "ERR-1")
+def test_weights_that_are_not_finite_cannot_be_quantised(tmp_path: Path, tiny_folder: Path) -> None:
+    damage(tiny_folder, tmp_path, np.inf)
+    with pytest.raises(PackingError, match="hold NaN or infinity, which cannot be quantised"):
+        load(tmp_path, weights="int8")
+
+
+@pytest.mark.spec("PACK-26")
+def test_packing_keeps_no_second_copy_of_the_weights(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", replace(SHAPES["storyteller"], vocab_size=300), dtype="bf16")
+    tracemalloc.start()
+    try:
+        with load(tmp_path / "m", weights="bf16", max_positions=8) as session:
+            source = session._transformer.source
+            assert isinstance(source, PackedSource)
+            _, peak = tracemalloc.get_traced_memory()
+            assert peak < source.packed_bytes + source.scratch.nbytes + 2_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.spec("GEN-3")
@@ -155,10 +200,9 @@ def test_a_request_beyond_the_sliding_window_is_refused(tmp_path: Path) -> None:
             session.generate(token_ids=[1] * 10, max_tokens=7)
 
 
-@pytest.mark.spec("GEN-5")
-@pytest.mark.parametrize("value", [np.nan, np.inf], ids=["NaN", "infinity"])
-def test_damaged_weights_are_found_before_a_token_is_shown(tiny_folder: Path, tmp_path: Path, value: float) -> None:
-    file = SafetensorsFile(tiny_folder / "model.safetensors")
+def damage(healthy: Path, folder: Path, value: float) -> str:
+    """Write a copy of a float32 checkpoint with one weight replaced; return the name of its tensor."""
+    file = SafetensorsFile(healthy / "model.safetensors")
     bad = "model.layers.1.mlp.up_proj.weight"
     specs = []
     for name, tensor in file.items():
@@ -166,8 +210,15 @@ def test_damaged_weights_are_found_before_a_token_is_shown(tiny_folder: Path, tm
         if name == bad:
             values[3, 4] = value
         specs.append(TensorSpec(name, "F32", tensor.shape, [values]))
-    shutil.copy(tiny_folder / "config.json", tmp_path)
-    write_safetensors(tmp_path / "model.safetensors", specs)
+    shutil.copy(healthy / "config.json", folder)
+    write_safetensors(folder / "model.safetensors", specs)
+    return bad
+
+
+@pytest.mark.spec("GEN-5")
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=["NaN", "infinity"])
+def test_damaged_weights_are_found_before_a_token_is_shown(tiny_folder: Path, tmp_path: Path, value: float) -> None:
+    bad = damage(tiny_folder, tmp_path, value)
     with load(tmp_path) as session:
         pieces = session.generate(token_ids=[1, 2, 3])
         with pytest.raises(WeightsError, match=f"'{bad}' holds NaN or infinity"):
@@ -286,18 +337,46 @@ def test_the_storyteller_is_small() -> None:
     assert replace(config, dtype="float32") == SHAPES["storyteller"]
 
 
-@pytest.mark.spec("GEN-11")
-def test_the_storyteller_predicts_held_out_text(storyteller: Session) -> None:
-    """Over consecutive windows of the whole context, as the training script measures it."""
-    ids = storyteller.model.encode(EXCERPT.read_text())
+def loss_of(session: Session, text: str) -> float:
+    """Mean nats per character over consecutive windows of the whole context, as the training script measures it."""
+    ids = session.model.encode(text)
     total = 0.0
     for start in range(0, len(ids) - 1, 512):
         window = ids[start : start + 513]
-        logits = storyteller.logits(window[:-1]).astype(np.float64)
+        logits = session.logits(window[:-1]).astype(np.float64)
         shifted = logits - logits.max(-1, keepdims=True)
         log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
         total -= log_p[np.arange(len(window) - 1), window[1:]].sum()
-    assert total / (len(ids) - 1) <= 1.65
+    return total / (len(ids) - 1)
+
+
+@pytest.fixture(scope="module")
+def perplexities() -> dict[str, float]:
+    """Of the storyteller on the held-out excerpt, in every weight format."""
+    text = EXCERPT.read_text()
+    result = {}
+    for weights in FORMATS:
+        with load(weights=weights) as session:
+            result[weights] = float(np.exp(loss_of(session, text)))
+    return result
+
+
+@pytest.mark.spec("GEN-11")
+def test_the_storyteller_predicts_held_out_text(perplexities: dict[str, float]) -> None:
+    assert np.log(perplexities["bf16"]) <= 1.65
+
+
+@pytest.mark.spec("PACK-29")
+@pytest.mark.parametrize(("weights", "at_most"), [("f32", 1.0001), ("int8", 1.001), ("int4", 1.02)])
+def test_a_format_costs_little_perplexity(perplexities: dict[str, float], weights: str, at_most: float) -> None:
+    assert perplexities[weights] <= at_most * perplexities["bf16"]
+
+
+@pytest.mark.spec("PACK-29")
+def test_the_model_card_has_the_perplexity_of_every_format(perplexities: dict[str, float]) -> None:
+    card = (STORYTELLER / "MODEL_CARD.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \|", card, flags=re.MULTILINE)
+    assert {name: float(value) for name, value in rows} == pytest.approx(perplexities, abs=2e-3)
 
 
 @pytest.mark.spec("GEN-11")
@@ -359,15 +438,17 @@ def test_an_unusable_folder_is_refused(
 @pytest.mark.parametrize(
     ("options", "why"),
     [
+        ({"weights": "fp8"}, "weights must be auto, f32, bf16, int8, int4"),
+        ({"weight_cache": "on"}, "weight_cache must be None or 'off'"),
         ({"max_positions": 0}, "max_positions"),
         ({"max_positions": 513}, "from 1 to this model's 512"),
         ({"threads": 0}, "threads"),
     ],
-    ids=["no positions", "more positions than the model has", "no threads"],
+    ids=["unknown format", "unknown weight cache", "no positions", "more positions than the model has", "no threads"],
 )
-def test_impossible_options_of_load_are_refused(options: dict[str, int], why: str) -> None:
+def test_impossible_options_of_load_are_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(RequestError, match=why):
-        load(**options)  # type: ignore[arg-type]
+        load(**options)
 
 
 @pytest.mark.spec("TOKEN-3", "GEN-1")

@@ -28,7 +28,7 @@ from refinfer.packing.layout import GoiLayout, TileShape
 from refinfer.packing.matmul import GemmScratch, matmul, scratch_floats, tile_rows
 from refinfer.packing.quantized import quantize_int8
 
-__all__ = ["ROWS_OF_X", "SHAPES", "machine_limits", "matmul_rows"]
+__all__ = ["ROWS_OF_X", "SHAPES", "Weights", "candidates", "machine_limits", "matmul_rows"]
 
 SHAPES: Final = ((256, 256), (1024, 1024), (2048, 2048), (4096, 4096))
 ROWS_OF_X: Final = (1, 2, 4, 8, 16, 64, 256, 512)
@@ -37,6 +37,8 @@ _STREAMED_BYTES: Final = 160 << 20
 _COMPUTE_COPIES_M: Final = 64  # from here on arithmetic, not memory, is what takes time: one copy is enough
 
 Run = Callable[[], object]
+Candidate = tuple[float, str, Callable[[int], object]]
+"""The bytes of weights it reads, its baseline's name, and its product with copy `i`."""
 
 
 def machine_limits(rounds: int = 5) -> dict[str, float]:
@@ -71,14 +73,14 @@ def matmul_rows(
     rng = np.random.default_rng(0)
     with threadpool_limits(1, user_api="blas"):
         for N, K in shapes:
-            weights = _Weights(rng.standard_normal((N, K), dtype=np.float32) / np.float32(math.sqrt(K)))
+            weights = Weights(rng.standard_normal((N, K), dtype=np.float32) / np.float32(math.sqrt(K)))
             for M in rows_of_x:
                 x = rng.standard_normal((M, K), dtype=np.float32)
                 yield from _measure(weights, x, rounds, limits)
                 progress()
 
 
-class _Weights:
+class Weights:
     """One matrix in every form the bench compares, each copied until it no longer fits a cache."""
 
     def __init__(self, w: Float32Array) -> None:
@@ -89,7 +91,8 @@ class _Weights:
         self.packed = {name: self._packed_copies(pack_matrix(w, name)) for name in FORMATS}
         self.packed_in_small_pages = self._packed_copies(pack_matrix(w, "f32"), _in_small_pages)
         self.xnnpack = {nr: self._xnnpack_copies(w, nr) for nr in (16, 32, 128) if self.N % nr == 0}
-        self.int8 = quantize_int8(w)
+        q, self.int8_scales = quantize_int8(w)
+        self.int8 = _copies(q, self.n_copies)
 
     def _packed_copies(
         self, packed: PackedMatrix, memory: Callable[[int], npt.NDArray[np.uint8]] | None = None
@@ -134,8 +137,8 @@ def _in_small_pages(nbytes: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(memory, np.uint8)
 
 
-def _candidates(weights: _Weights, x: Float32Array) -> dict[str, tuple[float, str, Callable[[int], object]]]:
-    """Return the candidates by name: weight bytes read, the baseline's name, and the product with copy `i`."""
+def candidates(weights: Weights, x: Float32Array) -> dict[str, Candidate]:
+    """Return everything that is compared for these weights and this x, by name."""
     M, N, K = len(x), weights.N, weights.K
     out = np.empty((M, N), np.float32)
     layouts = [packed[0].layout for packed in weights.packed.values()]
@@ -145,35 +148,41 @@ def _candidates(weights: _Weights, x: Float32Array) -> dict[str, tuple[float, st
     def packed_run(copies: list[PackedMatrix]) -> Callable[[int], object]:
         return lambda i: matmul(x, copies[i], out=out, scratch=scratch)
 
-    candidates: dict[str, tuple[float, str, Callable[[int], object]]] = {
+    found: dict[str, Candidate] = {
         "naive": (f32_bytes, "naive", lambda i: x @ weights.row_major[i].T),
         "naive-4k-pages": (f32_bytes, "naive-4k-pages", lambda i: x @ weights.small_pages[i].T),
         "f32-4k-pages": (f32_bytes, "naive-4k-pages", packed_run(weights.packed_in_small_pages)),
     }
     for name, copies in weights.packed.items():
         nbytes = float(sum(chunk.nbytes for chunk in copies[0].layout.chunks))
-        candidates[name] = (nbytes, "naive", packed_run(copies))
+        found[name] = (nbytes, "naive", packed_run(copies))
     if 1 < M <= 16 and (nr := tile_rows(M, K)):
         tiled_out = out.reshape(M, N // nr, nr).transpose(1, 0, 2)
 
         def by_tiles(i: int) -> object:
-            return np.matmul(x, weights.row_major[i].reshape(-1, nr, K).transpose(0, 2, 1), out=tiled_out)
+            np.matmul(x, weights.row_major[i].reshape(-1, nr, K).transpose(0, 2, 1), out=tiled_out)
+            return out
 
-        candidates["f32-by-tiles"] = (f32_bytes, "naive", by_tiles)
+        found["f32-by-tiles"] = (f32_bytes, "naive", by_tiles)
     for width, tiles in weights.xnnpack.items():
-        candidates[f"f32-nr{width}"] = (f32_bytes, "naive", _xnnpack_run(x, tiles, out, width))
+        found[f"f32-nr{width}"] = (f32_bytes, "naive", _xnnpack_run(x, tiles, out, width))
     if M == 1:
-        q, scales = weights.int8
-        candidates["int8-naive"] = (N * K + 4.0 * N, "naive", lambda i: x @ (q.astype(np.float32) * scales[:, None]).T)
-    return candidates
+        q, scales = weights.int8, weights.int8_scales[:, None]
+        found["int8-naive"] = (N * K + 4.0 * N, "naive", lambda i: x @ (q[i].astype(np.float32) * scales).T)
+    return found
 
 
 def _xnnpack_run(x: Float32Array, tiles: Sequence[Float32Array], out: Float32Array, nr: int) -> Callable[[int], object]:
     view = out.reshape(len(x), -1, nr).transpose(1, 0, 2)
-    return lambda i: np.matmul(x, tiles[i], out=view)
+
+    def run(i: int) -> object:
+        np.matmul(x, tiles[i], out=view)
+        return out
+
+    return run
 
 
-def _measure(weights: _Weights, x: Float32Array, rounds: int, limits: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+def _measure(weights: Weights, x: Float32Array, rounds: int, limits: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     M, N, K = len(x), weights.N, weights.K
     n_copies = 1 if M >= _COMPUTE_COPIES_M and N * K >= 1 << 20 else weights.n_copies
 
@@ -184,9 +193,9 @@ def _measure(weights: _Weights, x: Float32Array, rounds: int, limits: Mapping[st
 
         return turn
 
-    candidates = _candidates(weights, x)
-    timings = interleave({name: over_copies(run) for name, (_, _, run) in candidates.items()}, rounds)
-    for name, (nbytes, baseline, _) in candidates.items():
+    compared = candidates(weights, x)
+    timings = interleave({name: over_copies(run) for name, (_, _, run) in compared.items()}, rounds)
+    for name, (nbytes, baseline, _) in compared.items():
         seconds = timings.median(name) / n_copies
         gb_per_s, gflop_per_s = nbytes / seconds / 1e9, 2.0 * M * N * K / seconds / 1e9
         low, high = timings.spread(name, baseline)

@@ -19,9 +19,11 @@ from refinfer.model.kv_cache import KVCache
 from refinfer.model.layers import attention, causal_mask, rms_norm, rope, rope_tables, silu_multiply
 from refinfer.model.weights import LayerWeights, WeightSource
 
-__all__ = ["Transformer", "prefill_block", "scratch_nbytes"]
+__all__ = ["LARGEST_BLOCK", "Transformer", "prefill_block", "scratch_nbytes"]
 
-_LARGEST_BLOCK: Final = 256
+LARGEST_BLOCK: Final = 256
+"""The most tokens of a prompt that are computed together."""
+
 _SMALLEST_BLOCK: Final = 32
 _SCRATCH_SHARE: Final = 1 / 64
 
@@ -34,7 +36,7 @@ def prefill_block(config: ModelConfig, max_positions: int) -> int:
     largest power of two up to 256 whose activations take at most 1/64 of the float32 weights, at least 32.
     """
     allowed = _SCRATCH_SHARE * config.n_parameters * 4
-    block = _LARGEST_BLOCK
+    block = LARGEST_BLOCK
     while block > _SMALLEST_BLOCK and block * _row_floats(config, max_positions) * 4 > allowed:
         block //= 2
     return min(block, max_positions)

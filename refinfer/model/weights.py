@@ -19,7 +19,7 @@ These laws are what lets a source read weights from disk just ahead of their use
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,7 +31,16 @@ from refinfer.errors import WeightsError
 from refinfer.model.checkpoint import Checkpoint, stored_to_f32
 from refinfer.model.config import ModelConfig
 
-__all__ = ["LayerWeights", "Matrix", "RowMajorMatrix", "RowMajorSource", "RowTable", "WeightSource"]
+__all__ = [
+    "LayerWeights",
+    "Matrix",
+    "RowMajorMatrix",
+    "RowMajorSource",
+    "RowTable",
+    "StoredRowTable",
+    "WeightSource",
+    "assemble",
+]
 
 
 class RowTable(Protocol):
@@ -152,57 +161,24 @@ class RowMajorSource:
     """All weights of a checkpoint as row-major float32: the simplest source, and the oracle for every other.
 
     float32 tensors stay views of the file; float16 and bfloat16 ones are converted once, here. An untied embedding
-    table is left as stored.
+    table is left as stored. `widen` turns a matrix as stored into float32; another one than the default gives the
+    weights that some packed format would compute with.
 
     Raises:
         WeightsError: a tensor that the config asks for is missing, or has another shape or type.
     """
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        widen: Callable[[npt.NDArray[Any]], Float32Array] = stored_to_f32,
+    ) -> None:
+        def matrix(stored: npt.NDArray[Any], bias: Float32Array | None) -> RowMajorMatrix:
+            return RowMajorMatrix(widen(stored), bias)
+
         self.config = config
-        least = config.num_hidden_layers * len(config.layer_shapes())
-        if least > len(checkpoint):  # before anything as long as a lying config says is made
-            raise WeightsError(
-                f"{checkpoint.folder} has {len(checkpoint)} tensors, but its config.json asks for "
-                f"{config.num_hidden_layers} layers, which take {least}"
-            )
-        shapes = config.tensor_shapes()
-
-        def vector(name: str) -> Float32Array:
-            # Norms are tiny and used each token: their own memory, not a page of the file.
-            return checkpoint.float32(name, shapes[name]).copy()
-
-        def matrix(name: str) -> RowMajorMatrix:
-            bias = f"{name}.bias"
-            return RowMajorMatrix(
-                checkpoint.float32(f"{name}.weight", shapes[f"{name}.weight"]), vector(bias) if bias in shapes else None
-            )
-
-        def layer(prefix: str) -> LayerWeights:
-            return LayerWeights(
-                q_proj=matrix(f"{prefix}.self_attn.q_proj"),
-                k_proj=matrix(f"{prefix}.self_attn.k_proj"),
-                v_proj=matrix(f"{prefix}.self_attn.v_proj"),
-                o_proj=matrix(f"{prefix}.self_attn.o_proj"),
-                gate_proj=matrix(f"{prefix}.mlp.gate_proj"),
-                up_proj=matrix(f"{prefix}.mlp.up_proj"),
-                down_proj=matrix(f"{prefix}.mlp.down_proj"),
-                input_layernorm=vector(f"{prefix}.input_layernorm.weight"),
-                post_attention_layernorm=vector(f"{prefix}.post_attention_layernorm.weight"),
-                q_norm=vector(f"{prefix}.self_attn.q_norm.weight") if config.qk_norm else None,
-                k_norm=vector(f"{prefix}.self_attn.k_norm.weight") if config.qk_norm else None,
-            )
-
-        embedding = "model.embed_tokens.weight"
-        self.embed_tokens: RowTable
-        self.lm_head: Matrix
-        if config.tie_word_embeddings:
-            self.embed_tokens = self.lm_head = RowMajorMatrix(checkpoint.float32(embedding, shapes[embedding]))
-        else:
-            self.embed_tokens = StoredRowTable(checkpoint.stored(embedding, shapes[embedding]))
-            self.lm_head = matrix("lm_head")
-        self._layers = tuple(layer(f"model.layers.{i}") for i in range(config.num_hidden_layers))
-        self.norm = vector("model.norm.weight")
+        self.embed_tokens, self._layers, self.norm, self.lm_head = assemble(config, checkpoint, matrix)
 
     def layers(self) -> Iterator[LayerWeights]:
         """Walk over the layers in execution order."""
@@ -210,3 +186,55 @@ class RowMajorSource:
 
     def close(self) -> None:
         """Do nothing: the arrays go with the last reference to them."""
+
+
+MakeMatrix = Callable[[npt.NDArray[Any], Float32Array | None], Matrix]
+"""Makes a matrix of its weights `[N, K]` as stored and its bias `[N]`."""
+
+
+def assemble(
+    config: ModelConfig, checkpoint: Checkpoint, make_matrix: MakeMatrix
+) -> tuple[RowTable, tuple[LayerWeights, ...], Float32Array, Matrix]:
+    """Return all weights of a checkpoint: the embedding table, the layers, the last norm, the output table.
+
+    Raises:
+        WeightsError: a tensor that the config asks for is missing, or has another shape or type.
+    """
+    least = config.num_hidden_layers * len(config.layer_shapes())
+    if least > len(checkpoint):  # before anything as long as a lying config says is made
+        raise WeightsError(
+            f"{checkpoint.folder} has {len(checkpoint)} tensors, but its config.json asks for "
+            f"{config.num_hidden_layers} layers, which take {least}"
+        )
+    shapes = config.tensor_shapes()
+
+    def vector(name: str) -> Float32Array:
+        # Norms and biases are tiny and used for each token: their own memory, not a page of the file.
+        return checkpoint.float32(name, shapes[name]).copy()
+
+    def matrix(name: str) -> Matrix:
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        return make_matrix(checkpoint.stored(weight, shapes[weight]), vector(bias) if bias in shapes else None)
+
+    def layer(prefix: str) -> LayerWeights:
+        return LayerWeights(
+            q_proj=matrix(f"{prefix}.self_attn.q_proj"),
+            k_proj=matrix(f"{prefix}.self_attn.k_proj"),
+            v_proj=matrix(f"{prefix}.self_attn.v_proj"),
+            o_proj=matrix(f"{prefix}.self_attn.o_proj"),
+            gate_proj=matrix(f"{prefix}.mlp.gate_proj"),
+            up_proj=matrix(f"{prefix}.mlp.up_proj"),
+            down_proj=matrix(f"{prefix}.mlp.down_proj"),
+            input_layernorm=vector(f"{prefix}.input_layernorm.weight"),
+            post_attention_layernorm=vector(f"{prefix}.post_attention_layernorm.weight"),
+            q_norm=vector(f"{prefix}.self_attn.q_norm.weight") if config.qk_norm else None,
+            k_norm=vector(f"{prefix}.self_attn.k_norm.weight") if config.qk_norm else None,
+        )
+
+    layers = tuple(layer(f"model.layers.{i}") for i in range(config.num_hidden_layers))
+    norm = vector("model.norm.weight")
+    if config.tie_word_embeddings:
+        table = matrix("model.embed_tokens")
+        return table, layers, norm, table
+    embedding = "model.embed_tokens.weight"
+    return StoredRowTable(checkpoint.stored(embedding, shapes[embedding])), layers, norm, matrix("lm_head")

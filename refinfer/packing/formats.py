@@ -8,16 +8,18 @@ Every chunk can be read and multiplied by itself: scales lie in the tile they be
 adds its own.
 
     f32    16 rows of K float32
-    bf16   16 rows of ceil(K/2) words of 32 bits: the high half is column c, the low half column c + ceil(K/2), so
-           that a mask and a shift, each a single pass, give two float32 arrays
+    bf16   16 rows of K bfloat16, an odd K padded with a zero; read as words of 32 bits, whose low half is an even
+           column and whose high half the odd one behind it: a shift and a mask, one pass each, give both as float32
     int8   16 rows of K bytes, 16 scales
     int4   up to 256 rows in blocks of 32 columns, two blocks to a byte, then the scales (see `quantized`)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -34,7 +36,7 @@ __all__ = ["FORMATS", "Format", "PackedLayout", "PackedMatrix", "Tiles", "format
 Bytes = npt.NDArray[np.uint8]
 
 _ROWS: Final = 16
-_LARGEST_INT4_TILE: Final = 256
+_LARGEST_INT4_TILE: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,52 +79,53 @@ class PackedLayout:
         return Tiles(buffer[: n_tiles * nbytes].reshape(n_tiles, nbytes), self.tile.nr, self.K)
 
 
-@dataclass(frozen=True, slots=True)
 class Tiles:
-    """The tiles of a chunk, `[T, tile_nbytes]`, with typed views of their parts; a view copies nothing."""
+    """The tiles of a chunk, `[T, tile_nbytes]`, with typed views of their parts, made when first asked for."""
 
-    raw: Bytes
-    nr: int
-    K: int
+    def __init__(self, raw: Bytes, nr: int, K: int) -> None:
+        self.raw = raw
+        self.nr = nr
+        self.K = K
 
-    @property
+    @cached_property
     def f32(self) -> Float32Array:
         """The rows `[T * nr, K]` of an f32 chunk."""
         return self.raw.reshape(-1).view(np.float32).reshape(-1, self.K)
 
-    @property
+    @cached_property
     def bf16_pairs(self) -> npt.NDArray[np.uint32]:
-        """The rows `[T * nr, ceil(K/2)]` of a bf16 chunk, two columns to a word."""
+        """The rows `[T * nr, ceil(K/2)]` of a bf16 chunk, two neighbouring columns to a word."""
         return self.raw.reshape(-1).view(np.uint32).reshape(self.raw.shape[0] * self.nr, -1)
 
-    @property
+    @cached_property
     def int8(self) -> npt.NDArray[np.int8]:
         """The weights `[T, nr, K]` of an int8 chunk."""
-        weights = self.raw[:, : self.nr * self.K].view(np.int8)
-        return np.lib.stride_tricks.as_strided(
-            weights, (len(self.raw), self.nr, self.K), (self.raw.strides[0], self.K, 1)
-        )
+        return self._part(0, np.dtype(np.int8), self.nr, self.K)
 
-    @property
+    @cached_property
     def int8_scales(self) -> Float32Array:
         """The scales `[T, nr]` of an int8 chunk."""
-        return self.raw[:, self.nr * self.K :].view(np.float32)
+        return self._part(self.nr * self.K, np.dtype(np.float32), self.nr)
 
-    @property
+    @cached_property
     def nibbles(self) -> Bytes:
         """The bytes `[T, B/2, 32, nr]` of an int4 chunk."""
-        half = half_blocks(self.K)
-        strides = (self.raw.strides[0], BLOCK * self.nr, self.nr, 1)
-        return np.lib.stride_tricks.as_strided(self.raw, (len(self.raw), half, BLOCK, self.nr), strides)
+        return self._part(0, np.dtype(np.uint8), half_blocks(self.K), BLOCK, self.nr)
 
-    @property
+    @cached_property
     def int4_scales(self) -> UInt16Array:
         """The bfloat16 scales `[T, B, nr]` of an int4 chunk."""
         half = half_blocks(self.K)
-        start = half * BLOCK * self.nr
-        scales = self.raw[:, start:].view(np.uint16)
-        strides = (self.raw.strides[0], 2 * self.nr, 2)
-        return np.lib.stride_tricks.as_strided(scales, (len(self.raw), 2 * half, self.nr), strides)
+        return self._part(half * BLOCK * self.nr, np.dtype(np.uint16), 2 * half, self.nr)
+
+    def _part(self, start: int, dtype: np.dtype[Any], *shape: int) -> npt.NDArray[Any]:
+        """See the same part of each tile as `[T, *shape]`."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        part = self.raw[:, start : start + nbytes].view(dtype)
+        strides = np.empty(shape, np.bool_).strides
+        return np.lib.stride_tricks.as_strided(
+            part, (len(self.raw), *shape), (self.raw.strides[0], *(n * dtype.itemsize for n in strides))
+        )
 
 
 def half_blocks(K: int) -> int:
@@ -136,6 +139,10 @@ def _as_f32(rows: npt.NDArray[Any]) -> Float32Array:
 
 def _rows_whole(N: int, K: int) -> TileShape:
     return TileShape(nr=_ROWS, kr=K)
+
+
+def _pairs_whole(N: int, K: int) -> TileShape:
+    return TileShape(nr=_ROWS, kr=K + K % 2)
 
 
 def _pack_f32(rows: npt.NDArray[Any], tiles: Tiles) -> None:
@@ -152,15 +159,11 @@ def _unpack_f32(tiles: Tiles) -> Float32Array:
 
 def _pack_bf16(rows: npt.NDArray[Any], tiles: Tiles) -> None:
     bits = rows if rows.dtype == np.uint16 else f32_to_bf16(_as_f32(rows))
-    half = tiles.bf16_pairs.shape[1]
-    halves = tiles.bf16_pairs.view(np.uint16).reshape(-1, half, 2)[: len(rows)]  # little-endian: low half first
-    halves[..., 1] = bits[:, :half]
-    halves[:, : tiles.K - half, 0] = bits[:, half:]
+    np.copyto(tiles.bf16_pairs.view(np.uint16)[: len(rows), : tiles.K], bits)
 
 
 def _unpack_bf16(tiles: Tiles) -> Float32Array:
-    pairs = tiles.bf16_pairs
-    return np.hstack((pairs & np.uint32(0xFFFF0000), pairs << np.uint32(16))).view(np.float32)[:, : tiles.K]
+    return bf16_to_f32(tiles.bf16_pairs.view(np.uint16)[:, : tiles.K])
 
 
 def _pack_int8(rows: npt.NDArray[Any], tiles: Tiles) -> None:
@@ -206,9 +209,7 @@ def _unpack_int4(tiles: Tiles) -> Float32Array:
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
     {
         "f32": Format("f32", 4 << 20, _rows_whole, lambda tile, K: tile.nr * 4 * K, _pack_f32, _unpack_f32),
-        "bf16": Format(
-            "bf16", 2 << 20, _rows_whole, lambda tile, K: tile.nr * 4 * -(-K // 2), _pack_bf16, _unpack_bf16
-        ),
+        "bf16": Format("bf16", 2 << 20, _pairs_whole, lambda tile, K: tile.nr * 2 * tile.kr, _pack_bf16, _unpack_bf16),
         "int8": Format("int8", 1 << 20, _rows_whole, lambda tile, K: tile.nr * (K + 4), _pack_int8, _unpack_int8),
         "int4": Format(
             "int4",
@@ -239,20 +240,26 @@ def layout_of(name: str, N: int, K: int) -> PackedLayout:
     return PackedLayout(fmt, N, K, tile, cut_into_chunks(N, tile.nr, fmt.tile_nbytes(tile, K), fmt.chunk_nbytes))
 
 
-@dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A packed matrix: its layout, and the bytes of each chunk, in memory, in a mapped file or in a ring."""
+    """A packed matrix: its layout, and the bytes of each chunk, in memory, in a mapped file or in a ring.
 
-    layout: PackedLayout
-    buffers: Sequence[Bytes]
+    Its `tiles` are typed views of those bytes, made once: making them costs as much as a small product.
+    """
+
+    __slots__ = ("buffers", "layout", "tiles")
+
+    def __init__(self, layout: PackedLayout, buffers: Sequence[Bytes]) -> None:
+        self.layout = layout
+        self.buffers = tuple(buffers)
+        self.tiles = tuple(layout.tiles(buffer) for buffer in self.buffers)
 
     def unpack(self) -> Float32Array:
         """Return the float32 weights `[N, K]` that a product uses: the inverse of packing, an oracle."""
         layout = self.layout
         return np.concatenate(
             [
-                layout.format.unpack(layout.tiles(buffer))[: chunk.n_rows]
-                for chunk, buffer in zip(layout.chunks, self.buffers, strict=True)
+                layout.format.unpack(tiles)[: chunk.n_rows]
+                for chunk, tiles in zip(layout.chunks, self.tiles, strict=True)
             ]
         )
 
@@ -260,12 +267,11 @@ class PackedMatrix:
         """Return the rows `ids` as float32 `[len(ids), K]`; reads only the tiles they lie in."""
         layout, nr = self.layout, self.layout.tile.nr
         out = np.empty((len(ids), layout.K), np.float32)
-        for chunk, buffer in zip(layout.chunks, self.buffers, strict=True):
+        for chunk, tiles in zip(layout.chunks, self.tiles, strict=True):
             here = np.flatnonzero((ids >= chunk.first_row) & (ids < chunk.first_row + chunk.n_rows))
             if here.size:
                 which, lane = np.divmod(ids[here] - chunk.first_row, nr)
                 used, position = np.unique(which, return_inverse=True)
-                tiles = layout.tiles(buffer)
                 rows = layout.format.unpack(Tiles(tiles.raw[used], nr, layout.K))
                 out[here] = rows[position * nr + lane]
         return out
@@ -300,4 +306,4 @@ def pack_matrix(w: npt.NDArray[Any], name: str) -> PackedMatrix:
         buffer = memory[chunk.offset : chunk.offset + chunk.nbytes]
         pack_chunk(w[chunk.first_row : chunk.first_row + chunk.n_rows], layout, chunk, buffer)
         buffers.append(buffer)
-    return PackedMatrix(layout, tuple(buffers))
+    return PackedMatrix(layout, buffers)

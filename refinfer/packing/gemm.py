@@ -30,6 +30,8 @@ def pack(w: npt.NDArray[Element], layout: GoiLayout, bias: npt.NDArray[Element] 
     Raises:
         PackingError: `w` or `bias` does not have the layout's shape.
     """
+    if w.shape != (layout.N, layout.K):
+        raise PackingError(f"rows of shape {w.shape} at 0 do not fit a matrix [{layout.N}, {layout.K}]")
     packed = np.zeros(layout.elements, w.dtype)
     pack_rows(w, layout, packed, bias=bias)
     return packed
@@ -49,9 +51,10 @@ def pack_rows(
     Raises:
         PackingError: shapes do not match, or `first_row` is not the start of a tile.
     """
-    n, nr, K = w.shape[0], layout.tile.nr, layout.K
-    if w.ndim != 2 or w.shape[1] != K or first_row + n > layout.N or packed.size != layout.elements:
+    K, nr = layout.K, layout.tile.nr
+    if w.ndim != 2 or w.shape[1] != K or not 0 <= first_row <= layout.N - len(w) or packed.size != layout.elements:
         raise PackingError(f"rows of shape {w.shape} at {first_row} do not fit a matrix [{layout.N}, {K}]")
+    n = len(w)
     if first_row % nr:
         raise PackingError(f"rows can be packed from the start of a tile of {nr} rows on, not from row {first_row}")
     if bias is not None and (not layout.has_bias or bias.shape != (n,)):

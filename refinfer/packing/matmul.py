@@ -13,18 +13,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-from refinfer.arrays import Float32Array, aligned_empty
+from refinfer.arrays import Float32Array, aligned_empty, bf16_to_f32
 from refinfer.errors import PackingError
 from refinfer.packing.formats import Bytes, PackedLayout, PackedMatrix, Tiles, half_blocks
 from refinfer.packing.layout import Chunk
 from refinfer.packing.quantized import BLOCK
 
-__all__ = ["GEMM_CONFIG", "Call", "GemmScratch", "call_for", "matmul", "multiply_chunk", "scratch_floats"]
+__all__ = [
+    "GEMM_CONFIG",
+    "Call",
+    "GemmScratch",
+    "Product",
+    "call_for",
+    "matmul",
+    "multiply_chunk",
+    "scratch_floats",
+    "start_product",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +58,23 @@ GEMM_CONFIG: Final = (
 _SMALL_MATMUL: Final = 1_000_000
 """OpenBLAS takes its small-matrix path while M * rows * K stays below this; measured, its source names 10^6 too."""
 
-_L2_FLOATS: Final = 1 << 17
-"""Weights widened at a time when x has few rows: half a megabyte, which stays in a core's second-level cache."""
+_FEW: Final = 16
+"""Up to this many rows of x, widening weights costs more than multiplying them."""
+
+_CACHED_FLOATS: Final = 1 << 17
+"""Weights widened at a time for few rows of x: half a megabyte, which stays in a core's second-level cache."""
 
 _MANY_FLOATS: Final = 1 << 20
-"""The same when x has many rows: as many as BLAS needs to be efficient."""
+"""The same for many rows of x: as many as BLAS needs to be efficient."""
+
+_LEAST_ROWS: Final = 16
+_APART: Final = 64
 
 _MASK: Final = np.array(0xFFFF0000, np.uint32)
 _SHIFT: Final = np.array(16, np.uint32)
 _LOW: Final = np.array(15, np.uint8)
-_HIGH: Final = np.array(4, np.uint8)
+_HIGH: Final = np.array(0xF0, np.uint8)
+_FOUR: Final = np.array(4, np.uint8)
 
 
 def tile_rows(M: int, K: int) -> int:
@@ -64,6 +82,7 @@ def tile_rows(M: int, K: int) -> int:
     return next((rows for rows in (16, 8, 4) if M * rows * K < _SMALL_MATMUL), 0)
 
 
+@lru_cache(maxsize=256)
 def call_for(M: int, K: int) -> Call:
     """Return the entry of `GEMM_CONFIG` for M rows of x."""
     call = next(call for call in GEMM_CONFIG if call.most_rows >= M)
@@ -109,49 +128,55 @@ def scratch_floats(layouts: Iterable[PackedLayout], most_rows: int) -> int:
 
 
 def _floats_for(layout: PackedLayout, M: int) -> int:
-    K, rows = layout.K, max(chunk.n_rows for chunk in layout.chunks)
-    weights_first = M * (K + min(rows, _MANY_FLOATS // K + layout.tile.nr)) if 1 < M < 128 else 0
-    group = max(layout.tile.nr * K, _L2_FLOATS if M <= 16 else _MANY_FLOATS)
-    if layout.format.name == "f32":
-        return M * (K + rows) if weights_first else 0
+    K, nr, rows = layout.K, layout.tile.nr, max(chunk.n_rows for chunk in layout.chunks)
     if layout.format.name == "int4":
-        B, nr = 2 * half_blocks(K), layout.tile.nr
-        few = M * B * (BLOCK + 1) + B * nr + 3 * _L2_FLOATS + 64 * nr * (M + 1)
-        many = 2 * max(_MANY_FLOATS, B * BLOCK * 16) + B * nr + M * B * BLOCK
-        return few if M <= 16 else many
-    return group + weights_first + M * (K + 1 + group // max(1, K // 2)) + 64
+        B = 2 * half_blocks(K)
+        x_and_scales = M * B * (BLOCK + 1) + B * nr
+        if M <= _FEW:
+            return x_and_scales + 2 * max(_CACHED_FLOATS, BLOCK * nr) + (B + 2) * M * nr + 1
+        return x_and_scales + 2 * max(_MANY_FLOATS, B * BLOCK * _LEAST_ROWS) + 1
+    whole_chunk = -(-rows // nr) * nr * K
+    widened = min(whole_chunk, max(nr * K, _CACHED_FLOATS if M <= _FEW else _MANY_FLOATS))
+    x = M * (K + 1) + M * min(rows, widened // K + nr) if 1 < M < GEMM_CONFIG[-1].most_rows else 0
+    if layout.format.name == "f32":
+        return x + M * rows if x else 0
+    return widened + widened // K + x + 2 * M * (K + 1) + M * rows + nr + _APART
 
 
-@dataclass(slots=True)
-class _Product:
-    """One product under way: x `[M, K]`, what was derived from it, and the scratch behind both."""
+class Product:
+    """One product under way: x, what was derived from it for every chunk, and the scratch behind both."""
 
-    x: Float32Array
-    scratch: GemmScratch
-    call: Call
-    x_columns: Float32Array | None  # x.T, contiguous, for weights-first
+    __slots__ = ("M", "call", "columns", "parts", "scratch", "x", "x1")
 
-    @property
-    def columns(self) -> Float32Array:
-        """`x_columns` of a product that has them."""
-        assert self.x_columns is not None
-        return self.x_columns
+    def __init__(self, x: Float32Array, scratch: GemmScratch) -> None:
+        self.x = x
+        self.M = len(x)
+        self.x1 = x[0]
+        self.call = call_for(self.M, x.shape[1]).name
+        self.scratch = scratch
+        self.columns = x.T  # contiguous after `take_columns`
+        self.parts: tuple[Any, ...] = ()  # what a format wants of x
 
     def rows(self, w: Float32Array, out: Float32Array) -> None:
         """Multiply with some rows of float32 weights: `out` `[M, R]` becomes `x @ w.T`."""
-        name = self.call.name
-        if name == "dot":
-            np.dot(w, self.x[0], out=out[0])
-        elif name == "tiles":
+        if self.call == "dot":
+            np.dot(w, self.x1, out=out[0])
+        elif self.call == "tiles":
             self._by_tiles(w, out)
-        elif name == "weights-first":
+        elif self.call == "whole":
+            np.matmul(self.x, w.T, out=out)
+        else:
             before = self.scratch.used
-            columns = self.scratch.take(w.shape[0], self.x.shape[0])
+            columns = self.scratch.take(w.shape[0], self.M)
             np.matmul(w, self.columns, out=columns)
             np.copyto(out, columns.T)
             self.scratch.reset(before)
-        else:
-            np.matmul(self.x, w.T, out=out)
+
+    def take_columns(self) -> None:
+        """Transpose x once for all chunks, where weights go first."""
+        if self.call == "weights-first":
+            self.columns = self.scratch.take(self.x.shape[1], self.M)
+            np.copyto(self.columns, self.x.T)
 
     def _by_tiles(self, w: Float32Array, out: Float32Array) -> None:
         (M, K), R = self.x.shape, w.shape[0]
@@ -181,178 +206,185 @@ def matmul(
     layout = packed.layout
     if x.dtype != np.float32 or x.ndim != 2 or x.shape[1] != layout.K or not len(x):
         raise PackingError(f"x must be float32 [M, {layout.K}] with M of at least 1, not {x.dtype} {list(x.shape)}")
-    M = len(x)
+    shape = (len(x), layout.N)
     if out is None:
-        out = np.empty((M, layout.N), np.float32)
-    elif out.dtype != np.float32 or out.shape != (M, layout.N) or not out.flags.c_contiguous:
-        raise PackingError(f"out must be contiguous float32 [{M}, {layout.N}], not {out.dtype} {list(out.shape)}")
+        out = np.empty(shape, np.float32)
+    elif out.dtype != np.float32 or out.shape != shape or not out.flags.c_contiguous:
+        raise PackingError(f"out must be contiguous float32 {list(shape)}, not {out.dtype} {list(out.shape)}")
     if scratch is None:
-        scratch = GemmScratch(scratch_floats([layout], M))
+        scratch = GemmScratch(scratch_floats([layout], len(x)))
     product = start_product(x, layout, scratch)
-    for chunk, buffer in zip(layout.chunks, packed.buffers, strict=True):
-        multiply_chunk(product, layout, chunk, buffer, out)
+    kernel, used = _KERNELS[layout.format.name], scratch.used
+    for chunk, tiles in zip(layout.chunks, packed.tiles, strict=True):
+        kernel(product, tiles, out[:, chunk.first_row : chunk.first_row + chunk.n_rows])
+        scratch.reset(used)
     return out
 
 
-def start_product(x: Float32Array, layout: PackedLayout, scratch: GemmScratch) -> _Product:
+def start_product(x: Float32Array, layout: PackedLayout, scratch: GemmScratch) -> Product:
     """Derive from x what all chunks of `layout` need; takes the whole scratch."""
     scratch.reset()
-    call = call_for(len(x), layout.K)
-    columns = None
-    if call.name == "weights-first" and layout.format.name != "int4":
-        columns = scratch.take(x.shape[1], len(x))
-        np.copyto(columns, x.T)
-    return _Product(np.ascontiguousarray(x), scratch, call, columns)
+    product = Product(np.ascontiguousarray(x), scratch)
+    if layout.format.name == "int4":
+        product.parts = _int4_parts(product, layout.K)
+    elif layout.format.name == "bf16":
+        product.parts = _bf16_parts(product, layout.K)
+        for part in product.parts:
+            part.take_columns()
+    else:
+        product.take_columns()
+    return product
 
 
-def multiply_chunk(product: _Product, layout: PackedLayout, chunk: Chunk, buffer: Bytes, out: Float32Array) -> None:
+def multiply_chunk(product: Product, layout: PackedLayout, chunk: Chunk, buffer: Bytes, out: Float32Array) -> None:
     """Write the outputs of one chunk: columns `first_row` to `first_row + n_rows` of `out` `[M, N]`."""
     used = product.scratch.used
-    _KERNELS[layout.format.name](
-        product, layout.tiles(buffer), out[:, chunk.first_row : chunk.first_row + chunk.n_rows]
-    )
+    columns = out[:, chunk.first_row : chunk.first_row + chunk.n_rows]
+    _KERNELS[layout.format.name](product, layout.tiles(buffer), columns)
     product.scratch.reset(used)
 
 
-def _f32(product: _Product, tiles: Tiles, out: Float32Array) -> None:
-    product.rows(tiles.f32[: out.shape[1]], out)
+def _f32(product: Product, tiles: Tiles, out: Float32Array) -> None:
+    w, R = tiles.f32, out.shape[1]
+    product.rows(w if len(w) == R else w[:R], out)
 
 
-def _rows_at_once(product: _Product, tiles: Tiles) -> int:
+def _rows_at_once(product: Product, tiles: Tiles) -> int:
     """Return how many rows to widen at a time: whole tiles, about as many weights as the cache holds."""
-    floats = _L2_FLOATS if len(product.x) <= 16 else _MANY_FLOATS
+    floats = _CACHED_FLOATS if product.M <= _FEW else _MANY_FLOATS
     return max(1, floats // (tiles.K * tiles.nr)) * tiles.nr
 
 
-def _bf16(product: _Product, tiles: Tiles, out: Float32Array) -> None:
-    """Mask for the columns of the high halves, shift for those of the low halves: exact, one pass each."""
-    pairs, step = tiles.bf16_pairs[: out.shape[1]], _rows_at_once(product, tiles)
-    half, K = pairs.shape[1], tiles.K
-    if len(product.x) > 16:
-        wide = product.scratch.take(min(step, len(pairs)), K)
-        for n in range(0, len(pairs), step):
-            part = pairs[n : n + step]
-            w = wide[: len(part)]
-            np.bitwise_and(part, _MASK, out=w[:, :half].view(np.uint32))
-            np.left_shift(part[:, : K - half], _SHIFT, out=w[:, half:].view(np.uint32))
-            product.rows(w, out[:, n : n + step])
-        return
-    take, M, rows = product.scratch.take, len(product.x), min(step, len(pairs))
-    # Two arrays, 64 floats apart: rows of both at the same place of a page would make loads wait for stores.
-    high, _, low, second = take(rows, half), take(64), take(rows, half), take(M * rows)
-    x_low = take(M, half)
-    x_low[:, : K - half] = product.x[:, half:]
-    x_low[:, K - half :] = 0
-    x_high = take(M, half)
-    np.copyto(x_high, product.x[:, :half])
-    by_high = _Product(x_high, product.scratch, call_for(M, half), None)
-    by_low = _Product(x_low, product.scratch, by_high.call, None)
-    for n in range(0, len(pairs), step):
-        part = pairs[n : n + step]
-        R = len(part)
-        np.bitwise_and(part, _MASK, out=high[:R].view(np.uint32))
-        np.left_shift(part, _SHIFT, out=low[:R].view(np.uint32))
-        target, more = out[:, n : n + R], second[: M * R].reshape(M, R)
-        by_high.rows(high[:R], target)
-        by_low.rows(low[:R], more)
-        np.add(target, more, out=target)
+def _bf16_parts(product: Product, K: int) -> tuple[Product, ...]:
+    """Return products with the odd and with the even columns of x; for many rows, one product with both in that order.
 
-
-def _int8(product: _Product, tiles: Tiles, out: Float32Array) -> None:
-    """Widen by one copy, multiply, and scale the outputs: a scale for each row leaves the sum."""
-    T, nr, K = tiles.int8.shape
-    step = _rows_at_once(product, tiles) // nr
-    wide = product.scratch.take(min(step, T), nr, K)
-    for t in range(0, T, step):
-        part = tiles.int8[t : t + step]
-        target = out[:, t * nr : (t + len(part)) * nr]
-        np.copyto(wide[: len(part)], part)
-        product.rows(wide[: len(part)].reshape(-1, K)[: target.shape[1]], target)
-    np.multiply(out, tiles.int8_scales.reshape(-1)[: out.shape[1]], out=out)
-
-
-def _int4(product: _Product, tiles: Tiles, out: Float32Array) -> None:
-    for t in range(len(tiles.raw)):
-        part = out[:, t * tiles.nr : (t + 1) * tiles.nr]
-        kernel = _int4_partial_sums if len(product.x) <= 16 else _int4_widened
-        before = product.scratch.used
-        kernel(product, tiles, t, part)
-        product.scratch.reset(before)
-
-
-def _int4_partial_sums(product: _Product, tiles: Tiles, t: int, out: Float32Array) -> None:
-    """Multiply nibble by nibble, block by block, and scale the partial sums: they are 1/32 of the weights.
-
-    Nibbles hold q + 8, so 8 times the sum of x over each block is taken away, scaled, first.
+    An odd K is padded with a column of zeros, as its weights are.
     """
-    take, M, nr = product.scratch.take, len(product.x), tiles.nr
-    nibbles = tiles.nibbles[t]
+    M, half = product.M, (K + 1) // 2
+    columns = product.scratch.take(2, M, half) if M <= _FEW else product.scratch.take(M, 2, half).transpose(1, 0, 2)
+    odd, even = columns
+    np.copyto(even, product.x[:, 0::2])
+    np.copyto(odd[:, : K // 2], product.x[:, 1::2])
+    odd[:, K // 2 :] = 0
+    if M <= _FEW:
+        return Product(odd, product.scratch), Product(even, product.scratch)
+    return (Product(columns.transpose(1, 0, 2).reshape(M, 2 * half), product.scratch),)
+
+
+def _bf16(product: Product, tiles: Tiles, out: Float32Array) -> None:
+    """Mask for the odd columns, shift for the even ones: exact, one pass each."""
+    pairs, R, take = tiles.bf16_pairs, out.shape[1], product.scratch.take
+    step, half = min(R, _rows_at_once(product, tiles)), pairs.shape[1]
+    if product.M > _FEW:
+        (both,) = product.parts
+        wide = take(step, 2 * half)
+        bits = wide.view(np.uint32)
+        for n in range(0, R, step):
+            part = pairs[n : min(n + step, R)]
+            np.bitwise_and(part, _MASK, out=bits[: len(part), :half])
+            np.left_shift(part, _SHIFT, out=bits[: len(part), half:])
+            both.rows(wide[: len(part)], out[:, n : n + step])
+        return
+    by_odd, by_even = product.parts
+    # Two arrays, somewhat apart: the same place of two pages would make loads wait for stores.
+    odd, _, even, more = take(step, half), take(_APART), take(step, half), take(product.M, R)
+    odd_bits, even_bits = odd.view(np.uint32), even.view(np.uint32)
+    for n in range(0, R, step):
+        part = pairs[n : min(n + step, R)]
+        if (rows := len(part)) < step:
+            odd, even, odd_bits, even_bits = odd[:rows], even[:rows], odd_bits[:rows], even_bits[:rows]
+        np.bitwise_and(part, _MASK, out=odd_bits)
+        np.left_shift(part, _SHIFT, out=even_bits)
+        by_odd.rows(odd, out[:, n : n + step])
+        by_even.rows(even, more[:, n : n + step])
+    np.add(out, more, out=out)
+
+
+def _int8(product: Product, tiles: Tiles, out: Float32Array) -> None:
+    """Widen by one copy, multiply, and scale the outputs: a scale for each row leaves the sum."""
+    q, nr, K, R = tiles.int8, tiles.nr, tiles.K, out.shape[1]
+    step = min(len(q), _rows_at_once(product, tiles) // nr)
+    wide = product.scratch.take(step, nr, K)
+    rows = wide.reshape(step * nr, K)
+    for t in range(0, len(q), step):
+        part = q[t : t + step]
+        np.copyto(wide if len(part) == step else wide[: len(part)], part)
+        start, end = t * nr, min(R, (t + len(part)) * nr)
+        product.rows(rows if end - start == len(rows) else rows[: end - start], out[:, start:end])
+    out *= tiles.int8_scales.reshape(-1)[:R]
+
+
+def _int4_parts(product: Product, K: int) -> tuple[Float32Array, Float32Array]:
+    """Return x in blocks, `[B, M, 32]` for few rows or `[M, B * 32]` for many, and -8 times their sums `[M, B]`.
+
+    Nibbles hold q + 8; what the 8 adds to a product is taken away through those sums.
+    """
+    M, B, scratch = product.M, 2 * half_blocks(K), product.scratch
+    x, sums = scratch.take(B * M * BLOCK), scratch.take(M, B)
+    blocks = x.reshape(B, M, BLOCK).transpose(1, 0, 2) if M <= _FEW else x.reshape(M, B, BLOCK)
+    whole = K // BLOCK
+    np.copyto(blocks[:, :whole], product.x[:, : whole * BLOCK].reshape(M, whole, BLOCK))
+    blocks[:, whole:] = 0
+    if K % BLOCK:
+        blocks[:, whole, : K % BLOCK] = product.x[:, whole * BLOCK :]
+    np.add.reduce(blocks, axis=2, out=sums)
+    sums *= -8
+    if M <= _FEW:
+        x.reshape(B, M, BLOCK)[B // 2 :] /= 16  # high nibbles are masked, not shifted: they come 16 times as large
+    return (x.reshape(B, M, BLOCK) if M <= _FEW else x.reshape(M, B * BLOCK)), sums
+
+
+def _int4(product: Product, tiles: Tiles, out: Float32Array) -> None:
+    kernel = _int4_partial_sums if product.M <= _FEW else _int4_widened
+    used = product.scratch.used
+    for t in range(len(tiles.raw)):
+        kernel(product, tiles, t, out[:, t * tiles.nr : (t + 1) * tiles.nr])
+        product.scratch.reset(used)
+
+
+def _int4_partial_sums(product: Product, tiles: Tiles, t: int, out: Float32Array) -> None:
+    """Multiply nibble by nibble, block by block, and scale the partial sums: they are 1/32 of the weights."""
+    take, M, nr = product.scratch.take, product.M, tiles.nr
+    nibbles, (x, sums) = tiles.nibbles[t], product.parts
     half = len(nibbles)
-    x = take(2 * half, M, BLOCK)
-    blocks = _padded_blocks(product.x, 2 * half)
-    np.copyto(x, blocks.transpose(1, 0, 2))
-    scales = take(2 * half, nr)
-    _widen_scales(tiles.int4_scales[t], scales)
-    total = take(M, nr)
-    sums = take(M, 2 * half)
-    np.multiply(np.add.reduce(blocks, axis=2, out=sums), np.float32(-8), out=sums)
-    np.matmul(sums, scales, out=total)
-    step = max(1, min(half, _L2_FLOATS // (BLOCK * nr)))
-    bytes_ = take(step * BLOCK * nr // 4 + 1).view(np.uint8)
-    wide, partial, summed = take(step, BLOCK, nr), take(step, M, nr), take(M, nr)
+    scales = bf16_to_f32(tiles.int4_scales[t], take(2 * half, nr))
+    step = min(half, max(1, _CACHED_FLOATS // (BLOCK * nr)))
+    wide, partial = take(step, BLOCK, nr), take(2 * half, M, nr)
+    plane = take(step * BLOCK * nr // 4 + 1).view(np.uint8)[: step * BLOCK * nr].reshape(step, BLOCK, nr)
     for b in range(0, half, step):
         part = nibbles[b : b + step]
         n = len(part)
-        plane = bytes_[: part.size].reshape(part.shape)
-        for first, split, operand in ((b, np.bitwise_and, _LOW), (half + b, np.right_shift, _HIGH)):
-            split(part, operand, out=plane)
-            np.copyto(wide[:n], plane)
-            np.matmul(x[first : first + n], wide[:n], out=partial[:n])
-            np.multiply(partial[:n], scales[first : first + n, None], out=partial[:n])
-            np.add(total, np.add.reduce(partial[:n], axis=0, out=summed), out=total)
+        for first, mask in ((b, _LOW), (half + b, _HIGH)):
+            np.bitwise_and(part, mask, out=plane[:n])
+            np.copyto(wide[:n], plane[:n])
+            np.matmul(x[first : first + n], wide[:n], out=partial[first : first + n])
+    partial *= scales[:, None]
+    total = np.add.reduce(partial, axis=0, out=take(M, nr))
+    total += np.matmul(sums, scales, out=take(M, nr))
     np.copyto(out, total[:, : out.shape[1]])
 
 
-def _int4_widened(product: _Product, tiles: Tiles, t: int, out: Float32Array) -> None:
+def _int4_widened(product: Product, tiles: Tiles, t: int, out: Float32Array) -> None:
     """Widen and scale whole columns, some rows of weights at a time, and multiply once."""
-    take, M, nr = product.scratch.take, len(product.x), tiles.nr
-    nibbles = tiles.nibbles[t]
+    take, nr = product.scratch.take, tiles.nr
+    nibbles, (x, _) = tiles.nibbles[t], product.parts
     half = len(nibbles)
     B = 2 * half
-    x = _padded_blocks(product.x, B).reshape(M, B * BLOCK)
-    scales = take(B, nr)
-    _widen_scales(tiles.int4_scales[t], scales)
-    step = max(16, min(nr, _MANY_FLOATS // (B * BLOCK)) // 16 * 16)
-    bytes_ = take(half * BLOCK * step // 4 + 1).view(np.uint8)
-    wide = take(B * BLOCK * step)
+    scales = bf16_to_f32(tiles.int4_scales[t], take(B, nr))
+    step = min(nr, max(_LEAST_ROWS, _MANY_FLOATS // (B * BLOCK)))
+    plane, wide = take(half * BLOCK * step // 4 + 1).view(np.int8), take(B * BLOCK * step)
     for n in range(0, out.shape[1], step):
         part = nibbles[..., n : n + step]
         width = part.shape[2]
-        plane = bytes_[: part.size].reshape(part.shape)
+        q = plane[: part.size].reshape(part.shape)
         w = wide[: B * BLOCK * width].reshape(B, BLOCK, width)
-        for rows, split, operand in ((w[:half], np.bitwise_and, _LOW), (w[half:], np.right_shift, _HIGH)):
-            split(part, operand, out=plane)
-            np.subtract(plane.view(np.int8), np.int8(8), out=plane.view(np.int8))
-            np.copyto(rows, plane.view(np.int8))
-        np.multiply(w, scales[:, None, n : n + width], out=w)
+        for rows, split, operand in ((w[:half], np.bitwise_and, _LOW), (w[half:], np.right_shift, _FOUR)):
+            split(part, operand, out=q.view(np.uint8))
+            q -= 8
+            np.copyto(rows, q)
+        w *= scales[:, None, n : n + width]
         target = out[:, n : n + width]
         np.matmul(x, w.reshape(B * BLOCK, width)[:, : target.shape[1]], out=target)
-
-
-def _padded_blocks(x: Float32Array, B: int) -> Float32Array:
-    """Return x `[M, K]` as `[M, B, 32]`, zeros behind K; a view where K is whole blocks already."""
-    M, K = x.shape
-    if K == B * BLOCK:
-        return x.reshape(M, B, BLOCK)
-    padded = np.zeros((M, B * BLOCK), np.float32)
-    padded[:, :K] = x
-    return padded.reshape(M, B, BLOCK)
-
-
-def _widen_scales(bits: np.ndarray[tuple[int, ...], np.dtype[np.uint16]], out: Float32Array) -> None:
-    wide = out.view(np.uint32)
-    np.copyto(wide, bits)
-    np.left_shift(wide, _SHIFT, out=wide)
 
 
 _KERNELS: Final = MappingProxyType({"f32": _f32, "bf16": _bf16, "int8": _int8, "int4": _int4})

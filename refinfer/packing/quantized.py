@@ -72,7 +72,8 @@ def dequantize_int8(q: Int8Array, scales: Float32Array) -> Float32Array:
 def quantize_int4(w: Float32Array) -> tuple[Int4Array, UInt16Array]:
     """Return `q` `[N, B * 32]` from -7 to 7 and bfloat16 scales `[N, B]`, a block of 32 columns each.
 
-    K is padded with zeros to whole blocks. `|w - q * s| <= s / 2` and one rounding; blocks of zeros get scale 1.
+    K is padded with zeros to whole blocks. `|w - q * s| <= s / 2` and one rounding. Blocks of zeros get scale 0, so
+    that they add exactly nothing to a product that takes 8 from each nibble.
 
     Raises:
         PackingError: `w` holds NaN or infinity.
@@ -84,7 +85,7 @@ def quantize_int4(w: Float32Array) -> tuple[Int4Array, UInt16Array]:
     scales = _usable_scales(bf16_to_f32(f32_to_bf16(largest / np.float32(7))), largest)
     # A scale rounded down lets the largest weight reach 7.03: it stays 7.
     q = np.rint(blocks / scales[..., None]).clip(-7, 7).astype(np.int8)
-    return q.reshape(N, -1), f32_to_bf16(scales)
+    return q.reshape(N, -1), np.where(largest == 0, np.uint16(0), f32_to_bf16(scales))
 
 
 def dequantize_int4(q: Int4Array, scales: UInt16Array, K: int) -> Float32Array:

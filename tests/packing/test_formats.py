@@ -1,0 +1,318 @@
+"""Specifies `refinfer.packing.formats`: what each format keeps of the weights, in bytes that are always the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from refinfer.arrays import PAGE_BYTES, Float32Array, UInt16Array, bf16_to_f32, f32_to_bf16
+from refinfer.errors import PackingError
+from refinfer.packing.formats import FORMATS, PackedLayout, PackedMatrix, format_of, layout_of, pack_chunk, pack_matrix
+from refinfer.packing.layout import cut_into_chunks
+from refinfer.packing.quantized import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+
+Stored = npt.NDArray[Any]
+
+SHAPES = [(1, 1), (16, 2), (17, 3), (5, 32), (33, 63), (16, 64), (2, 65), (300, 70), (3, 257)]
+
+every_format = pytest.mark.parametrize("name", list(FORMATS))
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+def normal(*shape: int) -> Float32Array:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def contents(packed: PackedMatrix) -> list[bytes]:
+    return [buffer.tobytes() for buffer in packed.buffers]
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Float32Array:
+    """Draw a matrix with rows of different sizes, some rows and blocks of zeros."""
+    N, K = draw(st.integers(1, 40) | st.integers(250, 300)), draw(st.integers(1, 140))
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    w = np.ldexp(rng.standard_normal((N, K)), rng.integers(-30, 30, (N, 1))).astype(np.float32)
+    w[rng.random(N) < 0.1] = 0
+    w[rng.random(N) < 0.1, : K // 2] = 0
+    return w
+
+
+def in_chunks(w: Stored, name: str, chunk_nbytes: int) -> PackedMatrix:
+    """Pack into chunks of about `chunk_nbytes`, so that small matrices have many, each in memory of its own."""
+    whole, fmt = layout_of(name, *w.shape), replace(format_of(name), chunk_nbytes=chunk_nbytes)
+    tile_nbytes = fmt.tile_nbytes(whole.tile, whole.K)
+    chunks = cut_into_chunks(whole.N, whole.tile.nr, tile_nbytes, chunk_nbytes)
+    layout = PackedLayout(fmt, whole.N, whole.K, whole.tile, chunks)
+    buffers = [np.zeros(chunk.nbytes, np.uint8) for chunk in chunks]
+    for chunk, buffer in zip(chunks, buffers, strict=True):
+        pack_chunk(w[chunk.first_row : chunk.first_row + chunk.n_rows], layout, chunk, buffer)
+    return PackedMatrix(layout, buffers)
+
+
+@pytest.mark.spec("PACK-16")
+@every_shape
+def test_f32_keeps_every_weight_bit_by_bit(shape: tuple[int, int]) -> None:
+    bits = np.random.default_rng(1).integers(0, 1 << 32, shape, np.uint32)
+    bits.ravel()[:4] = [0x7FA00001, 0xFF800000, 0x80000000, 0x00000001][: bits.size]  # NaN, infinity, -0, subnormal
+    assert_array_equal(pack_matrix(bits.view(np.float32), "f32").unpack().view(np.uint32), bits)
+
+
+@pytest.mark.spec("PACK-16")
+@every_shape
+def test_bf16_keeps_every_bfloat16_weight_bit_by_bit(shape: tuple[int, int]) -> None:
+    bits = np.random.default_rng(2).integers(0, 1 << 16, shape, np.uint16)
+    bits.ravel()[:4] = [0x7FA0, 0xFF80, 0x8000, 0x0001][: bits.size]
+    unpacked = pack_matrix(bits, "bf16").unpack()
+    assert_array_equal(unpacked.view(np.uint32), bits.astype(np.uint32) << 16)
+
+
+@pytest.mark.spec("PACK-16")
+@given(matrices())
+def test_bf16_rounds_other_weights_to_the_nearest(w: Float32Array) -> None:
+    assert_array_equal(pack_matrix(w, "bf16").unpack(), bf16_to_f32(f32_to_bf16(w)), strict=True)
+
+
+@pytest.mark.spec("PACK-16")
+def test_f32_and_bf16_hold_nan_and_infinity() -> None:
+    w = normal(20, 7)
+    w[3, :3] = np.nan, np.inf, -np.inf
+    for name in ("f32", "bf16"):
+        assert_array_equal(pack_matrix(w, name).unpack()[3, :3], w[3, :3])
+
+
+@pytest.mark.spec("PACK-13", "PACK-16")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("stored", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_int8_and_int4_refuse_nan_and_infinity_however_they_are_stored(name: str, stored: str, value: float) -> None:
+    w = normal(20, 7)
+    w[19, 6] = value
+    as_stored: Stored = f32_to_bf16(w) if stored == "bf16" else w.astype(stored.replace("f", "float"))
+    with pytest.raises(PackingError, match="NaN or infinity"):
+        pack_matrix(as_stored, name)
+
+
+@pytest.mark.spec("PACK-16")
+@given(matrices())
+def test_int8_keeps_what_quantising_and_dequantising_give(w: Float32Array) -> None:
+    assert_array_equal(pack_matrix(w, "int8").unpack(), dequantize_int8(*quantize_int8(w)), strict=True)
+
+
+@pytest.mark.spec("PACK-16")
+@given(matrices())
+def test_int4_keeps_what_quantising_and_dequantising_give(w: Float32Array) -> None:
+    assert_array_equal(pack_matrix(w, "int4").unpack(), dequantize_int4(*quantize_int4(w), w.shape[1]), strict=True)
+
+
+@pytest.mark.spec("PACK-16")
+@every_format
+def test_the_bytes_of_a_small_matrix_are_these(name: str) -> None:
+    w = np.array([[7, -1.5, 1], [-127, 0, 63.5]], np.float32)
+    raw = pack_matrix(w, name).buffers[0]
+    if name == "f32":
+        assert raw.view(np.float32)[:6].tolist() == [7, -1.5, 1, -127, 0, 63.5]
+    elif name == "bf16":  # a column of zeros makes three even
+        assert raw.view(np.uint16)[:8].tolist() == [0x40E0, 0xBFC0, 0x3F80, 0, 0xC2FE, 0, 0x427E, 0]
+    elif name == "int8":
+        assert raw[:6].view(np.int8).tolist() == [127, -27, 18, -127, 0, 64]
+        assert_array_equal(raw[48:56].view(np.float32), np.array([7, 127], np.float32) / 127)
+    else:  # 32 columns of 16 rows, the second plane a block of zeros; then the scales
+        nibbles = raw[:512].reshape(32, 16)
+        assert nibbles[:3, :2].tolist() == [[0x8F, 0x81], [0x86, 0x88], [0x89, 0x8C]]
+        assert (nibbles[3:] == 0x88).all()
+        assert bf16_to_f32(raw[512:516].view(np.uint16)).tolist() == [1, 18.125]
+    assert raw.size == {"f32": 16 * 12, "bf16": 16 * 8, "int8": 16 * 7, "int4": 512 + 64}[name]
+
+
+@st.composite
+def short_numbers(draw: st.DrawFn) -> tuple[Float32Array, npt.NDArray[np.float16], UInt16Array]:
+    """Draw a matrix of numbers that float32, float16 and bfloat16 can all hold, stored as each."""
+    N, K = draw(st.integers(1, 40)), draw(st.integers(1, 100))
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    exponents = rng.integers(-24, 8, (N, K)) if draw(st.booleans()) else rng.integers(-24, 8, (N, 1))
+    w = np.ldexp(rng.integers(-255, 256, (N, K)).astype(np.float32), exponents).astype(np.float32)
+    return w, w.astype(np.float16), (w.view(np.uint32) >> 16).astype(np.uint16)
+
+
+@pytest.mark.spec("PACK-17")
+@every_format
+@given(stored=short_numbers())
+def test_weights_of_the_same_values_pack_to_the_same_bytes_however_they_are_stored(
+    name: str, stored: tuple[Float32Array, npt.NDArray[np.float16], UInt16Array]
+) -> None:
+    as_f32, as_f16, as_bf16 = (contents(pack_matrix(w, name)) for w in stored)
+    assert as_f32 == as_f16 == as_bf16
+
+
+@pytest.mark.spec("PACK-18")
+@every_format
+@given(w=matrices(), chunk_nbytes=st.sampled_from([1, 2000, 1 << 20]), data=st.data())
+def test_unpacking_rows_gives_those_rows(name: str, w: Float32Array, chunk_nbytes: int, data: st.DataObject) -> None:
+    packed = in_chunks(w, name, chunk_nbytes)
+    ids = np.array(data.draw(st.lists(st.integers(0, len(w) - 1), max_size=8)), np.int64)
+    assert_array_equal(packed.unpack_rows(ids), packed.unpack()[ids], strict=True)
+
+
+@pytest.mark.spec("PACK-18")
+@every_format
+def test_unpacking_rows_reads_their_tiles_only(name: str) -> None:
+    packed = in_chunks(normal(1400, 40), name, 5000)
+    layout, seen = packed.layout, []
+
+    def unpack(tiles: Any) -> Float32Array:
+        seen.append(len(tiles.raw))
+        return FORMATS[name].unpack(tiles)
+
+    watched = PackedMatrix(replace(layout, format=replace(layout.format, unpack=unpack)), packed.buffers)
+    nr = layout.tile.nr
+    watched.unpack_rows(np.array([0, nr + 1, nr - 1, 2 * nr - 1, 1]))
+    assert sum(seen) == 2
+    assert 2 * nr < layout.N
+
+
+@pytest.mark.spec("PACK-19")
+@every_format
+@given(w=matrices(), chunk_nbytes=st.sampled_from([1, 2000, 9000]))
+def test_a_chunk_packs_and_unpacks_by_itself(name: str, w: Float32Array, chunk_nbytes: int) -> None:
+    at_once, apart = pack_matrix(w, name), in_chunks(w, name, chunk_nbytes)
+    assert b"".join(contents(apart)) == b"".join(contents(at_once))
+    whole, layout = at_once.unpack(), apart.layout
+    for chunk, buffer in zip(layout.chunks, apart.buffers, strict=True):
+        rows = layout.format.unpack(layout.tiles(buffer))
+        assert_array_equal(rows[: chunk.n_rows], whole[chunk.first_row : chunk.first_row + chunk.n_rows], strict=True)
+        assert not rows[chunk.n_rows :].any()  # missing rows are zeros
+
+
+@pytest.mark.spec("PACK-19")
+@every_format
+def test_the_chunks_of_a_large_matrix_lie_on_pages_and_hold_its_rows(name: str) -> None:
+    w = np.resize(normal(211), (2400, 1536))
+    packed = pack_matrix(w, name)
+    chunks = packed.layout.chunks
+    assert len(chunks) > 1
+    assert all(buffer.ctypes.data % PAGE_BYTES == 0 for buffer in packed.buffers)
+    assert [buffer.size for buffer in packed.buffers] == [chunk.nbytes for chunk in chunks]
+    last = chunks[-1]
+    alone = np.zeros(last.nbytes, np.uint8)
+    pack_chunk(w[last.first_row :], packed.layout, last, alone)
+    assert_array_equal(alone, packed.buffers[-1])
+
+
+BYTES_A_WEIGHT = {"f32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.57}
+
+
+@pytest.mark.spec("PACK-20")
+@every_format
+@pytest.mark.parametrize("shape", [(256, 64), (16, 128), (2048, 2048), (8192, 4096)], ids=str)
+def test_packed_sizes_keep_within_their_bytes_a_weight(name: str, shape: tuple[int, int]) -> None:
+    N, K = shape
+    layout = layout_of(name, N, K)
+    assert N % layout.tile.nr == 0  # no missing rows
+    assert sum(chunk.nbytes for chunk in layout.chunks) <= BYTES_A_WEIGHT[name] * N * K + 4 * N
+    assert layout.nbytes < sum(chunk.nbytes for chunk in layout.chunks) + PAGE_BYTES * len(layout.chunks)
+
+
+@pytest.mark.spec("PACK-20")
+@every_format
+@given(N=st.integers(1, 3000), K=st.integers(1, 3000))
+def test_only_missing_rows_and_odd_columns_add_to_a_packed_size(name: str, N: int, K: int) -> None:
+    layout, multiple = layout_of(name, N, K), {"bf16": 2, "int4": 64}.get(name, 1)
+    rows, columns = -(-N // layout.tile.nr) * layout.tile.nr, -(-K // multiple) * multiple
+    assert rows < N + 16 * -(-N // 256)  # at most 15 missing rows for each 256
+    assert sum(chunk.nbytes for chunk in layout.chunks) <= rows * (BYTES_A_WEIGHT[name] * columns + 4)
+
+
+def rows_into_a_chunk(rows: Stored) -> None:
+    layout = layout_of("int8", 20, 3)
+    pack_chunk(rows, layout, layout.chunks[0], np.zeros(layout.chunks[0].nbytes, np.uint8))
+
+
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "number": (lambda: pack_matrix(normal(), "f32"), "not an array of shape ()"),
+    "vector": (lambda: pack_matrix(normal(5), "f32"), "only matrices can be packed, not an array of shape (5,)"),
+    "three dimensions": (lambda: pack_matrix(normal(5, 3, 2), "int4"), "not an array of shape (5, 3, 2)"),
+    "no outputs": (lambda: pack_matrix(normal(0, 3), "int8"), "a matrix of 0 outputs and 3 inputs"),
+    "no inputs": (lambda: pack_matrix(normal(3, 0), "bf16"), "a matrix of 3 outputs and 0 inputs"),
+    **{
+        dtype: (partial(pack_matrix, np.zeros((5, 3), dtype), "f32"), f"weights of type {dtype} cannot be")
+        for dtype in ("float64", "int8", "uint8", "int16", "int32", "bool", "complex64", "object")
+    },
+    "other byte order": (lambda: pack_matrix(normal(5, 3).astype(">f4"), "f32"), "weights of type >f4"),
+    "unknown format": (lambda: pack_matrix(normal(5, 3), "int2"), "'int2' is not a weight format; there are f32, bf16"),
+    "format in capitals": (lambda: pack_matrix(normal(5, 3), "F32"), "'F32' is not a weight format"),
+    "empty format": (lambda: format_of(""), "'' is not a weight format"),
+    "layout of no format": (lambda: layout_of("fp8", 5, 3), "'fp8' is not a weight format"),
+    "chunk with few rows": (
+        lambda: rows_into_a_chunk(normal(19, 3)),
+        "rows of shape (19, 3) do not fit a chunk [20, 3]",
+    ),
+    "chunk with other columns": (lambda: rows_into_a_chunk(normal(20, 4)), "rows of shape (20, 4) do not fit"),
+    "chunk of a vector": (lambda: rows_into_a_chunk(normal(60)), "rows of shape (60,) do not fit"),
+    "chunk of another type": (lambda: rows_into_a_chunk(np.zeros((20, 3))), "weights of type float64 cannot be packed"),
+}
+
+
+@pytest.mark.spec("PACK-21")
+@pytest.mark.parametrize(("make", "why"), list(REFUSED.values()), ids=list(REFUSED))
+def test_weights_of_another_type_shape_or_format_are_refused(make: Callable[[], object], why: str) -> None:
+    with pytest.raises(PackingError, match=re.escape(why)):
+        make()
+
+
+@pytest.mark.spec("PACK-21")
+def test_formats_are_found_by_name_and_cannot_be_changed() -> None:
+    assert list(FORMATS) == ["f32", "bf16", "int8", "int4"]
+    assert all(format_of(name) is FORMATS[name] and FORMATS[name].name == name for name in FORMATS)
+    assert not hasattr(FORMATS, "__setitem__")
+
+
+@pytest.mark.spec("PACK-22")
+@every_format
+@every_shape
+def test_equal_weights_pack_to_equal_bytes_whatever_was_in_memory_before(
+    name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = normal(*shape)
+    expected = contents(pack_matrix(w, name))
+    empty = np.empty
+
+    def dirty(shape: Any, dtype: Any = float, **kwargs: Any) -> Stored:
+        memory = empty(shape, dtype, **kwargs)
+        memory.view(np.uint8)[...] = 0xAB
+        return memory
+
+    monkeypatch.setattr(np, "empty", dirty)
+    assert contents(pack_matrix(w, name)) == expected
+
+
+@pytest.mark.spec("PACK-22")
+@every_format
+def test_equal_weights_pack_to_equal_bytes_however_they_lie_in_memory(name: str) -> None:
+    w = normal(37, 70)
+    wide = np.repeat(w, 2, axis=1)
+    for same in (np.asfortranarray(w), wide[:, ::2], w[::-1].copy()[::-1]):
+        assert contents(pack_matrix(same, name)) == contents(pack_matrix(w, name))
+
+
+@pytest.mark.spec("PACK-22")
+@every_format
+def test_weights_are_only_read(name: str) -> None:
+    w = normal(37, 70)
+    before = w.copy()
+    w.flags.writeable = False
+    packed = pack_matrix(w, name)
+    assert_array_equal(w, before)
+    packed.unpack()[:] = 0
+    packed.buffers[0][:] = 0
+    assert_array_equal(w, before)
