@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from refinfer import __version__
 from refinfer.errors import InputError, RefinferError, RequestError
-from refinfer.generate import DEFAULT_MAX_TOKENS, DEFAULT_PROMPT, GenerationStats, load, open_model
+from refinfer.generate import DEFAULT_PROMPT, STORYTELLER, GenerationStats, load
 from refinfer.model.config import SHAPES
+from refinfer.model.folder import DEFAULT_MAX_TOKENS, open_folder
 from refinfer.model.synth import DTYPES, checkpoint_nbytes, write_checkpoint
 from refinfer.packing.formats import FORMATS
+from refinfer.trace import RealClock
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -175,9 +177,11 @@ def _nbytes(text: str) -> int:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    clock = RealClock()
+    started = clock.now()
     if args.prompt is not None and args.token_ids is not None:
         raise RequestError("give either a prompt or --token-ids, not both")
-    model = open_model(args.model)
+    model = open_folder(Path(args.model or STORYTELLER))
     prompt = DEFAULT_PROMPT if args.prompt is None and args.token_ids is None else args.prompt
     ids = args.token_ids if prompt is None else model.encode(prompt)
     max_tokens = model.plan_request(ids, args.max_tokens)
@@ -187,6 +191,8 @@ def _generate(args: argparse.Namespace) -> None:
         weight_cache=args.weight_cache,
         max_positions=len(ids) + max_tokens,
         threads=args.threads,
+        clock=clock,
+        started=started,
     ) as session:
         pieces = session.generate(
             token_ids=ids,

@@ -8,9 +8,8 @@ Spec: GEN-1 to GEN-11. Tutorial: 00.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,101 +20,38 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from refinfer.arrays import Float32Array, IntArray
-from refinfer.errors import (
-    GenerationError,
-    InputError,
-    RequestError,
-    TokenizerError,
-    TokenizerPackageMissingError,
-    WeightsError,
-)
+from refinfer.errors import GenerationError, RequestError, WeightsError
 from refinfer.model.checkpoint import Checkpoint, open_checkpoint, stored_to_f32
 from refinfer.model.config import ModelConfig
-from refinfer.model.config_json import load_config
+from refinfer.model.folder import ModelFolder, open_folder, readable
 from refinfer.model.sampler import Sampling, sample
-from refinfer.model.tokenizer import TextStream, Tokenizer, load_tokenizer
+from refinfer.model.tokenizer import TextStream
 from refinfer.model.transformer import LARGEST_BLOCK, Transformer
 from refinfer.model.weights import LayerWeights, RowMajorSource, WeightSource, assemble
 from refinfer.packing.formats import FORMATS, PackedLayout, PackedMatrix, pack_matrix
 from refinfer.packing.matmul import GemmScratch, matmul, scratch_floats
+from refinfer.process import peak_rss_bytes, usable_cores
 from refinfer.trace import Clock, RealClock
 
 __all__ = [
     "DEFAULT_MAX_POSITIONS",
-    "DEFAULT_MAX_TOKENS",
     "DEFAULT_PROMPT",
     "STORYTELLER",
     "GenerationStats",
-    "Model",
     "PackedSource",
     "ResidentMatrix",
     "Session",
     "default_threads",
     "load",
-    "open_model",
-    "peak_rss_bytes",
-    "usable_cores",
 ]
 
 STORYTELLER: Final = Path(__file__).parent / "storyteller"
 """The folder of the small trained model that ships with the package."""
 
 DEFAULT_PROMPT: Final = "ROMEO:"
-DEFAULT_MAX_TOKENS: Final = 200
 DEFAULT_MAX_POSITIONS: Final = 512
 _BLAS_THREADS_PAY_FROM_BYTES: Final = 64 << 20
 _MOST_THREADS: Final = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model folder that has been looked at: its config and tokenizer; no weight has been read.
-
-    `tokenizer` is None where there is none or its package is missing, as `why_no_tokenizer` says; token ids work all
-    the same. `opening_s` is how long looking took.
-    """
-
-    folder: Path
-    config: ModelConfig
-    tokenizer: Tokenizer | None
-    why_no_tokenizer: str
-    opening_s: float
-
-    def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of `prompt`.
-
-        Raises:
-            TokenizerError: the model has no tokenizer, or the text cannot be expressed.
-        """
-        if self.tokenizer is None:
-            raise TokenizerError(self.why_no_tokenizer)
-        return self.tokenizer.encode(prompt)
-
-    def plan_request(self, prompt_token_ids: Sequence[int], max_tokens: int | None) -> int:
-        """Return how many tokens to generate; checks the request before anything is reserved for it.
-
-        `max_tokens` None means 200, or as many as the context has room for.
-
-        Raises:
-            RequestError: no prompt, an id that is not in the vocabulary, `max_tokens` below 1, or more positions
-                than the model has.
-        """
-        config = self.config
-        n = len(prompt_token_ids)
-        if n == 0:
-            raise RequestError("the prompt is empty; give at least one token")
-        if outside := [i for i in prompt_token_ids if not 0 <= i < config.vocab_size]:
-            raise RequestError(f"token id {outside[0]} is not in the vocabulary of 0 to {config.vocab_size - 1}")
-        if max_tokens is not None and max_tokens < 1:
-            raise RequestError(f"max-tokens must be at least 1, not {max_tokens}")
-        room = config.longest_request - n
-        if room < (max_tokens or 1):
-            limit = "sliding window" if config.longest_request < config.max_position_embeddings else "context"
-            raise RequestError(
-                f"a prompt of {n} tokens and {max_tokens or 1} more do not fit this model's {limit} of "
-                f"{config.longest_request} positions"
-            )
-        return max_tokens if max_tokens is not None else min(DEFAULT_MAX_TOKENS, room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,49 +78,20 @@ class GenerationStats:
         return asdict(self)
 
 
-def open_model(folder: str | os.PathLike[str] | None = None, clock: Clock | None = None) -> Model:
-    """Look at a model folder: read its config and tokenizer, but no weights; None means the storyteller.
-
-    Raises:
-        ConfigError: the folder or its config is missing, unreadable or not supported.
-        TokenizerError: the tokenizer is malformed.
-    """
-    clock = clock or RealClock()
-    started = clock.now()
-    path = STORYTELLER if folder is None else Path(folder)
-    why = f"{path} has no tokenizer.json; give the prompt as --token-ids"
-    tokenizer = None
-    with _readable(path):
-        config = load_config(path)
-        try:
-            tokenizer = load_tokenizer(path)
-        except TokenizerPackageMissingError as error:
-            why = str(error)
-    return Model(path, config, tokenizer, why, clock.now() - started)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what the system says of a folder it will not let us look into (no permission, a name too long) into one."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def load(
-    model: str | os.PathLike[str] | Model | None = None,
+    model: str | os.PathLike[str] | ModelFolder | None = None,
     *,
     weights: str = "auto",
     weight_cache: str | None = None,
     max_positions: int | None = None,
     threads: int | None = None,
     clock: Clock | None = None,
+    started: float | None = None,
 ) -> Session:
     """Load a model and make it ready to generate.
 
     Args:
-        model: a folder in Hugging Face's form, or what `open_model` returned; None means the storyteller.
+        model: a folder in Hugging Face's form, or what `open_folder` returned; None means the storyteller.
         weights: the format to pack weights in: f32, bf16, int8, int4, or auto: bf16 for bfloat16 checkpoints, else
             f32.
         weight_cache: "off" packs nothing: row-major float32 weights with the same values, multiplied by numpy as a
@@ -193,6 +100,7 @@ def load(
             None means 512, or as many as the model has.
         threads: BLAS threads while generating; None means one for models below 64 MiB, else one per core.
         clock: what measures the times of `stats`.
+        started: when loading began on that clock; None means now.
 
     Raises:
         InputError: the model cannot be used; the message says why and what to do.
@@ -203,8 +111,8 @@ def load(
         True
     """
     clock = clock or RealClock()
-    opened = model if isinstance(model, Model) else open_model(model, clock)
-    started = clock.now()
+    started = clock.now() if started is None else started
+    opened = model if isinstance(model, ModelFolder) else open_folder(Path(model or STORYTELLER))
     positions = opened.config.longest_request
     if max_positions is None:
         max_positions = min(DEFAULT_MAX_POSITIONS, positions)
@@ -212,12 +120,12 @@ def load(
         raise RequestError(f"max_positions must be from 1 to this model's {positions}, not {max_positions}")
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise RequestError(f"threads must be from 1 to {_MOST_THREADS}, not {threads}")
-    with _readable(opened.folder):
-        checkpoint = open_checkpoint(opened.folder)
+    with readable(opened.path):
+        checkpoint = open_checkpoint(opened.path)
     source = _weight_source(opened.config, checkpoint, weights, weight_cache)
     transformer = Transformer(source, max_positions)
     threads = threads or default_threads(opened.config)
-    return Session(opened, checkpoint, transformer, threads, clock, opened.opening_s + clock.now() - started)
+    return Session(opened, checkpoint, transformer, threads, clock, clock.now() - started)
 
 
 def _weight_source(config: ModelConfig, checkpoint: Checkpoint, weights: str, weight_cache: str | None) -> WeightSource:
@@ -291,11 +199,6 @@ def default_threads(config: ModelConfig) -> int:
     return 1 if config.n_parameters * 4 < _BLAS_THREADS_PAY_FROM_BYTES else usable_cores()
 
 
-def usable_cores() -> int:
-    """Return how many cores this process may use, where the system tells; otherwise how many there are."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
 class Session:
     """A loaded model, ready to generate; made by `load`, closed by `close` or the end of a `with` block.
 
@@ -306,7 +209,7 @@ class Session:
 
     def __init__(
         self,
-        model: Model,
+        model: ModelFolder,
         checkpoint: Checkpoint,
         transformer: Transformer,
         threads: int,
@@ -496,21 +399,3 @@ class _Tokens:
                 self.first_s = self._now() - started
             self.ids.append(token_id)
             yield token_id
-
-
-def peak_rss_bytes() -> int | None:
-    """Return the most memory this process has had resident at once; None where the system does not tell.
-
-    On Linux from `VmHWM`: unlike `getrusage` it starts anew when a program is executed. The kernel counts pages in
-    batches, so that it may be some hundred kilobytes off.
-    """
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        return None
-    if sys.platform == "darwin":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return None

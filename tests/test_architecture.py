@@ -25,12 +25,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "arrays": set(),
     "trace": set(),
+    "process": set(),
     "model": {"errors", "arrays"},
     "packing": {"errors", "arrays"},
-    "generate": {"errors", "arrays", "trace", "model", "packing"},
+    "generate": {"errors", "arrays", "trace", "process", "model", "packing"},
     "__init__": {"errors", "generate", "model"},
-    "bench": {"errors", "arrays", "trace", "model", "packing", "generate"},
-    "cli": {"", "errors", "generate", "model", "packing", "bench"},
+    "bench": {"errors", "arrays", "trace", "process", "model", "packing", "generate"},
+    "cli": {"", "errors", "trace", "generate", "model", "packing", "bench"},
     "__main__": {"cli"},
 }
 

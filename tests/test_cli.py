@@ -14,7 +14,8 @@ from typing import IO
 import pytest
 
 from refinfer.cli import main
-from refinfer.generate import Session, load, peak_rss_bytes
+from refinfer.generate import Session, load
+from refinfer.process import peak_rss_bytes
 
 GENERATE_KEYS = {
     "text": str,

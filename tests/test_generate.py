@@ -29,20 +29,13 @@ from refinfer.errors import (
     TokenizerError,
     WeightsError,
 )
-from refinfer.generate import (
-    STORYTELLER,
-    GenerationStats,
-    PackedSource,
-    Session,
-    default_threads,
-    load,
-    open_model,
-    usable_cores,
-)
+from refinfer.generate import STORYTELLER, GenerationStats, PackedSource, Session, default_threads, load
 from refinfer.model.config import SHAPES, ModelConfig
+from refinfer.model.folder import open_folder
 from refinfer.model.safetensors import SafetensorsFile, TensorSpec, write_safetensors
 from refinfer.model.synth import write_checkpoint
 from refinfer.packing.formats import FORMATS
+from refinfer.process import usable_cores
 
 EXCERPT = Path(__file__).parent / "data" / "held-out-excerpt.txt"
 
@@ -137,7 +130,7 @@ def test_a_single_token_has_no_rate(storyteller: Session) -> None:
 @pytest.mark.spec("GEN-3", "CONFIG-9")
 def test_generation_stops_at_an_end_of_text_id(tmp_path: Path) -> None:
     folder = shutil.copytree(STORYTELLER, tmp_path / "model")
-    newline = open_model(folder).encode("\n")[0]
+    newline = open_folder(folder).encode("\n")[0]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9999, newline]}))
     with load(folder) as session:
         stats = stats_of(session, "ROMEO", max_tokens=100)
@@ -332,7 +325,7 @@ def test_a_closed_session_refuses_further_work() -> None:
 @pytest.mark.spec("GEN-11")
 def test_the_storyteller_is_small() -> None:
     assert sum(path.stat().st_size for path in STORYTELLER.iterdir()) <= 5_000_000
-    config = open_model().config
+    config = open_folder(STORYTELLER).config
     assert config.n_parameters <= 2_400_000
     assert replace(config, dtype="float32") == SHAPES["storyteller"]
 

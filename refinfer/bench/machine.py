@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from refinfer.generate import usable_cores
+from refinfer.process import usable_cores
 
 __all__ = ["describe_machine"]
 

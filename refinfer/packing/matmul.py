@@ -77,6 +77,7 @@ _HIGH: Final = np.array(0xF0, np.uint8)
 _FOUR: Final = np.array(4, np.uint8)
 
 
+@lru_cache(maxsize=256)
 def tile_rows(M: int, K: int) -> int:
     """Return how many rows of weights one call by tiles takes; 0 where no number of at least 4 is small enough."""
     return next((rows for rows in (16, 8, 4) if M * rows * K < _SMALL_MATMUL), 0)
@@ -179,14 +180,14 @@ class Product:
             np.copyto(self.columns, self.x.T)
 
     def _by_tiles(self, w: Float32Array, out: Float32Array) -> None:
-        (M, K), R = self.x.shape, w.shape[0]
+        (R, K), M = w.shape, self.M
         nr = tile_rows(M, K)
-        whole = R // nr * nr
-        if whole:
-            tiles = w[:whole].reshape(-1, nr, K).transpose(0, 2, 1)
-            np.matmul(self.x, tiles, out=out[:, :whole].reshape(M, -1, nr).transpose(1, 0, 2))
-        if whole < R:
-            np.matmul(self.x, w[whole:].T, out=out[:, whole:])
+        if rest := R % nr:
+            np.matmul(self.x, w[R - rest :].T, out=out[:, R - rest :])
+            w, out = w[: R - rest], out[:, : R - rest]
+        if rest < R:
+            tiles = w.reshape(-1, nr, K).transpose(0, 2, 1)
+            np.matmul(self.x, tiles, out=out.reshape(M, -1, nr).transpose(1, 0, 2))
 
 
 def matmul(
