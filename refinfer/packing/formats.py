@@ -11,7 +11,7 @@ adds its own.
     bf16   16 rows of K bfloat16, an odd K padded with a zero; read as words of 32 bits, whose low half is an even
            column and whose high half the odd one behind it: a shift and a mask, one pass each, give both as float32
     int8   16 rows of K bytes, 16 scales
-    int4   up to 256 rows in blocks of 32 columns, two blocks to a byte, then the scales (see `quantized`)
+    int4   up to 512 rows in blocks of 32 columns, two blocks to a byte, then the scales (see `quantized`)
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from refinfer.arrays import PAGE_BYTES, Float32Array, IntArray, UInt16Array, bf16_to_f32, f32_to_bf16
 from refinfer.errors import PackingError
+from refinfer.packing.gemm import require_rows
 from refinfer.packing.layout import Chunk, TileShape, cut_into_chunks
 from refinfer.packing.quantized import BLOCK, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
@@ -264,8 +265,13 @@ class PackedMatrix:
         )
 
     def unpack_rows(self, ids: IntArray) -> Float32Array:
-        """Return the rows `ids` as float32 `[len(ids), K]`; reads only the tiles they lie in."""
+        """Return the rows `ids` as float32 `[len(ids), K]`; reads only the tiles they lie in.
+
+        Raises:
+            PackingError: there is no such row.
+        """
         layout, nr = self.layout, self.layout.tile.nr
+        require_rows(ids, layout.N)
         out = np.empty((len(ids), layout.K), np.float32)
         for chunk, tiles in zip(layout.chunks, self.tiles, strict=True):
             here = np.flatnonzero((ids >= chunk.first_row) & (ids < chunk.first_row + chunk.n_rows))

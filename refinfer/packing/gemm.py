@@ -19,7 +19,7 @@ from refinfer.arrays import IntArray
 from refinfer.errors import PackingError
 from refinfer.packing.layout import GoiLayout
 
-__all__ = ["bias_of", "pack", "pack_rows", "unpack", "unpack_rows"]
+__all__ = ["bias_of", "pack", "pack_rows", "require_rows", "unpack", "unpack_rows"]
 
 Element = TypeVar("Element", bound=np.generic)
 
@@ -49,12 +49,14 @@ def pack_rows(
     This is what lets a matrix be packed in blocks of rows. Pads are left as they are: `packed` starts as zeros.
 
     Raises:
-        PackingError: shapes do not match, or `first_row` is not the start of a tile.
+        PackingError: shapes do not match, `first_row` is not the start of a tile, or `packed` has gaps.
     """
     K, nr = layout.K, layout.tile.nr
     if w.ndim != 2 or w.shape[1] != K or not 0 <= first_row <= layout.N - len(w) or packed.size != layout.elements:
         raise PackingError(f"rows of shape {w.shape} at {first_row} do not fit a matrix [{layout.N}, {K}]")
     n = len(w)
+    if not packed.flags.c_contiguous:
+        raise PackingError("rows can be packed into contiguous memory only")
     if first_row % nr:
         raise PackingError(f"rows can be packed from the start of a tile of {nr} rows on, not from row {first_row}")
     if bias is not None and (not layout.has_bias or bias.shape != (n,)):
@@ -114,12 +116,20 @@ def unpack_rows(packed: npt.NDArray[Element], layout: GoiLayout, ids: IntArray) 
     """Return the rows `ids` as `[len(ids), K]`; reads those rows only.
 
     Raises:
-        PackingError: `packed` does not have the layout's size.
+        PackingError: `packed` does not have the layout's size, or there is no such row.
     """
+    ids = np.asarray(ids)
     if packed.size != layout.elements:
         raise PackingError(f"{packed.size} elements are not a packed matrix of {layout.elements}")
-    rows: npt.NDArray[Element] = packed[_indices(layout, np.asarray(ids))]
+    require_rows(ids, layout.N)
+    rows: npt.NDArray[Element] = packed[_indices(layout, ids)]
     return rows
+
+
+def require_rows(ids: IntArray, N: int) -> None:
+    """Check that all `ids` are rows of a matrix with `N`; raises PackingError."""
+    if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < N):
+        raise PackingError(f"rows {int(ids.min())} to {int(ids.max())} are asked for; there are 0 to {N - 1}")
 
 
 def _indices(layout: GoiLayout, ids: IntArray) -> npt.NDArray[Any]:
@@ -134,6 +144,6 @@ def _indices(layout: GoiLayout, ids: IntArray) -> npt.NDArray[Any]:
 
 
 def bias_of(packed: npt.NDArray[Element], layout: GoiLayout) -> npt.NDArray[Element]:
-    """Return the biases `[N]` in front of the tiles."""
+    """Return the biases `[N]` in front of the tiles of a layout that has them."""
     tiles = packed.reshape(layout.n_tiles, layout.tile_elements)
     return tiles[:, : layout.tile.nr].reshape(-1)[: layout.N]

@@ -138,7 +138,7 @@ def _floats_for(layout: PackedLayout, M: int) -> int:
         return x_and_scales + 2 * max(_MANY_FLOATS, B * BLOCK * _LEAST_ROWS) + 1
     whole_chunk = -(-rows // nr) * nr * K
     widened = min(whole_chunk, max(nr * K, _CACHED_FLOATS if M <= _FEW else _MANY_FLOATS))
-    x = M * (K + 1) + M * min(rows, widened // K + nr) if 1 < M < GEMM_CONFIG[-1].most_rows else 0
+    x = M * (K + 1) + M * min(rows, widened // K + nr) if 1 < M <= GEMM_CONFIG[-2].most_rows else 0
     if layout.format.name == "f32":
         return x + M * rows if x else 0
     return widened + widened // K + x + 2 * M * (K + 1) + M * rows + nr + _APART

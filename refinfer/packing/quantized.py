@@ -72,8 +72,8 @@ def dequantize_int8(q: Int8Array, scales: Float32Array) -> Float32Array:
 def quantize_int4(w: Float32Array) -> tuple[Int4Array, UInt16Array]:
     """Return `q` `[N, B * 32]` from -7 to 7 and bfloat16 scales `[N, B]`, a block of 32 columns each.
 
-    K is padded with zeros to whole blocks. `|w - q * s| <= s / 2` and one rounding. Blocks of zeros get scale 0, so
-    that they add exactly nothing to a product that takes 8 from each nibble.
+    K is padded with zeros to whole blocks. `|w - q * s| <= s / 2` and one rounding. Blocks of zeros, and of weights
+    too small for a scale, get scale 0, so that they add exactly nothing to a product that takes 8 from each nibble.
 
     Raises:
         PackingError: `w` holds NaN or infinity.
@@ -83,9 +83,9 @@ def quantize_int4(w: Float32Array) -> tuple[Int4Array, UInt16Array]:
     blocks.reshape(N, -1)[:, :K] = w
     largest = np.maximum.reduce(np.abs(blocks), axis=2)
     scales = _usable_scales(bf16_to_f32(f32_to_bf16(largest / np.float32(7))), largest)
-    # A scale rounded down lets the largest weight reach 7.03: it stays 7.
-    q = np.rint(blocks / scales[..., None]).clip(-7, 7).astype(np.int8)
-    return q.reshape(N, -1), np.where(largest == 0, np.uint16(0), f32_to_bf16(scales))
+    # A scale that was rounded down lets the largest weight reach 7.03: rounded, it is 7 all the same.
+    q = np.rint(blocks / scales[..., None]).astype(np.int8)
+    return q.reshape(N, -1), np.where(q.any(axis=2), f32_to_bf16(scales), np.uint16(0))
 
 
 def dequantize_int4(q: Int4Array, scales: UInt16Array, K: int) -> Float32Array:
@@ -112,6 +112,8 @@ def pack_xnnpack_int8(q: Int8Array, scales: Float32Array, bias: Float32Array, ti
     layout = GoiLayout(N, K, tile)
     if scales.shape != (layout.N,) or bias.shape != (layout.N,):
         raise PackingError(f"{layout.N} rows need as many scales and biases, not {scales.shape} and {bias.shape}")
+    if q.dtype != np.int8 or scales.dtype != np.float32 or bias.dtype != np.float32:
+        raise PackingError(f"int8, float32 and float32 are wanted, not {q.dtype}, {scales.dtype} and {bias.dtype}")
 
     def per_tile(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
         padded = np.zeros(layout.n_tiles * tile.nr, values.dtype)

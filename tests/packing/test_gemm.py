@@ -17,6 +17,7 @@ from numpy.testing import assert_array_equal
 
 from refinfer.arrays import IntArray
 from refinfer.errors import PackingError
+from refinfer.packing.formats import pack_matrix
 from refinfer.packing.gemm import bias_of, pack, pack_rows, unpack, unpack_rows
 from refinfer.packing.layout import GoiLayout, TileShape
 
@@ -204,3 +205,18 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
 def test_what_does_not_fit_the_layout_is_refused(make: Callable[[], object], why: str) -> None:
     with pytest.raises(PackingError, match=re.escape(why)):
         make()
+
+
+@pytest.mark.spec("PACK-7", "PACK-18")
+@pytest.mark.parametrize("ids", [[-1], [0, 5]], ids=["before the first", "behind the last"])
+def test_rows_that_do_not_exist_are_refused(ids: list[int]) -> None:
+    w = f32(5, 3)
+    for unpack_some in (lambda i: unpack_rows(pack(w, SMALL), SMALL, i), pack_matrix(w, "int8").unpack_rows):
+        with pytest.raises(PackingError, match="are asked for; there are 0 to 4"):
+            unpack_some(np.array(ids))
+
+
+@pytest.mark.spec("PACK-6")
+def test_packing_into_memory_with_gaps_is_refused() -> None:
+    with pytest.raises(PackingError, match="contiguous memory only"):
+        pack_rows(f32(5, 3), SMALL, np.zeros(2 * SMALL.elements, np.float32)[::2])

@@ -131,10 +131,7 @@ def test_tiny_and_subnormal_weights_and_inputs_lose_no_more_than_float32_does(na
     x = normal(1, M, 65)
     x[0] *= np.float32(1e-40)
     packed = pack_matrix(w, name)
-    normal_rows = np.arange(20) != 6
-    assert_product(matmul(x, packed)[:, normal_rows], x, packed.unpack()[normal_rows])
-    if name in ("f32", "bf16"):
-        assert_product(matmul(x, packed), x, packed.unpack())
+    assert_product(matmul(x, packed), x, packed.unpack())
 
 
 @pytest.mark.spec("PACK-23")
