@@ -380,11 +380,42 @@ def _bench_matmul(quiet: bool) -> dict[str, Any]:
                 for row in rows
             ],
         )
+        print(_MATMUL_NOTES)
     return {"limits": limits, "rows": rows}
+
+
+_MATMUL_NOTES: Final = """\
+f32-by-tiles  row-major weights, nothing packed: at M = 2 to 16 the gain comes from the call, not from the layout
+f32-nr16/32   XNNPACK's own tile shapes: their kernels want 16 or 32 outputs at once, BLAS wants long rows; from M = 64
+              on it repacks each narrow tile for itself, and loses up to half
+int8-naive    q widened and scaled as a whole, then multiplied: it writes and reads four bytes for each one it has
+4k-pages      both sides in small pages, as in a mapped file; all other rows in huge ones"""
+
+
+def _bench_pack(quiet: bool) -> dict[str, Any]:
+    from refinfer.bench.pack import pack_bench_rows
+
+    rows = list(pack_bench_rows())
+    if not quiet:
+        _print_table(
+            "Packing, against a plain copy of the same rows",
+            ["format", "N x K", "of a copy's speed", "quartiles", "GB/s read"],
+            [
+                [
+                    row["format"],
+                    f"{row['n']} x {row['k']}",
+                    f"{row['ratio_to_copy']:.2f}",
+                    _quartiles(row),
+                    f"{row['gb_per_s']:.1f}",
+                ]
+                for row in rows
+            ],
+        )
+    return {"rows": rows}
 
 
 def _quartiles(row: dict[str, Any]) -> str:
     return " - ".join(f"{quartile:.2f}" for quartile in row["ratio_quartiles"])
 
 
-_BENCHES: Final = {"decode": _bench_decode, "matmul": _bench_matmul}
+_BENCHES: Final = {"decode": _bench_decode, "matmul": _bench_matmul, "pack": _bench_pack}

@@ -29,7 +29,8 @@ from refinfer.model.tokenizer import TextStream
 from refinfer.model.transformer import LARGEST_BLOCK, Transformer
 from refinfer.model.weights import LayerWeights, RowMajorSource, WeightSource, assemble
 from refinfer.packing.formats import FORMATS, PackedLayout, PackedMatrix, pack_matrix
-from refinfer.packing.matmul import GemmScratch, matmul, scratch_floats
+from refinfer.packing.matmul import matmul, scratch_floats
+from refinfer.packing.product import GemmScratch
 from refinfer.process import peak_rss_bytes, usable_cores
 from refinfer.trace import Clock, RealClock
 

@@ -55,6 +55,8 @@ POWERS: dict[str, tuple[str, set[str]]] = {
 EVENING_PATH = (
     "packing/layout.py",
     "packing/gemm.py",
+    "packing/product.py",
+    "packing/kernels.py",
     "packing/matmul.py",
     "weight_cache/provider.py",
     "weight_cache/file.py",

@@ -25,7 +25,8 @@ from refinfer.bench.harness import interleave
 from refinfer.packing.formats import FORMATS, PackedMatrix, pack_matrix
 from refinfer.packing.gemm import pack
 from refinfer.packing.layout import GoiLayout, TileShape
-from refinfer.packing.matmul import GemmScratch, matmul, scratch_floats, tile_rows
+from refinfer.packing.matmul import matmul, scratch_floats
+from refinfer.packing.product import GemmScratch, tile_rows
 from refinfer.packing.quantized import quantize_int8
 
 __all__ = ["ROWS_OF_X", "SHAPES", "Weights", "candidates", "machine_limits", "matmul_rows"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from refinfer.bench import decode, matmul
+from refinfer.bench import decode, matmul, pack
 from refinfer.bench.harness import Timings, interleave
 from refinfer.cli import main
 from refinfer.model.config import ModelConfig
@@ -108,3 +108,17 @@ def test_the_machines_limits_are_measured() -> None:
     limits = matmul.machine_limits(rounds=1)
     assert set(limits) == {"read_gb_per_s", "sgemm_gflop_per_s"}
     assert min(limits.values()) > 0
+
+
+@pytest.mark.spec("BENCH-7")
+def test_bench_pack_prints_a_row_for_every_packer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = list(pack.pack_bench_rows((64, 96), rounds=1))
+    assert {row["format"] for row in rows} == {*FORMATS, "f32-nr16-kr1", "f32-nr32-kr1", "f32-nr8-kr4"}
+    assert all(row["ratio_to_copy"] > 0 and row["gb_per_s"] > 0 for row in rows)
+    monkeypatch.setattr(pack, "pack_bench_rows", lambda: rows)
+    assert main(["bench", "pack", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == rows
+    assert main(["bench", "pack"]) == 0
+    assert "f32-nr32-kr1" in capsys.readouterr().out

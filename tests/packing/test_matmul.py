@@ -21,16 +21,8 @@ from refinfer.arrays import PAGE_BYTES, Float32Array, aligned_empty
 from refinfer.errors import PackingError
 from refinfer.packing.formats import FORMATS, PackedLayout, PackedMatrix, format_of, layout_of, pack_chunk, pack_matrix
 from refinfer.packing.layout import cut_into_chunks
-from refinfer.packing.matmul import (
-    GEMM_CONFIG,
-    GemmScratch,
-    call_for,
-    matmul,
-    multiply_chunk,
-    scratch_floats,
-    start_product,
-    tile_rows,
-)
+from refinfer.packing.matmul import matmul, multiply_chunk, scratch_floats, start_product
+from refinfer.packing.product import GEMM_CONFIG, GemmScratch, call_for, tile_rows
 
 ROWS = [1, 2, 3, 15, 16, 17, 40, 127, 128, 130]
 LARGE = {"f32": (600, 3000), "bf16": (1000, 2999), "int8": (700, 3001), "int4": (1700, 3000)}  # several chunks each

@@ -1,0 +1,132 @@
+"""One product with float32 rows of weights: which numpy call for how many rows of x, and the scratch behind it.
+
+Knows: numpy and what BLAS is quick at. Does not know: packed formats, chunks.
+Spec: PACK-25, PACK-26. Tutorial: 02.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+
+from refinfer.arrays import Float32Array, aligned_empty
+from refinfer.errors import PackingError
+
+__all__ = ["GEMM_CONFIG", "Call", "GemmScratch", "Product", "call_for", "tile_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How rows of float32 weights are multiplied with up to `most_rows` rows of x, and why so."""
+
+    name: str
+    most_rows: float
+    reason: str
+
+
+GEMM_CONFIG: Final = (
+    Call("dot", 1, "a matrix times a vector streams its weights at the speed of memory: nothing to gain"),
+    Call("tiles", 16, "OpenBLAS has a path for small matrices that packs nothing: 2 to 3 times as fast as one call"),
+    Call("weights-first", 127, "W @ x.T lets the larger operand be the one that BLAS walks through: 1.1 to 1.4 times"),
+    Call("whole", float("inf"), "BLAS packs both operands itself and reaches its peak: a plain call"),
+)
+"""Which call for how many rows of x; `refinfer bench matmul` measures each."""
+
+_SMALL_MATMUL: Final = 1_000_000
+"""A call by tiles is quick while M * rows * K stays below this, as measured.
+
+OpenBLAS has a path for small matrices on AVX-512 (`kernel/x86_64/sgemm_small_kernel_permit_skylakex.c`).
+"""
+
+
+@lru_cache(maxsize=256)
+def tile_rows(M: int, K: int) -> int:
+    """Return how many rows of weights one call by tiles takes; 0 where no number of at least 4 is small enough."""
+    return next((rows for rows in (16, 8, 4) if M * rows * K < _SMALL_MATMUL), 0)
+
+
+@lru_cache(maxsize=256)
+def call_for(M: int, K: int) -> Call:
+    """Return the entry of `GEMM_CONFIG` for M rows of x."""
+    call = next(call for call in GEMM_CONFIG if call.most_rows >= M)
+    return GEMM_CONFIG[2] if call.name == "tiles" and not tile_rows(M, K) else call
+
+
+class GemmScratch:
+    """Reserved memory for one product at a time: `take` hands out pieces, `reset` takes all of them back."""
+
+    def __init__(self, floats: int) -> None:
+        self._arena = aligned_empty((floats,))
+        self._used = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes reserved."""
+        return self._arena.nbytes
+
+    def take(self, *shape: int) -> Float32Array:
+        """Return an uninitialised float32 array; raises PackingError when the scratch is too small."""
+        start = self._used
+        self._used += math.prod(shape)
+        if self._used > self._arena.size:
+            raise PackingError(f"{self._used} floats of scratch are needed, {self._arena.size} are reserved")
+        return self._arena[start : self._used].reshape(shape)
+
+    def reset(self, used: int = 0) -> None:
+        """Take back everything handed out since `used` floats were in use."""
+        self._used = used
+
+    @property
+    def used(self) -> int:
+        """How many floats are handed out."""
+        return self._used
+
+
+class Product:
+    """One product under way: x, what was derived from it for every chunk, and the scratch behind both."""
+
+    __slots__ = ("M", "call", "columns", "parts", "scratch", "x", "x1")
+
+    def __init__(self, x: Float32Array, scratch: GemmScratch) -> None:
+        self.x = x
+        self.M = len(x)
+        self.x1 = x[0]
+        self.call = call_for(self.M, x.shape[1]).name
+        self.scratch = scratch
+        self.columns = x.T  # contiguous after `take_columns`
+        self.parts: tuple[Any, ...] = ()  # what a format wants of x
+
+    def rows(self, w: Float32Array, out: Float32Array) -> None:
+        """Multiply with some rows of float32 weights: `out` `[M, R]` becomes `x @ w.T`."""
+        if self.call == "dot":
+            np.dot(w, self.x1, out=out[0])
+        elif self.call == "tiles":
+            self._by_tiles(w, out)
+        elif self.call == "whole":
+            np.matmul(self.x, w.T, out=out)
+        else:
+            before = self.scratch.used
+            columns = self.scratch.take(w.shape[0], self.M)
+            np.matmul(w, self.columns, out=columns)
+            np.copyto(out, columns.T)
+            self.scratch.reset(before)
+
+    def take_columns(self) -> None:
+        """Transpose x once for all chunks, where weights go first."""
+        if self.call == "weights-first":
+            self.columns = self.scratch.take(self.x.shape[1], self.M)
+            np.copyto(self.columns, self.x.T)
+
+    def _by_tiles(self, w: Float32Array, out: Float32Array) -> None:
+        (R, K), M = w.shape, self.M
+        nr = tile_rows(M, K)
+        if rest := R % nr:
+            np.matmul(self.x, w[R - rest :].T, out=out[:, R - rest :])
+            w, out = w[: R - rest], out[:, : R - rest]
+        if rest < R:
+            tiles = w.reshape(-1, nr, K).transpose(0, 2, 1)
+            np.matmul(self.x, tiles, out=out.reshape(M, -1, nr).transpose(1, 0, 2))
