@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Final, NoReturn
 
 from refinfer import __version__
 from refinfer.errors import InputError, RefinferError, RequestError
@@ -23,13 +23,12 @@ from refinfer.model.config import SHAPES
 from refinfer.model.folder import DEFAULT_MAX_TOKENS, open_folder
 from refinfer.model.synth import DTYPES, checkpoint_nbytes, write_checkpoint
 from refinfer.packing.formats import FORMATS
+from refinfer.process import format_nbytes
 from refinfer.trace import RealClock
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 __all__ = ["main"]
 
+_BENCHES: Final = ("decode", "matmul", "pack")  # a test holds them to `bench.report.BENCHES`
 _MOST_BYTES: Final = 2.0**63
 
 _UNITS: Final = {
@@ -134,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
 
     bench = command("bench", _bench, "Measure, interleaved, and print medians.")
-    bench.add_argument("name", metavar="NAME", choices=_BENCHES, help=" or ".join(_BENCHES))
+    bench.add_argument("name", metavar="NAME", choices=_BENCHES, help=", ".join(_BENCHES))
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -234,20 +233,12 @@ def _summary(stats: GenerationStats) -> str:
         parts.append(f"then {stats.tokens_per_s:,.0f} tokens/s" if stats.tokens_per_s >= 10 else
                      f"then {stats.tokens_per_s:.2g} tokens/s")  # fmt: skip
     if stats.peak_rss_bytes is not None:
-        parts.append(f"peak memory {_bytes(stats.peak_rss_bytes)}")
+        parts.append(f"peak memory {format_nbytes(stats.peak_rss_bytes)}")
     return "\n" + " · ".join(parts)
 
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
-
-
-def _bytes(nbytes: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if nbytes >= 100 or unit == "bytes" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError
 
 
 def _synth(args: argparse.Namespace) -> None:
@@ -258,7 +249,7 @@ def _synth(args: argparse.Namespace) -> None:
             args.folder, config, dtype=args.dtype, seed=args.seed, shard_nbytes=args.shard_size, progress=advance
         )
     print(
-        f"{args.folder}: {args.shape}, {config.n_parameters:,} parameters, {_bytes(nbytes)} in {args.dtype}",
+        f"{args.folder}: {args.shape}, {config.n_parameters:,} parameters, {format_nbytes(nbytes)} in {args.dtype}",
         file=sys.stderr,
     )
 
@@ -277,145 +268,25 @@ def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda amount: bar.advance(task, amount)
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120)
-
-
 def _doctor(args: argparse.Namespace) -> None:
     from refinfer.bench.machine import describe_machine
+    from refinfer.bench.report import print_machine
 
     machine = describe_machine(Path.cwd())
     if args.json:
         print(json.dumps(machine))
-        return
-    _print_table("This machine", ["what", "value"], _flatten(machine))
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> list[list[str]]:
-    rows: list[list[str]] = []
-    for key, item in value.items():
-        name = f"{prefix}{key.removesuffix('_bytes').replace('_', ' ')}"
-        if isinstance(item, dict):
-            rows += _flatten(item, f"{name}: ")
-        elif isinstance(item, list):
-            for part in item:
-                rows += _flatten(part, f"{name}: ")
-        else:
-            rows.append([name, _bytes(item) if key.endswith("_bytes") and item is not None else _word(item)])
-    return rows
-
-
-def _word(item: object) -> str:
-    if item is None:
-        return "none or not known"
-    return {True: "yes", False: "no"}[item] if isinstance(item, bool) else str(item)
-
-
-def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table)
+    else:
+        print_machine(machine)
 
 
 def _bench(args: argparse.Namespace) -> None:
     from refinfer.bench.machine import describe_machine
+    from refinfer.bench.report import BENCHES, print_bench
 
-    result = {"machine": describe_machine(Path.cwd())} | _BENCHES[args.name](args.json)
+    bench = BENCHES[args.name]
+    with _progress("measuring", bench.steps) as advance:
+        result = bench.measure(lambda: advance(1))
     if args.json:
-        print(json.dumps(result))
-
-
-def _bench_decode(quiet: bool) -> dict[str, Any]:
-    from refinfer.bench.decode import DECODE_SHAPES, decode_rows
-
-    with _progress("measuring", len(DECODE_SHAPES)) as advance:
-        rows = list(decode_rows(progress=lambda: advance(1)))
-    if not quiet:
-        _print_table(
-            "Decode, one BLAS thread, against a clean naive numpy decode",
-            ["hidden size x layers", "times as fast", "quartiles", "tokens/s", "naive tokens/s"],
-            [
-                [
-                    f"{row['hidden_size']} x {row['num_hidden_layers']}",
-                    f"{row['ratio_to_naive']:.2f}",
-                    _quartiles(row),
-                    f"{row['tokens_per_s']:,.0f}",
-                    f"{row['naive_tokens_per_s']:,.0f}",
-                ]
-                for row in rows
-            ],
-        )
-    return {"rows": rows}
-
-
-def _bench_matmul(quiet: bool) -> dict[str, Any]:
-    from refinfer.bench.matmul import ROWS_OF_X, SHAPES, machine_limits, matmul_rows
-
-    limits = machine_limits()
-    with _progress("measuring", len(SHAPES) * len(ROWS_OF_X)) as advance:
-        rows = list(matmul_rows(limits=limits, progress=lambda: advance(1)))
-    if not quiet:
-        _print_table(
-            f"x @ W.T, one BLAS thread; this core reads {limits['read_gb_per_s']:.1f} GB/s "
-            f"and multiplies {limits['sgemm_gflop_per_s']:.0f} GFLOP/s",
-            ["format", "M", "N x K", "times as fast as naive", "quartiles", "GB/s", "GFLOP/s", "of the limit"],
-            [
-                [
-                    row["format"],
-                    str(row["m"]),
-                    f"{row['n']} x {row['k']}",
-                    f"{row['ratio_to_naive']:.2f}",
-                    _quartiles(row),
-                    f"{row['gb_per_s']:.1f}",
-                    f"{row['gflop_per_s']:.1f}",
-                    f"{row['fraction_of_limit']:.0%}",
-                ]
-                for row in rows
-            ],
-        )
-        print(_MATMUL_NOTES)
-    return {"limits": limits, "rows": rows}
-
-
-_MATMUL_NOTES: Final = """\
-f32-by-tiles  row-major weights, nothing packed: at M = 2 to 16 the gain comes from the call, not from the layout
-f32-nr16/32   XNNPACK's own tile shapes: their kernels want 16 or 32 outputs at once, BLAS wants long rows; from M = 64
-              on it repacks each narrow tile for itself, and loses up to half
-int8-naive    q widened and scaled as a whole, then multiplied: it writes and reads four bytes for each one it has
-4k-pages      both sides in small pages, as in a mapped file; all other rows in huge ones"""
-
-
-def _bench_pack(quiet: bool) -> dict[str, Any]:
-    from refinfer.bench.pack import pack_bench_rows
-
-    rows = list(pack_bench_rows())
-    if not quiet:
-        _print_table(
-            "Packing, against a plain copy of the same rows",
-            ["format", "N x K", "of a copy's speed", "quartiles", "GB/s read"],
-            [
-                [
-                    row["format"],
-                    f"{row['n']} x {row['k']}",
-                    f"{row['ratio_to_copy']:.2f}",
-                    _quartiles(row),
-                    f"{row['gb_per_s']:.1f}",
-                ]
-                for row in rows
-            ],
-        )
-    return {"rows": rows}
-
-
-def _quartiles(row: dict[str, Any]) -> str:
-    return " - ".join(f"{quartile:.2f}" for quartile in row["ratio_quartiles"])
-
-
-_BENCHES: Final = {"decode": _bench_decode, "matmul": _bench_matmul, "pack": _bench_pack}
+        print(json.dumps({"machine": describe_machine(Path.cwd())} | result))
+    else:
+        print_bench(bench, result)

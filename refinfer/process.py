@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["peak_rss_bytes", "usable_cores"]
+__all__ = ["format_nbytes", "peak_rss_bytes", "usable_cores"]
 
 
 def usable_cores() -> int:
@@ -34,3 +34,17 @@ def peak_rss_bytes() -> int | None:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return None
+
+
+def format_nbytes(nbytes: float) -> str:
+    """Return a number of bytes as people read it, in powers of ten.
+
+    Examples:
+        >>> format_nbytes(4_754_528), format_nbytes(12)
+        ('4.8 MB', '12 bytes')
+    """
+    for unit in ("bytes", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if nbytes >= 100 or unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} GB"

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {"errors", "arrays", "trace", "process", "model", "packing"},
     "__init__": {"errors", "generate", "model"},
     "bench": {"errors", "arrays", "trace", "process", "model", "packing", "generate"},
-    "cli": {"", "errors", "trace", "generate", "model", "packing", "bench"},
+    "cli": {"", "errors", "trace", "process", "generate", "model", "packing", "bench"},
     "__main__": {"cli"},
 }
 
@@ -46,7 +46,7 @@ POWERS: dict[str, tuple[str, set[str]]] = {
     "raw reads": (r"os\.(p?readv?|open)\(|O_DIRECT|posix_fadvise", {"bench/machine.py", "cli.py"}),
     "threads": (r"\bimport threading\b|\bfrom threading\b|concurrent\.futures|multiprocessing", set()),
     "clocks": (r"\bimport time\b|\bfrom time\b|\bdatetime\b", {"trace.py", "bench/harness.py", "bench/matmul.py"}),
-    "printing": (r"\bprint\(|sys\.std(out|err)|\brich\b", {"cli.py", "__main__.py"}),
+    "printing": (r"\bprint\(|sys\.std(out|err)|\brich\b", {"cli.py", "__main__.py", "bench/report.py"}),
     "global random state": (r"np\.random\.(?!default_rng|Generator)|\bimport random\b", set()),
     "starting programs": (r"\bsubprocess\b|os\.(fork|exec|spawn|system)", set()),
 }

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from refinfer.bench import decode, matmul, pack
+from refinfer.bench import decode, matmul, pack, report
 from refinfer.bench.harness import Timings, interleave
-from refinfer.cli import main
+from refinfer.cli import _BENCHES, main
 from refinfer.model.config import ModelConfig
 from refinfer.packing.formats import FORMATS
 
@@ -47,7 +47,7 @@ def test_bench_decode_prints_the_machine_and_a_row_for_each_shape(
 ) -> None:
     monkeypatch.setattr(decode, "DECODE_SHAPES", decode.DECODE_SHAPES[:1])
     rows = list(decode.decode_rows(rounds=1))
-    monkeypatch.setattr(decode, "decode_rows", lambda progress: rows)
+    monkeypatch.setattr(report, "decode_rows", lambda progress: rows)
     assert main(["bench", "decode", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result) == {"machine", "rows"}
@@ -75,8 +75,8 @@ def test_bench_matmul_prints_a_row_for_every_format_and_comparison(
     limits = {"read_gb_per_s": 10.0, "sgemm_gflop_per_s": 100.0}
     monkeypatch.setattr(matmul, "_STREAMED_BYTES", 0)
     rows = [row for M in (1, 4, 64) for row in matmul.matmul_rows([(128, 96)], [M], rounds=1, limits=limits)]
-    monkeypatch.setattr(matmul, "machine_limits", lambda: limits)
-    monkeypatch.setattr(matmul, "matmul_rows", lambda limits, progress: rows)
+    monkeypatch.setattr(report, "machine_limits", lambda: limits)
+    monkeypatch.setattr(report, "matmul_rows", lambda limits, progress: rows)
     assert main(["bench", "matmul", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result) == {"machine", "limits", "rows"}
@@ -117,8 +117,13 @@ def test_bench_pack_prints_a_row_for_every_packer(
     rows = list(pack.pack_bench_rows((64, 96), rounds=1))
     assert {row["format"] for row in rows} == {*FORMATS, "f32-nr16-kr1", "f32-nr32-kr1", "f32-nr8-kr4"}
     assert all(row["ratio_to_copy"] > 0 and row["gb_per_s"] > 0 for row in rows)
-    monkeypatch.setattr(pack, "pack_bench_rows", lambda: rows)
+    monkeypatch.setattr(report, "pack_bench_rows", lambda: rows)
     assert main(["bench", "pack", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == rows
     assert main(["bench", "pack"]) == 0
     assert "f32-nr32-kr1" in capsys.readouterr().out
+
+
+@pytest.mark.spec("BENCH-3")
+def test_the_command_line_knows_every_bench() -> None:
+    assert tuple(report.BENCHES) == _BENCHES

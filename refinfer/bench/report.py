@@ -1,0 +1,145 @@
+"""What people read of a bench or of the machine: tables on a terminal.
+
+Knows: the rows of each bench, rich. Does not know: how anything is measured, JSON text.
+Spec: CLI-7, BENCH-3. Tutorial: 02.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+from refinfer.bench.decode import DECODE_SHAPES, decode_rows
+from refinfer.bench.matmul import ROWS_OF_X, SHAPES, machine_limits, matmul_rows
+from refinfer.bench.pack import pack_bench_rows
+from refinfer.process import format_nbytes
+
+__all__ = ["BENCHES", "Bench", "print_bench", "print_machine"]
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One bench: how it measures (told after each of its `steps`), and how a row of it is shown."""
+
+    title: str
+    steps: int
+    measure: Callable[[Callable[[], None]], dict[str, Any]]
+    columns: Mapping[str, Callable[[Row], str]]
+    notes: str = ""
+
+
+def _quartiles(row: Row) -> str:
+    return " - ".join(f"{quartile:.2f}" for quartile in row["ratio_quartiles"])
+
+
+def _matmul(progress: Callable[[], None]) -> dict[str, Any]:
+    limits = machine_limits()
+    return {"limits": limits, "rows": list(matmul_rows(limits=limits, progress=progress))}
+
+
+BENCHES: Final[Mapping[str, Bench]] = MappingProxyType(
+    {
+        "decode": Bench(
+            title="Decode, one BLAS thread, against a clean naive numpy decode",
+            steps=len(DECODE_SHAPES),
+            measure=lambda progress: {"rows": list(decode_rows(progress=progress))},
+            columns={
+                "hidden size x layers": lambda row: f"{row['hidden_size']} x {row['num_hidden_layers']}",
+                "times as fast": lambda row: f"{row['ratio_to_naive']:.2f}",
+                "quartiles": _quartiles,
+                "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+                "naive tokens/s": lambda row: f"{row['naive_tokens_per_s']:,.0f}",
+            },
+        ),
+        "matmul": Bench(
+            title="x @ W.T, one BLAS thread, against the same on row-major float32 weights",
+            steps=len(SHAPES) * len(ROWS_OF_X),
+            measure=_matmul,
+            columns={
+                "format": lambda row: str(row["format"]),
+                "M": lambda row: str(row["m"]),
+                "N x K": lambda row: f"{row['n']} x {row['k']}",
+                "times as fast": lambda row: f"{row['ratio_to_naive']:.2f}",
+                "quartiles": _quartiles,
+                "GB/s": lambda row: f"{row['gb_per_s']:.1f}",
+                "GFLOP/s": lambda row: f"{row['gflop_per_s']:.1f}",
+                "of the limit": lambda row: f"{row['fraction_of_limit']:.0%}",
+            },
+            notes="""\
+f32-by-tiles  row-major weights, nothing packed: at M = 2 to 16 the gain comes from the call, not from the layout
+f32-nr16/32   XNNPACK's own tile shapes: their kernels want 16 or 32 outputs at once, BLAS wants long rows; from M = 64
+              on it repacks each narrow tile for itself, and loses up to half
+int8-naive    q widened and scaled as a whole, then multiplied: it writes and reads four bytes for each one it has
+4k-pages      both sides in small pages, as in a mapped file; all other rows in huge ones""",
+        ),
+        "pack": Bench(
+            title="Packing, against a plain copy of the same rows",
+            steps=1,
+            measure=lambda progress: {"rows": list(pack_bench_rows())},
+            columns={
+                "format": lambda row: str(row["format"]),
+                "N x K": lambda row: f"{row['n']} x {row['k']}",
+                "of a copy's speed": lambda row: f"{row['ratio_to_copy']:.2f}",
+                "quartiles": _quartiles,
+                "GB/s read": lambda row: f"{row['gb_per_s']:.1f}",
+            },
+        ),
+    }
+)
+"""Every bench by its name on the command line."""
+
+
+def print_bench(bench: Bench, result: Mapping[str, Any]) -> None:
+    """Print the table of one bench, the machine's limits where it measured them, and its notes."""
+    rows = [[show(row) for show in bench.columns.values()] for row in result["rows"]]
+    _print_table(bench.title, list(bench.columns), rows)
+    if "limits" in result:
+        limits = result["limits"]
+        print(
+            f"this core reads {limits['read_gb_per_s']:.1f} GB/s and multiplies "
+            f"{limits['sgemm_gflop_per_s']:.0f} GFLOP/s"
+        )
+    if bench.notes:
+        print(bench.notes)
+
+
+def print_machine(machine: dict[str, Any]) -> None:
+    """Print what `describe_machine` found, a line for each fact."""
+    _print_table("This machine", ["what", "value"], _flatten(machine))
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> list[list[str]]:
+    rows: list[list[str]] = []
+    for key, item in value.items():
+        name = f"{prefix}{key.removesuffix('_bytes').replace('_', ' ')}"
+        if isinstance(item, dict):
+            rows += _flatten(item, f"{name}: ")
+        elif isinstance(item, list):
+            for part in item:
+                rows += _flatten(part, f"{name}: ")
+        else:
+            rows.append([name, format_nbytes(item) if key.endswith("_bytes") and item is not None else _word(item)])
+    return rows
+
+
+def _word(item: object) -> str:
+    if item is None:
+        return "none or not known"
+    return {True: "yes", False: "no"}[item] if isinstance(item, bool) else str(item)
+
+
+def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
