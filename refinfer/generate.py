@@ -93,8 +93,8 @@ def load(
 
     Args:
         model: a folder in Hugging Face's form, or what `open_folder` returned; None means the storyteller.
-        weights: the format to pack weights in: f32, bf16, int8, int4, or auto: bf16 for bfloat16 checkpoints, else
-            f32.
+        weights: the format to pack weights in: f32, bf16, int8, int4, or auto: bf16 where the checkpoint is stored
+            so, else f32; nothing is lost.
         weight_cache: "off" packs nothing: row-major float32 weights with the same values, multiplied by numpy as a
             whole; an oracle. None packs while loading.
         max_positions: how many positions, prompt and generated tokens together, the KV cache reserves;
@@ -134,11 +134,17 @@ def _weight_source(config: ModelConfig, checkpoint: Checkpoint, weights: str, we
         raise RequestError(f"weights must be auto, {', '.join(FORMATS)}, not {weights!r}")
     if weight_cache not in (None, "off"):
         raise RequestError(f"weight_cache must be None or 'off', not {weight_cache!r}")
-    name = weights if weights != "auto" else "bf16" if config.dtype == "bfloat16" else "f32"
+    name = weights if weights != "auto" else _own_format(checkpoint)
     if weight_cache == "off":
         widen = stored_to_f32 if weights in ("auto", "f32") else lambda w: pack_matrix(w, name).unpack()
         return RowMajorSource(config, checkpoint, widen)
     return PackedSource(config, checkpoint, name)
+
+
+def _own_format(checkpoint: Checkpoint) -> str:
+    """Return the format that keeps every weight: bf16 where all matrices are stored so, whatever a config says."""
+    stored = {tensor.dtype for tensor in checkpoint.values() if len(tensor.shape) == 2}
+    return "bf16" if stored == {"BF16"} else "f32"
 
 
 class ResidentMatrix:

@@ -19,6 +19,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import refinfer
+from refinfer.arrays import Float32Array
 from refinfer.errors import (
     ConfigError,
     GenerationError,
@@ -82,6 +83,26 @@ def test_packed_float_weights_give_the_row_major_models_text(weights: str) -> No
     with load(weights=weights) as packed, load(weight_cache="off") as row_major:
         texts = [stats_of(session, "ROMEO:", max_tokens=120).text for session in (packed, row_major)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.spec("PACK-28")
+@pytest.mark.parametrize(("dtype", "own"), [("f32", "f32"), ("f16", "f32"), ("bf16", "bf16")])
+def test_auto_keeps_every_weight_whatever_the_config_says_of_its_type(dtype: str, own: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", SHAPES["tiny"], dtype=dtype)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    ids = list(range(20))
+    folder = tmp_path / "m"
+    auto, packed, row_major = (
+        logits_of(folder, ids, options) for options in ({}, {"weights": own}, {"weight_cache": "off"})
+    )
+    np.testing.assert_array_equal(auto, packed)
+    np.testing.assert_allclose(auto, row_major, atol=1e-5)
+
+
+def logits_of(folder: Path, ids: list[int], options: dict[str, str]) -> Float32Array:
+    with load(folder, weights=options.get("weights", "auto"), weight_cache=options.get("weight_cache")) as session:
+        return session.logits(ids)
 
 
 @pytest.mark.spec("PACK-28", "PACK-23")

@@ -30,8 +30,8 @@ _CACHED_FLOATS: Final = 1 << 17
 _MANY_FLOATS: Final = 1 << 20
 """The same for many rows of x: as many as BLAS needs to be efficient."""
 
-_LEAST_ROWS: Final = 16
-_APART: Final = 64
+_LEAST_ROWS: Final = 16  # of an int4 tile, widened for many rows of x however long they are
+_APART: Final = 64  # floats between two scratch arrays: a cache line or more
 
 _MASK: Final = np.array(0xFFFF0000, np.uint32)
 _SHIFT: Final = np.array(16, np.uint32)
