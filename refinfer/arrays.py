@@ -51,10 +51,8 @@ def aligned_empty(shape: tuple[int, ...], alignment: int = 64) -> Float32Array:
         >>> aligned_empty((3, 5), alignment=4096).ctypes.data % 4096
         0
     """
-    nbytes = math.prod(shape) * 4
-    raw = np.empty(nbytes + alignment, dtype=np.uint8)
-    start = -raw.ctypes.data % alignment
-    return raw[start : start + nbytes].view(np.float32).reshape(shape)
+    raw = np.empty(math.prod(shape) * 4 + alignment, dtype=np.uint8)
+    return np.ndarray(shape, np.float32, buffer=raw, offset=-raw.ctypes.data % alignment)
 
 
 def bf16_to_f32(bits: UInt16Array, out: Float32Array | None = None) -> Float32Array:
