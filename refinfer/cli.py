@@ -286,7 +286,8 @@ def _bench(args: argparse.Namespace) -> None:
     bench = BENCHES[args.name]
     with _progress("measuring", bench.steps) as advance:
         result = bench.measure(lambda: advance(1))
+    machine = describe_machine(Path.cwd())
     if args.json:
-        print(json.dumps({"machine": describe_machine(Path.cwd())} | result))
+        print(json.dumps({"machine": machine} | result))
     else:
-        print_bench(bench, result)
+        print_bench(bench, result, machine)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from refinfer.arrays import Float32Array, IntArray
-from refinfer.errors import GenerationError, RequestError, WeightsError
+from refinfer.errors import GenerationError, PackingError, RequestError, WeightsError
 from refinfer.model.checkpoint import Checkpoint, open_checkpoint, stored_to_f32
 from refinfer.model.config import ModelConfig
 from refinfer.model.folder import ModelFolder, open_folder, readable
@@ -135,10 +135,20 @@ def _weight_source(config: ModelConfig, checkpoint: Checkpoint, weights: str, we
     if weight_cache not in (None, "off"):
         raise RequestError(f"weight_cache must be None or 'off', not {weight_cache!r}")
     name = weights if weights != "auto" else _own_format(checkpoint)
-    if weight_cache == "off":
-        widen = stored_to_f32 if weights in ("auto", "f32") else lambda w: pack_matrix(w, name).unpack()
-        return RowMajorSource(config, checkpoint, widen)
-    return PackedSource(config, checkpoint, name)
+    try:
+        if weight_cache == "off":
+            widen = stored_to_f32 if weights in ("auto", "f32") else lambda w: pack_matrix(w, name).unpack()
+            return RowMajorSource(config, checkpoint, widen)
+        return PackedSource(config, checkpoint, name)
+    except PackingError:
+        _require_finite_weights(checkpoint)
+        raise
+
+
+def _require_finite_weights(checkpoint: Checkpoint) -> None:
+    """Name the damaged tensor, if there is one; reads every weight."""
+    if (name := checkpoint.first_non_finite()) is not None:
+        raise WeightsError(f"{checkpoint.path_of(name)}: {name!r} holds NaN or infinity; the file is damaged")
 
 
 def _own_format(checkpoint: Checkpoint) -> str:
@@ -161,7 +171,13 @@ class ResidentMatrix:
         return self.packed.layout.N, self.packed.layout.K
 
     def matmul(self, x: Float32Array, out: Float32Array | None = None) -> Float32Array:
-        """Return `x @ W.T + bias`, chunk by chunk."""
+        """Return `x @ W.T + bias`, chunk by chunk.
+
+        Raises:
+            PackingError: more than 256 rows of x, for which no scratch is reserved.
+        """
+        if len(x) > LARGEST_BLOCK:
+            raise PackingError(f"at most {LARGEST_BLOCK} rows can be multiplied at a time, not {len(x)}")
         y = matmul(x, self.packed, out, self._source.scratch)
         if self._bias is not None:
             np.add(y, self._bias, out=y)
@@ -174,6 +190,8 @@ class ResidentMatrix:
 
 class PackedSource:
     """All matrices of a checkpoint packed in one format while loading, resident in memory; norms as float32.
+
+    An untied embedding table is left as it is stored.
 
     Raises:
         WeightsError: a tensor is missing, or has another shape or type.
@@ -352,9 +370,7 @@ class Session:
     def _require_finite(self, logits: Float32Array) -> None:
         if np.isfinite(logits).all():
             return
-        checkpoint, _ = self._open()
-        if (name := checkpoint.first_non_finite()) is not None:
-            raise WeightsError(f"{checkpoint.path_of(name)}: {name!r} holds NaN or infinity; the file is damaged")
+        _require_finite_weights(self._open()[0])
         raise GenerationError("the logits are not finite although every weight is: the activations have overflowed")
 
     def _blas_limits(self) -> AbstractContextManager[object]:

@@ -116,11 +116,29 @@ def test_packed_logits_are_those_of_the_same_weights_unpacked(weights: str, tiny
     assert first == second
 
 
-@pytest.mark.spec("PACK-13", "ERR-1")
-def test_weights_that_are_not_finite_cannot_be_quantised(tmp_path: Path, tiny_folder: Path) -> None:
-    damage(tiny_folder, tmp_path, np.inf)
-    with pytest.raises(PackingError, match="hold NaN or infinity, which cannot be quantised"):
-        load(tmp_path, weights="int8")
+@pytest.mark.spec("PACK-13", "GEN-5")
+@pytest.mark.parametrize("weight_cache", [None, "off"], ids=["packed", "off"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_that_are_not_finite_are_named_when_they_are_quantised(
+    tmp_path: Path, tiny_folder: Path, weights: str, weight_cache: str | None
+) -> None:
+    bad = damage(tiny_folder, tmp_path, np.inf)
+    with pytest.raises(WeightsError, match=f"'{bad}' holds NaN or infinity"):
+        load(tmp_path, weights=weights, weight_cache=weight_cache)
+
+
+@pytest.mark.spec("PACK-16", "ERR-1")
+def test_a_finite_weight_too_large_for_bfloat16_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    damage(tiny_folder, tmp_path, 3.4028e38)
+    with pytest.raises(PackingError, match="too large for bfloat16; use f32"):
+        load(tmp_path, weights="bf16")
+
+
+@pytest.mark.spec("PACK-27")
+def test_more_rows_than_scratch_is_reserved_for_are_refused(storyteller: Session) -> None:
+    matrix = storyteller._transformer.source.lm_head
+    with pytest.raises(PackingError, match="at most 256 rows"):
+        matrix.matmul(np.zeros((257, 192), np.float32))
 
 
 @pytest.mark.spec("PACK-26")

@@ -3,7 +3,8 @@
 Knows: the packing room, memory pages. Does not know: models.
 Spec: BENCH-5, BENCH-6. Tutorial: 02.
 
-One BLAS thread. Weights are streamed over enough copies that they do not stay in a cache of the processor. Both sides
+One BLAS thread. Weights are streamed over as many copies as make 160 MiB in float32, so that they do not stay in a
+core's own caches; from M = 64 on, where arithmetic takes the time, large ones are a single copy. Both sides
 of a ratio lie in the same kind of page: huge ones, as numpy asks the system for, and in rows named `4k-pages` small
 ones, as in a mapped file.
 """
@@ -82,7 +83,7 @@ def matmul_rows(
 
 
 class Weights:
-    """One matrix in every form the bench compares, each copied until it no longer fits a cache."""
+    """One matrix in every form the bench compares, each in the same number of copies."""
 
     def __init__(self, w: Float32Array) -> None:
         self.N, self.K = w.shape

@@ -18,12 +18,15 @@ from refinfer.packing.formats import layout_of, pack_chunk
 from refinfer.packing.gemm import pack_rows
 from refinfer.packing.layout import GoiLayout, TileShape
 
-__all__ = ["PACK_SHAPE", "pack_bench_rows"]
+__all__ = ["PACK_ROUNDS", "PACK_SHAPE", "pack_bench_rows"]
 
 PACK_SHAPE: Final = (4096, 4096)
+PACK_ROUNDS: Final = 9
 
 
-def pack_bench_rows(shape: tuple[int, int] = PACK_SHAPE, rounds: int = 9) -> Iterator[dict[str, Any]]:
+def pack_bench_rows(
+    shape: tuple[int, int] = PACK_SHAPE, rounds: int = PACK_ROUNDS, progress: Callable[[], None] = lambda: None
+) -> Iterator[dict[str, Any]]:
     """Yield a row for each format from the type it is stored in, and for XNNPACK's shapes: ratio to a plain copy."""
     N, K = shape
     w = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
@@ -35,7 +38,7 @@ def pack_bench_rows(shape: tuple[int, int] = PACK_SHAPE, rounds: int = 9) -> Ite
     candidates: dict[str, Callable[[], object]] = {name: pack for name, (_, pack) in compared.items()}
     for source in (w, bits):
         candidates[f"copy-{source.dtype}"] = _copier(source)
-    timings = interleave(candidates, rounds)
+    timings = interleave(candidates, rounds, progress=progress)
     for name, (rows, _) in compared.items():
         baseline = f"copy-{rows.dtype}"
         low, high = timings.spread(name, baseline)

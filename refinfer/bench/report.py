@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from refinfer.bench.decode import DECODE_SHAPES, decode_rows
 from refinfer.bench.matmul import ROWS_OF_X, SHAPES, machine_limits, matmul_rows
-from refinfer.bench.pack import pack_bench_rows
+from refinfer.bench.pack import PACK_ROUNDS, pack_bench_rows
 from refinfer.process import format_nbytes
 
 __all__ = ["BENCHES", "Bench", "print_bench", "print_machine"]
@@ -72,15 +72,15 @@ BENCHES: Final[Mapping[str, Bench]] = MappingProxyType(
             },
             notes="""\
 f32-by-tiles  row-major weights, nothing packed: at M = 2 to 16 the gain comes from the call, not from the layout
-f32-nr16/32   XNNPACK's own tile shapes: their kernels want 16 or 32 outputs at once, BLAS wants long rows; from M = 64
-              on it repacks each narrow tile for itself, and loses up to half
+f32-nr16/32   XNNPACK's own tile shapes (nr128: the same order, wider): their kernels want 16 or 32 outputs at once,
+              BLAS wants long rows; from M = 64 on it repacks each narrow tile for itself, and loses up to half
 int8-naive    q widened and scaled as a whole, then multiplied: it writes and reads four bytes for each one it has
 4k-pages      both sides in small pages, as in a mapped file; all other rows in huge ones""",
         ),
         "pack": Bench(
             title="Packing, against a plain copy of the same rows",
-            steps=1,
-            measure=lambda progress: {"rows": list(pack_bench_rows())},
+            steps=PACK_ROUNDS,
+            measure=lambda progress: {"rows": list(pack_bench_rows(progress=progress))},
             columns={
                 "format": lambda row: str(row["format"]),
                 "N x K": lambda row: f"{row['n']} x {row['k']}",
@@ -94,10 +94,12 @@ int8-naive    q widened and scaled as a whole, then multiplied: it writes and re
 """Every bench by its name on the command line."""
 
 
-def print_bench(bench: Bench, result: Mapping[str, Any]) -> None:
-    """Print the table of one bench, the machine's limits where it measured them, and its notes."""
+def print_bench(bench: Bench, result: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+    """Print the table of one bench, the machine, its limits where they were measured, and the bench's notes."""
     rows = [[show(row) for show in bench.columns.values()] for row in result["rows"]]
     _print_table(bench.title, list(bench.columns), rows)
+    blas = ", ".join(f"{library['name']} {library['version']}" for library in machine["blas"])
+    print(f"on {machine['cpu']}, {machine['cores']} cores; numpy {machine['numpy']}, {blas}")
     if "limits" in result:
         limits = result["limits"]
         print(

@@ -32,12 +32,26 @@ from refinfer.packing.gemm import require_rows
 from refinfer.packing.layout import Chunk, TileShape, cut_into_chunks
 from refinfer.packing.quantized import BLOCK, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
-__all__ = ["FORMATS", "Format", "PackedLayout", "PackedMatrix", "Tiles", "format_of", "pack_matrix"]
+__all__ = [
+    "FORMATS",
+    "Bytes",
+    "Format",
+    "PackedLayout",
+    "PackedMatrix",
+    "Tiles",
+    "format_of",
+    "half_blocks",
+    "layout_of",
+    "pack_chunk",
+    "pack_matrix",
+]
 
 Bytes = npt.NDArray[np.uint8]
 
 _ROWS: Final = 16
 _LARGEST_INT4_TILE: Final = 512
+_SMALLEST_INT4_TILE: Final = 64
+_INT4_CHUNK_BYTES: Final = 9 << 17  # two million weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +60,8 @@ class Format:
 
     `tile` picks the tile shape for a matrix `[N, K]`; `tile_nbytes` says what a tile takes; `pack` fills whole tiles
     `[T, tile_nbytes]` from rows as stored (float32, float16, or bfloat16 as its bits); `unpack` gives the float32
-    rows `[T * nr, K]` that a product with those tiles uses. `chunk_nbytes` is the aim for a chunk: a million weights,
-    two million in int4.
+    rows `[T * nr, K]` that a product with those tiles uses, `unpack_rows` those in some lanes of some tiles.
+    `chunk_nbytes` is the aim for a chunk: a million weights, two million in int4.
     """
 
     name: str
@@ -56,6 +70,7 @@ class Format:
     tile_nbytes: Callable[[TileShape, int], int]
     pack: Callable[[npt.NDArray[Any], Tiles], None]
     unpack: Callable[[Tiles], Float32Array]
+    unpack_rows: Callable[[Tiles, IntArray, IntArray], Float32Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +88,16 @@ class PackedLayout:
         """The bytes of all chunks, each padded to whole pages."""
         return sum(chunk.padded_nbytes for chunk in self.chunks)
 
-    def tiles(self, buffer: Bytes) -> Tiles:
-        """See a chunk's bytes as its tiles."""
+    def tiles(self, buffer: Bytes, chunk: Chunk) -> Tiles:
+        """See the bytes of a chunk, in a buffer at least as large, as its tiles.
+
+        Raises:
+            PackingError: the buffer is not contiguous bytes, or too small.
+        """
+        if buffer.dtype != np.uint8 or buffer.ndim != 1 or not buffer.flags.c_contiguous or buffer.size < chunk.nbytes:
+            raise PackingError(f"a chunk of {chunk.nbytes} bytes does not lie in {buffer.dtype} {list(buffer.shape)}")
         nbytes = self.format.tile_nbytes(self.tile, self.K)
-        n_tiles = buffer.size // nbytes
+        n_tiles = chunk.nbytes // nbytes
         return Tiles(buffer[: n_tiles * nbytes].reshape(n_tiles, nbytes), self.tile.nr, self.K)
 
 
@@ -158,8 +179,29 @@ def _unpack_f32(tiles: Tiles) -> Float32Array:
     return tiles.f32.copy()
 
 
+def _f32_rows(tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:
+    rows: Float32Array = tiles.f32[which * tiles.nr + lane]
+    return rows
+
+
+def _bf16_rows(tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:
+    return bf16_to_f32(tiles.bf16_pairs[which * tiles.nr + lane].view(np.uint16)[:, : tiles.K])
+
+
+def _int8_rows(tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:
+    return dequantize_int8(tiles.int8[which, lane], tiles.int8_scales[which, lane])
+
+
+def _int4_rows(tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:
+    bytes_ = tiles.nibbles[which, :, :, lane]
+    planes = np.stack((bytes_ & 15, bytes_ >> 4), axis=1).astype(np.int8) - np.int8(8)
+    return dequantize_int4(planes.reshape(len(which), -1), tiles.int4_scales[which, :, lane], tiles.K)
+
+
 def _pack_bf16(rows: npt.NDArray[Any], tiles: Tiles) -> None:
     bits = rows if rows.dtype == np.uint16 else f32_to_bf16(_as_f32(rows))
+    if rows.dtype != np.uint16 and np.count_nonzero(bits & 0x7FFF == 0x7F80) > np.count_nonzero(np.isinf(rows)):
+        raise PackingError("a weight is too large for bfloat16; use f32")
     np.copyto(tiles.bf16_pairs.view(np.uint16)[: len(rows), : tiles.K], bits)
 
 
@@ -182,8 +224,12 @@ def _unpack_int8(tiles: Tiles) -> Float32Array:
 
 
 def _int4_tile(N: int, K: int) -> TileShape:
-    """As few tiles of at most 256 rows as possible, all alike, a multiple of 16: little is wasted on missing rows."""
-    n_tiles = -(-N // _LARGEST_INT4_TILE)
+    """As few tiles as possible, all alike, a multiple of 16 rows: little is wasted on missing rows.
+
+    At most 512 rows; fewer, down to 64, where a row is so long that a tile would be larger than a chunk.
+    """
+    fitting = _INT4_CHUNK_BYTES // (half_blocks(K) * (BLOCK + 4)) // _ROWS * _ROWS
+    n_tiles = -(-N // min(_LARGEST_INT4_TILE, max(_SMALLEST_INT4_TILE, fitting)))
     return TileShape(nr=-(-N // (n_tiles * _ROWS)) * _ROWS, kr=1)
 
 
@@ -209,16 +255,41 @@ def _unpack_int4(tiles: Tiles) -> Float32Array:
 
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
     {
-        "f32": Format("f32", 4 << 20, _rows_whole, lambda tile, K: tile.nr * 4 * K, _pack_f32, _unpack_f32),
-        "bf16": Format("bf16", 2 << 20, _pairs_whole, lambda tile, K: tile.nr * 2 * tile.kr, _pack_bf16, _unpack_bf16),
-        "int8": Format("int8", 1 << 20, _rows_whole, lambda tile, K: tile.nr * (K + 4), _pack_int8, _unpack_int8),
+        "f32": Format(
+            name="f32",
+            chunk_nbytes=4 << 20,
+            tile=_rows_whole,
+            tile_nbytes=lambda tile, K: tile.nr * 4 * K,
+            pack=_pack_f32,
+            unpack=_unpack_f32,
+            unpack_rows=_f32_rows,
+        ),
+        "bf16": Format(
+            name="bf16",
+            chunk_nbytes=2 << 20,
+            tile=_pairs_whole,
+            tile_nbytes=lambda tile, K: tile.nr * 2 * tile.kr,
+            pack=_pack_bf16,
+            unpack=_unpack_bf16,
+            unpack_rows=_bf16_rows,
+        ),
+        "int8": Format(
+            name="int8",
+            chunk_nbytes=1 << 20,
+            tile=_rows_whole,
+            tile_nbytes=lambda tile, K: tile.nr * (K + 4),
+            pack=_pack_int8,
+            unpack=_unpack_int8,
+            unpack_rows=_int8_rows,
+        ),
         "int4": Format(
-            "int4",
-            9 << 17,
-            _int4_tile,
-            lambda tile, K: tile.nr * half_blocks(K) * (BLOCK + 4),
-            _pack_int4,
-            _unpack_int4,
+            name="int4",
+            chunk_nbytes=_INT4_CHUNK_BYTES,
+            tile=_int4_tile,
+            tile_nbytes=lambda tile, K: tile.nr * half_blocks(K) * (BLOCK + 4),
+            pack=_pack_int4,
+            unpack=_unpack_int4,
+            unpack_rows=_int4_rows,
         ),
     }
 )
@@ -252,7 +323,11 @@ class PackedMatrix:
     def __init__(self, layout: PackedLayout, buffers: Sequence[Bytes]) -> None:
         self.layout = layout
         self.buffers = tuple(buffers)
-        self.tiles = tuple(layout.tiles(buffer) for buffer in self.buffers)
+        if len(self.buffers) != len(layout.chunks):
+            raise PackingError(f"{len(layout.chunks)} chunks need as many buffers, not {len(self.buffers)}")
+        self.tiles = tuple(
+            layout.tiles(buffer, chunk) for buffer, chunk in zip(self.buffers, layout.chunks, strict=True)
+        )
 
     def unpack(self) -> Float32Array:
         """Return the float32 weights `[N, K]` that a product uses: the inverse of packing, an oracle."""
@@ -265,7 +340,7 @@ class PackedMatrix:
         )
 
     def unpack_rows(self, ids: IntArray) -> Float32Array:
-        """Return the rows `ids` as float32 `[len(ids), K]`; reads only the tiles they lie in.
+        """Return the rows `ids` as float32 `[len(ids), K]`; reads only those rows.
 
         Raises:
             PackingError: there is no such row.
@@ -273,13 +348,11 @@ class PackedMatrix:
         layout, nr = self.layout, self.layout.tile.nr
         require_rows(ids, layout.N)
         out = np.empty((len(ids), layout.K), np.float32)
-        for chunk, tiles in zip(layout.chunks, self.tiles, strict=True):
-            here = np.flatnonzero((ids >= chunk.first_row) & (ids < chunk.first_row + chunk.n_rows))
-            if here.size:
-                which, lane = np.divmod(ids[here] - chunk.first_row, nr)
-                used, position = np.unique(which, return_inverse=True)
-                rows = layout.format.unpack(Tiles(tiles.raw[used], nr, layout.K))
-                out[here] = rows[position * nr + lane]
+        chunk_of = np.searchsorted([chunk.first_row for chunk in layout.chunks], ids, side="right") - 1
+        for c in np.unique(chunk_of):
+            here = np.flatnonzero(chunk_of == c)
+            which, lane = np.divmod(ids[here] - layout.chunks[c].first_row, nr)
+            out[here] = layout.format.unpack_rows(self.tiles[c], which, lane)
         return out
 
 
@@ -293,7 +366,7 @@ def pack_chunk(rows: npt.NDArray[Any], layout: PackedLayout, chunk: Chunk, buffe
         raise PackingError(f"rows of shape {rows.shape} do not fit a chunk [{chunk.n_rows}, {layout.K}]")
     if rows.dtype not in (np.float32, np.float16, np.uint16):
         raise PackingError(f"weights of type {rows.dtype} cannot be packed; give float32, float16 or bfloat16 bits")
-    layout.format.pack(rows, layout.tiles(buffer))
+    layout.format.pack(rows, layout.tiles(buffer, chunk))
 
 
 def pack_matrix(w: npt.NDArray[Any], name: str) -> PackedMatrix:

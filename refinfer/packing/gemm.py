@@ -49,12 +49,14 @@ def pack_rows(
     This is what lets a matrix be packed in blocks of rows. Pads are left as they are: `packed` starts as zeros.
 
     Raises:
-        PackingError: shapes do not match, `first_row` is not the start of a tile, or `packed` has gaps.
+        PackingError: shapes or types do not match, `first_row` is not the start of a tile, or `packed` has gaps.
     """
     K, nr = layout.K, layout.tile.nr
     if w.ndim != 2 or w.shape[1] != K or not 0 <= first_row <= layout.N - len(w) or packed.size != layout.elements:
         raise PackingError(f"rows of shape {w.shape} at {first_row} do not fit a matrix [{layout.N}, {K}]")
     n = len(w)
+    if w.dtype != packed.dtype or (bias is not None and bias.dtype != packed.dtype):
+        raise PackingError(f"rows and bias must be of the packed type {packed.dtype}; rows are {w.dtype}")
     if not packed.flags.c_contiguous:
         raise PackingError("rows can be packed into contiguous memory only")
     if first_row % nr:
@@ -119,7 +121,7 @@ def unpack_rows(packed: npt.NDArray[Element], layout: GoiLayout, ids: IntArray) 
         PackingError: `packed` does not have the layout's size, or there is no such row.
     """
     ids = np.asarray(ids)
-    if packed.size != layout.elements:
+    if packed.size != layout.elements or packed.ndim != 1:
         raise PackingError(f"{packed.size} elements are not a packed matrix of {layout.elements}")
     require_rows(ids, layout.N)
     rows: npt.NDArray[Element] = packed[_indices(layout, ids)]
@@ -144,6 +146,8 @@ def _indices(layout: GoiLayout, ids: IntArray) -> npt.NDArray[Any]:
 
 
 def bias_of(packed: npt.NDArray[Element], layout: GoiLayout) -> npt.NDArray[Element]:
-    """Return the biases `[N]` in front of the tiles of a layout that has them."""
+    """Return the biases `[N]` in front of the tiles; raises PackingError for a layout without them."""
+    if not layout.has_bias or packed.size != layout.elements:
+        raise PackingError(f"{packed.size} elements are no packed matrix of {layout.elements} with biases")
     tiles = packed.reshape(layout.n_tiles, layout.tile_elements)
     return tiles[:, : layout.tile.nr].reshape(-1)[: layout.N]

@@ -67,6 +67,8 @@ def floats_for(layout: PackedLayout, M: int) -> int:
     x = M * (K + 1) + M * min(rows, widened // K + nr) if 1 < M <= GEMM_CONFIG[-2].most_rows else 0
     if layout.format.name == "f32":
         return x + M * rows if x else 0
+    if layout.format.name == "int8":
+        return widened + x
     return widened + widened // K + x + 2 * M * (K + 1) + M * rows + nr + _APART
 
 

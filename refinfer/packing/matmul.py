@@ -75,5 +75,5 @@ def multiply_chunk(product: Product, layout: PackedLayout, chunk: Chunk, buffer:
     """Write the outputs of one chunk: columns `first_row` to `first_row + n_rows` of `out` `[M, N]`."""
     used = product.scratch.used
     columns = out[:, chunk.first_row : chunk.first_row + chunk.n_rows]
-    KERNELS[layout.format.name](product, layout.tiles(buffer), columns)
+    KERNELS[layout.format.name](product, layout.tiles(buffer, chunk), columns)
     product.scratch.reset(used)

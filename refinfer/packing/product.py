@@ -70,11 +70,11 @@ class GemmScratch:
 
     def take(self, *shape: int) -> Float32Array:
         """Return an uninitialised float32 array; raises PackingError when the scratch is too small."""
-        start = self._used
-        self._used += math.prod(shape)
-        if self._used > self._arena.size:
-            raise PackingError(f"{self._used} floats of scratch are needed, {self._arena.size} are reserved")
-        return self._arena[start : self._used].reshape(shape)
+        start, end = self._used, self._used + math.prod(shape)
+        if end > self._arena.size:
+            raise PackingError(f"{end} floats of scratch are needed, {self._arena.size} are reserved")
+        self._used = end
+        return self._arena[start:end].reshape(shape)
 
     def reset(self, used: int = 0) -> None:
         """Take back everything handed out since `used` floats were in use."""

@@ -57,8 +57,9 @@ def quantize_int8(w: Float32Array) -> tuple[Int8Array, Float32Array]:
     """Return `q` `[N, K]` from -127 to 127 and the scales `[N]` with `|w - q * s| <= s / 2`; zero rows get scale 1.
 
     Raises:
-        PackingError: `w` holds NaN or infinity.
+        PackingError: `w` is not a float32 matrix, or holds NaN or infinity.
     """
+    _require_matrix(w)
     largest = np.maximum.reduce(np.abs(w), axis=1)
     scales = _usable_scales(largest / np.float32(127), largest)
     return np.rint(w / scales[:, None]).astype(np.int8), scales
@@ -76,8 +77,9 @@ def quantize_int4(w: Float32Array) -> tuple[Int4Array, UInt16Array]:
     too small for a scale, get scale 0, so that they add exactly nothing to a product that takes 8 from each nibble.
 
     Raises:
-        PackingError: `w` holds NaN or infinity.
+        PackingError: `w` is not a float32 matrix, or holds NaN or infinity.
     """
+    _require_matrix(w)
     N, K = w.shape
     blocks = np.zeros((N, -(-K // BLOCK), BLOCK), np.float32)
     blocks.reshape(N, -1)[:, :K] = w
@@ -95,9 +97,14 @@ def dequantize_int4(q: Int4Array, scales: UInt16Array, K: int) -> Float32Array:
     return values.reshape(N, -1)[:, :K]
 
 
+def _require_matrix(w: Float32Array) -> None:
+    if w.dtype != np.float32 or w.ndim != 2 or not w.size:
+        raise PackingError(f"a float32 matrix is wanted, not {w.dtype} {list(w.shape)}")
+
+
 def _usable_scales(scales: Float32Array, largest: Float32Array) -> Float32Array:
     if not np.isfinite(largest).all():
-        raise PackingError("the weights hold NaN or infinity, which cannot be quantised; use f32 or bf16")
+        raise PackingError("the weights hold NaN or infinity, which cannot be quantised")
     # Weights too small for a scale become zero, as they nearly are.
     return np.where(scales >= _SMALLEST_SCALE, scales, np.float32(1))
 
