@@ -12,6 +12,7 @@ much as `scratch_floats` says; weights are widened into it a few rows at a time,
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from refinfer.packing.layout import Chunk
 from refinfer.packing.product import GemmScratch, Product
 
 __all__ = ["matmul", "multiply_chunk", "scratch_floats", "start_product"]
+
+_F32: Final = np.dtype(np.float32)  # comparing with it is quicker than with np.float32
 
 
 def scratch_floats(layouts: Iterable[PackedLayout], most_rows: int) -> int:
@@ -46,12 +49,12 @@ def matmul(
         PackingError: shapes or types that do not match.
     """
     layout = packed.layout
-    if x.dtype != np.float32 or x.ndim != 2 or x.shape[1] != layout.K or not len(x):
+    if x.dtype != _F32 or x.ndim != 2 or x.shape[1] != layout.K or not len(x):
         raise PackingError(f"x must be float32 [M, {layout.K}] with M of at least 1, not {x.dtype} {list(x.shape)}")
     shape = (len(x), layout.N)
     if out is None:
         out = np.empty(shape, np.float32)
-    elif out.dtype != np.float32 or out.shape != shape or not out.flags.c_contiguous:
+    elif out.dtype != _F32 or out.shape != shape or not out.flags.c_contiguous:
         raise PackingError(f"out must be contiguous float32 {list(shape)}, not {out.dtype} {list(out.shape)}")
     if scratch is None:
         scratch = GemmScratch(scratch_floats([layout], len(x)))

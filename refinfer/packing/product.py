@@ -89,21 +89,24 @@ class GemmScratch:
 class Product:
     """One product under way: x, what was derived from it for every chunk, and the scratch behind both."""
 
-    __slots__ = ("M", "call", "columns", "parts", "scratch", "x", "x1")
+    __slots__ = ("M", "call", "columns", "parts", "row", "scratch", "x")
+
+    row: Float32Array  # x[0], where there is one row
+    columns: Float32Array  # x.T, contiguous, after `take_columns`
+    parts: tuple[Any, ...]  # what a format wants of x besides
 
     def __init__(self, x: Float32Array, scratch: GemmScratch) -> None:
         self.x = x
-        self.M = len(x)
-        self.x1 = x[0]
-        self.call = call_for(self.M, x.shape[1]).name
+        self.M, K = x.shape
         self.scratch = scratch
-        self.columns = x.T  # contiguous after `take_columns`
-        self.parts: tuple[Any, ...] = ()  # what a format wants of x
+        self.call = call_for(self.M, K).name
+        if self.M == 1:
+            self.row = x[0]
 
     def rows(self, w: Float32Array, out: Float32Array) -> None:
         """Multiply with some rows of float32 weights: `out` `[M, R]` becomes `x @ w.T`."""
         if self.call == "dot":
-            np.dot(w, self.x1, out=out[0])
+            np.dot(w, self.row, out=out[0])
         elif self.call == "tiles":
             self._by_tiles(w, out)
         elif self.call == "whole":
