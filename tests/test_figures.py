@@ -1,0 +1,37 @@
+"""The figures page says what was measured: its tables are recomputed from the committed output of their commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "figures.md").read_text()
+ROWS: list[dict[str, Any]] = json.loads((DOCS / "figures" / "matmul.json").read_text())["rows"]
+ROWS_OF_X = (1, 2, 4, 8, 16, 64, 256, 512)
+
+
+def ratios(name: str, m: int) -> dict[int, float]:
+    """Ratio to naive by matrix size, from 1024 square on."""
+    return {r["n"]: r["ratio_to_naive"] for r in ROWS if (r["format"], r["m"]) == (name, m) and r["n"] >= 1024}
+
+
+@pytest.mark.spec("BENCH-8")
+def test_the_matmul_table_is_what_the_bench_printed() -> None:
+    table = re.findall(r"^\| ((?:f32|bf16|int)[\w-]*) \| (.*) \|$", PAGE, flags=re.MULTILINE)
+    assert len(table) == 9
+    for name, cells in table:
+        medians = [f"{statistics.median(found.values()):.2f}" if (found := ratios(name, m)) else "" for m in ROWS_OF_X]
+        assert [cell.strip() for cell in cells.split("|")] == medians, name
+
+
+@pytest.mark.spec("BENCH-8")
+def test_the_gain_over_naive_int8_is_what_the_bench_printed() -> None:
+    packed, naive = ratios("int8", 1), ratios("int8-naive", 1)
+    gains = {n: f"{packed[n] / naive[n]:.1f}" for n in packed}
+    assert f"is {gains[4096]} times as fast; at 1024 and 2048 only {gains[1024]} and {gains[2048]} times" in PAGE
