@@ -297,9 +297,9 @@ class Session:
         if seed is not None and seed < 0:
             raise RequestError(f"seed must be at least 0, not {seed}")
         sampling = Sampling(temperature, top_k, top_p)
-        if max_tokens is None:
-            max_tokens = min(self.model.plan_request(ids, None), max(1, room - len(ids)))
         n = self.model.plan_request(ids, max_tokens)
+        if max_tokens is None:
+            n = min(n, max(1, room - len(ids)))
         if len(ids) + n > room:
             raise RequestError(
                 f"a prompt of {len(ids)} tokens and {n} more do not fit the {room} positions reserved; "

@@ -23,6 +23,7 @@ from refinfer.errors import RequestError, SafetensorsError
 from refinfer.model.checkpoint import INDEX_NAME, SINGLE_NAME
 from refinfer.model.config import ModelConfig
 from refinfer.model.config_json import to_json
+from refinfer.model.safetensors import DTYPES as STORED_DTYPES
 from refinfer.model.safetensors import TensorSpec, write_safetensors
 from refinfer.model.tokenizer import TOKENIZER_NAME, byte_tokenizer_json
 
@@ -114,9 +115,8 @@ def _pieces(
         else:
             values *= np.float32(0.1)
             values += np.float32(0.0 if name.endswith(".bias") else 1.0)
-        piece = (
-            f32_to_bf16(values) if dtype == "bf16" else values.astype("<f2" if dtype == "f16" else "<f4", copy=False)
-        )
+        stored = STORED_DTYPES[DTYPES[dtype][0]]
+        piece = f32_to_bf16(values) if dtype == "bf16" else values.astype(stored, copy=False)
         progress(piece.nbytes)
         yield piece
 

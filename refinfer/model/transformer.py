@@ -60,8 +60,8 @@ class _Activations:
     """Views of the scratch memory for M tokens, shaped as each step wants them; made once for each M in use."""
 
     __slots__ = (
-        "down", "gate", "k", "k_heads", "k_keys", "mixed", "mixed_heads", "normed", "o", "q", "q_groups", "q_heads",
-        "rope_scratch", "rotated", "scores", "silu_scratch", "up", "v", "v_heads", "x",
+        "down", "gate", "k", "k_heads", "mixed", "mixed_heads", "normed", "o", "q", "q_groups", "q_heads",
+        "rotated", "scores", "silu_scratch", "up", "v", "v_heads", "x",
     )  # fmt: skip
 
     def __init__(self, arena: Float32Array, config: ModelConfig, M: int) -> None:

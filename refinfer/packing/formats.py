@@ -59,9 +59,9 @@ class Format:
     """How one weight format is laid out.
 
     `tile` picks the tile shape for a matrix `[N, K]`; `tile_nbytes` says what a tile takes; `pack` fills whole tiles
-    `[T, tile_nbytes]` from rows as stored (float32, float16, or bfloat16 as its bits); `unpack` gives the float32
-    rows `[T * nr, K]` that a product with those tiles uses, `unpack_rows` those in some lanes of some tiles.
-    `chunk_nbytes` is the aim for a chunk: a million weights, two million in int4.
+    `[T, tile_nbytes]` from rows as stored (float32, float16, or bfloat16 as its bits); `unpack_rows` gives the
+    float32 rows, in some lanes of some tiles, that a product with those tiles uses. `chunk_nbytes` is the aim for a
+    chunk: a million weights, two million in int4.
     """
 
     name: str
@@ -69,8 +69,12 @@ class Format:
     tile: Callable[[int, int], TileShape]
     tile_nbytes: Callable[[TileShape, int], int]
     pack: Callable[[npt.NDArray[Any], Tiles], None]
-    unpack: Callable[[Tiles], Float32Array]
     unpack_rows: Callable[[Tiles, IntArray, IntArray], Float32Array]
+
+    def unpack(self, tiles: Tiles) -> Float32Array:
+        """Return all rows of some tiles, `[T * nr, K]`, missing ones too."""
+        which, lane = np.divmod(np.arange(len(tiles.raw) * tiles.nr), tiles.nr)
+        return self.unpack_rows(tiles, which, lane)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +101,7 @@ class PackedLayout:
         if buffer.dtype != np.uint8 or buffer.ndim != 1 or not buffer.flags.c_contiguous or buffer.size < chunk.nbytes:
             raise PackingError(f"a chunk of {chunk.nbytes} bytes does not lie in {buffer.dtype} {list(buffer.shape)}")
         nbytes = self.format.tile_nbytes(self.tile, self.K)
-        n_tiles = chunk.nbytes // nbytes
-        return Tiles(buffer[: n_tiles * nbytes].reshape(n_tiles, nbytes), self.tile.nr, self.K)
+        return Tiles(buffer[: chunk.nbytes].reshape(-1, nbytes), self.tile.nr, self.K)
 
 
 class Tiles:
@@ -175,10 +178,6 @@ def _pack_f32(rows: npt.NDArray[Any], tiles: Tiles) -> None:
         np.copyto(target, rows)
 
 
-def _unpack_f32(tiles: Tiles) -> Float32Array:
-    return tiles.f32.copy()
-
-
 def _f32_rows(tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:
     rows: Float32Array = tiles.f32[which * tiles.nr + lane]
     return rows
@@ -205,10 +204,6 @@ def _pack_bf16(rows: npt.NDArray[Any], tiles: Tiles) -> None:
     np.copyto(tiles.bf16_pairs.view(np.uint16)[: len(rows), : tiles.K], bits)
 
 
-def _unpack_bf16(tiles: Tiles) -> Float32Array:
-    return bf16_to_f32(tiles.bf16_pairs.view(np.uint16)[:, : tiles.K])
-
-
 def _pack_int8(rows: npt.NDArray[Any], tiles: Tiles) -> None:
     q, scales = quantize_int8(_as_f32(rows))
     whole, rest = divmod(len(rows), tiles.nr)
@@ -217,10 +212,6 @@ def _pack_int8(rows: npt.NDArray[Any], tiles: Tiles) -> None:
         if a < b:
             tiles.int8[t, :n] = q[a:b].reshape(-1, n, tiles.K)
             tiles.int8_scales[t, :n] = scales[a:b].reshape(-1, n)
-
-
-def _unpack_int8(tiles: Tiles) -> Float32Array:
-    return dequantize_int8(tiles.int8.reshape(-1, tiles.K), tiles.int8_scales.reshape(-1))
 
 
 def _int4_tile(N: int, K: int) -> TileShape:
@@ -246,13 +237,6 @@ def _pack_int4(rows: npt.NDArray[Any], tiles: Tiles) -> None:
     tiles.int4_scales[:] = padded_scales.reshape(T, nr, -1).transpose(0, 2, 1)
 
 
-def _unpack_int4(tiles: Tiles) -> Float32Array:
-    planes = np.stack((tiles.nibbles & 15, tiles.nibbles >> 4), axis=1).astype(np.int8) - np.int8(8)
-    q = planes.transpose(0, 4, 1, 2, 3).reshape(len(tiles.raw) * tiles.nr, -1)
-    scales = tiles.int4_scales.transpose(0, 2, 1).reshape(q.shape[0], -1)
-    return dequantize_int4(q, scales, tiles.K)
-
-
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
     {
         "f32": Format(
@@ -261,7 +245,6 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             tile=_rows_whole,
             tile_nbytes=lambda tile, K: tile.nr * 4 * K,
             pack=_pack_f32,
-            unpack=_unpack_f32,
             unpack_rows=_f32_rows,
         ),
         "bf16": Format(
@@ -270,7 +253,6 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             tile=_pairs_whole,
             tile_nbytes=lambda tile, K: tile.nr * 2 * tile.kr,
             pack=_pack_bf16,
-            unpack=_unpack_bf16,
             unpack_rows=_bf16_rows,
         ),
         "int8": Format(
@@ -279,7 +261,6 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             tile=_rows_whole,
             tile_nbytes=lambda tile, K: tile.nr * (K + 4),
             pack=_pack_int8,
-            unpack=_unpack_int8,
             unpack_rows=_int8_rows,
         ),
         "int4": Format(
@@ -288,7 +269,6 @@ FORMATS: Final[Mapping[str, Format]] = MappingProxyType(
             tile=_int4_tile,
             tile_nbytes=lambda tile, K: tile.nr * half_blocks(K) * (BLOCK + 4),
             pack=_pack_int4,
-            unpack=_unpack_int4,
             unpack_rows=_int4_rows,
         ),
     }
