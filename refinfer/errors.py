@@ -10,7 +10,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
+    "BudgetError",
+    "CacheFileError",
     "ConfigError",
+    "DamagedWeightsError",
     "GenerationError",
     "InputError",
     "PackingError",
@@ -19,6 +22,8 @@ __all__ = [
     "SafetensorsError",
     "TokenizerError",
     "TokenizerPackageMissingError",
+    "WeightCacheError",
+    "WeightCacheStateError",
     "WeightsError",
 ]
 
@@ -36,10 +41,30 @@ class GenerationError(RefinferError):
     """Something failed while running, after the input had been accepted."""
 
 
+class WeightCacheError(RefinferError):
+    """The weight cache cannot do what was asked: its place cannot be written, or its state does not allow it."""
+
+
+class WeightCacheStateError(WeightCacheError):
+    """A verb was used in a state of the cache that does not have it, or with an offset that it never gave."""
+
+
+class DamagedWeightsError(WeightCacheError):
+    """Packed weights do not agree with their checksum, or cannot be read whole."""
+
+
 class InputError(RefinferError):
     """The input is not usable: a file, a folder, an option or an argument."""
 
     exit_status: ClassVar[int] = 2
+
+
+class BudgetError(InputError):
+    """A memory budget that cannot be kept; the message names the smallest that can."""
+
+
+class CacheFileError(InputError):
+    """A file is not a weight cache that can be used; the text says why."""
 
 
 class ConfigError(InputError):

@@ -1,0 +1,104 @@
+"""The provider in memory: packed buffers that live as long as the process.
+
+Knows: its buffers. Does not know: files.
+Spec: CACHE-1 to CACHE-12. Tutorial: 04.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from refinfer.arrays import PAGE_BYTES
+from refinfer.errors import PackingError, WeightCacheStateError
+from refinfer.packing.formats import Bytes
+from refinfer.weight_cache.key import PackKey
+from refinfer.weight_cache.provider import DictFace, State, lies_at, require, require_fitting
+
+__all__ = ["MemoryWeightCacheProvider"]
+
+
+class MemoryWeightCacheProvider(DictFace):
+    """Keeps each buffer in anonymous memory of its own, on a page."""
+
+    def __init__(self) -> None:
+        self._state = State.BUILDING
+        self._offsets: dict[PackKey, int] = {}
+        self._buffers: dict[int, Bytes] = {}
+        self._end = PAGE_BYTES
+        self._reserved: Bytes | None = None
+
+    def look_up(self, key: PackKey) -> int | None:
+        """Return the offset of the buffer of `key`, or None."""
+        require("look_up", self._state)
+        return self._offsets.get(key)
+
+    def reserve_space(self, nbytes: int) -> Bytes:
+        """Return `nbytes` zeros on a page.
+
+        Raises:
+            WeightCacheStateError: the cache is not being built.
+            PackingError: `nbytes` is below one.
+        """
+        require("reserve_space", self._state)
+        if nbytes < 1:
+            raise PackingError(f"at least one byte can be reserved, not {nbytes}")
+        memory = np.zeros(nbytes + PAGE_BYTES, np.uint8)
+        start = -memory.ctypes.data % PAGE_BYTES
+        self._reserved = memory[start : start + nbytes]
+        return self._reserved
+
+    def look_up_or_insert(self, key: PackKey, buffer: Bytes) -> int:
+        """Keep `buffer` under `key`, unless there is one.
+
+        Raises:
+            WeightCacheStateError: the key is new, and the cache is finalized.
+            PackingError: the buffer does not have the size of its key.
+        """
+        require("look_up_or_insert", self._state)
+        if (offset := self._offsets.get(key)) is not None:
+            return offset
+        if self._state is not State.BUILDING:
+            raise WeightCacheStateError(f"the weight cache is finalized: {key.name!r} cannot be inserted")
+        require_fitting(key, buffer)
+        if not lies_at(buffer, self._reserved):
+            np.copyto(self.reserve_space(buffer.size), buffer)
+        assert self._reserved is not None
+        offset, kept = self._end, self._reserved[: buffer.size]
+        self._reserved = None
+        kept.flags.writeable = False
+        self._offsets[key], self._buffers[offset] = offset, kept
+        self._end += kept.size
+        return offset
+
+    def offset_to_addr(self, offset: int) -> Bytes:
+        """Return the buffer at `offset`, read-only.
+
+        Raises:
+            WeightCacheStateError: no buffer starts there.
+        """
+        require("offset_to_addr", self._state)
+        if offset not in self._buffers:
+            raise WeightCacheStateError(f"no buffer starts at offset {offset}")
+        return self._buffers[offset]
+
+    def is_finalized(self) -> bool:
+        """Return whether nothing more can be inserted."""
+        return self._state is not State.BUILDING
+
+    def finalize(self) -> None:
+        """End the building."""
+        require("finalize", self._state)
+        self._state = State.FINALIZED
+
+    def delete_cache(self) -> None:
+        """Forget every buffer; views that are still held keep theirs."""
+        self._state = State.DELETED
+        self._offsets, self._buffers, self._reserved = {}, {}, None
+
+    def __iter__(self) -> Iterator[PackKey]:
+        return iter(self._offsets)
+
+    def __len__(self) -> int:
+        return len(self._offsets)

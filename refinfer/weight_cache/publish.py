@@ -1,0 +1,195 @@
+"""How a file comes into being: under another name, by one process at a time, and then all at once.
+
+Knows: temporary files, locks, fsync, renaming. Does not know: what is in a file.
+Spec: PUBLISH-1 to PUBLISH-7. Tutorial: 05.
+
+A draft of `name` is `name.tmp`, and whoever holds its lock may write it. Publishing makes its bytes durable, then
+gives it its name, then makes the name durable. So whoever opens `name` finds the old file or the new one, whole, at
+every instant, also after a crash; and whoever has mapped the old one keeps it.
+
+    one process               another                       a crashed one leaves
+    -----------               -------                       --------------------
+    lock name.tmp             waits for the lock            name.tmp, unlocked: the next
+    write, fsync                                            builder takes it over
+    rename to name, fsync
+    unlock                    looks: name is there
+
+Where there are no file locks (Windows), builders do not wait for each other: each has a draft of its own, and the
+last one to publish wins.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Final
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Draft", "draft_path", "remove_dead_draft", "write_small_file"]
+
+_GRANULE: Final = mmap.ALLOCATIONGRANULARITY
+_ZEROS: Final = bytes(1 << 20)
+
+
+def draft_path(path: Path) -> Path:
+    """Return where the draft of a file is written."""
+    return path.with_name(f"{path.name}.tmp" if fcntl else f"{path.name}.{os.getpid()}.tmp")
+
+
+class Draft:
+    """A file under construction, locked: `publish` makes it `path`, `abandon` removes it.
+
+    Making one waits until no other process has a draft of the same file; `on_wait` is called first when it must.
+
+    Raises:
+        OSError: the folder does not let a file be made.
+    """
+
+    def __init__(self, path: Path, on_wait: Callable[[], None] = lambda: None) -> None:
+        self.path = path
+        self.temporary = draft_path(path)
+        self._file = _open_locked(self.temporary, on_wait)
+        self._file.truncate(0)
+
+    def now_ns(self) -> int:
+        """Return the time by the clock of the file system."""
+        os.utime(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_mtime_ns
+
+    @property
+    def nbytes(self) -> int:
+        """How long the file is so far."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def secure(self, start: int, nbytes: int) -> None:
+        """Make the file reach from `start` over `nbytes` for which the disk has room; zeros where it was shorter.
+
+        Raises:
+            OSError: the disk has no room.
+        """
+        try:
+            os.posix_fallocate(self._file.fileno(), start, nbytes)
+        except (AttributeError, OSError) as error:  # not on macOS, nor on every file system
+            if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            for at in range(max(start, self.nbytes), start + nbytes, len(_ZEROS)):
+                self.write(at, _ZEROS[: start + nbytes - at])
+
+    def map(self, start: int, nbytes: int) -> memoryview:
+        """Return the file's bytes from `start`, shared and writable."""
+        before = start % _GRANULE
+        return memoryview(mmap.mmap(self._file.fileno(), before + nbytes, offset=start - before))[before:]
+
+    def let_go(self, view: npt.NDArray[np.uint8]) -> None:
+        """Take the pages of a mapped view out of this process; their content stays in the file."""
+        base = view.base
+        while base is not None and not isinstance(base, memoryview):
+            base = base.base
+        if isinstance(base, memoryview) and hasattr(mmap.mmap, "madvise"):
+            base.obj.madvise(mmap.MADV_DONTNEED)
+
+    def write(self, start: int, data: bytes) -> None:
+        """Write `data` at `start`."""
+        rest = memoryview(data)
+        self._file.seek(start)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def settle(self, nbytes: int) -> None:
+        """Cut the file to `nbytes` and make them durable."""
+        self._file.truncate(nbytes)
+        os.fsync(self._file.fileno())
+
+    def publish(self) -> None:
+        """Give the settled file its name, durably; the draft is closed."""
+        self.temporary.replace(self.path)
+        _sync_folder(self.path.parent)
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Remove the draft, unless it was published."""
+        if not self._file.closed:
+            self.temporary.unlink(missing_ok=True)
+            self._file.close()
+
+
+def _open_locked(path: Path, on_wait: Callable[[], None]) -> IO[bytes]:
+    while True:
+        path.touch()
+        try:
+            file = path.open("r+b", buffering=0)
+        except FileNotFoundError:  # published or removed since
+            continue
+        try:
+            if fcntl is None or (_lock(file, on_wait) and _is_at(path, file)):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: IO[bytes], on_wait: Callable[[], None]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        on_wait()
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return True
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Tell whether the open file is the one with that name: while we waited it may have been published."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name durable; not needed, and not possible, on Windows."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_dead_draft(path: Path) -> None:
+    """Remove a draft of `path` that nobody is writing, such as one whose builder was killed."""
+    temporary = draft_path(path)
+    if fcntl is None or not temporary.exists():
+        return
+    try:
+        with temporary.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(temporary, file):
+                temporary.unlink()
+    except OSError:
+        return  # somebody is writing it, or has removed it, or we may not
+
+
+def write_small_file(path: Path, data: bytes) -> None:
+    """Replace a small file at once, durably.
+
+    Raises:
+        OSError: the disk is full, or the folder does not let a file be made; nothing is left behind.
+    """
+    draft = Draft(path)
+    try:
+        draft.write(0, data)
+        draft.settle(len(data))
+        draft.publish()
+    finally:
+        draft.abandon()

@@ -1,0 +1,158 @@
+"""Whether a model is still the one that was packed, without reading its weights.
+
+Knows: source files, their contents' digests, and what the file system says of them. Does not know: what is in them.
+Spec: IDENT-1 to IDENT-6. Tutorial: 05.
+
+The identity of a source file is the SHA-256 of its content, which takes half a second for each gigabyte. What the
+file system says (size, times, inode) and the first 64 KiB only decide whether a digest that was taken before may be
+believed, as in git's index. They lie in a side file, `name.sources.json`, written after the digest was taken.
+
+A file changed in the same tick of the file system's clock in which it was looked at would look unchanged, so a record
+is believed only if the file had been at rest for a while when its digest was begun: git calls this racily clean. Not
+seen is what nobody sees: bytes changed through a shared mapping before the system has written them, or with the
+clock turned back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Self
+
+from refinfer.errors import WeightsError
+from refinfer.weight_cache.format import SourceFile
+
+__all__ = ["Record", "SideFile", "believed", "identify", "side_path", "unchanged"]
+
+_HEAD_BYTES: Final = 64 << 10
+_BLOCK_BYTES: Final = 1 << 20
+_TICK_NS: Final = 100_000_000
+_COARSE_TICK_NS: Final = 2_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What the file system says of a file, and the SHA-256 of its first 64 KiB."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    head: str
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Look at a file.
+
+        Raises:
+            WeightsError: it cannot be read.
+        """
+        try:
+            with path.open("rb", buffering=0) as file:
+                head = hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()
+            stat = path.stat()
+        except OSError as error:
+            raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+        return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, head)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What was seen of a source file when its digest was taken; `at_rest` if it had not just been written."""
+
+    name: str
+    stat: Stat
+    digest: str
+    at_rest: bool
+
+    @property
+    def source(self) -> SourceFile:
+        """The identity that was found."""
+        return SourceFile(self.name, self.stat.size, bytes.fromhex(self.digest))
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """The content of `name.sources.json`: a record for each source file, and how long packing took."""
+
+    records: tuple[Record, ...]
+    packing_s: float | None = None
+
+    def encode(self) -> bytes:
+        """Return it as JSON."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read it; whatever is missing or malformed is as if it had never been written."""
+        try:
+            raw: dict[str, Any] = json.loads(path.read_bytes())
+            records = tuple(Record(**{**r, "stat": Stat(**r["stat"])}) for r in raw["records"])
+            if not all(len(record.source.digest) == 32 and record.at_rest in (True, False) for record in records):
+                return cls(())
+            return cls(records, raw["packing_s"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return cls(())
+
+
+def side_path(path: Path) -> Path:
+    """Return where the side file of a cache file lies."""
+    return path.with_name(f"{path.name}.sources.json")
+
+
+def believed(sources: Sequence[Path], side: SideFile) -> tuple[SourceFile, ...] | None:
+    """Return the identities of `sources` where all records may be believed, else None; reads 64 KiB of each.
+
+    Raises:
+        WeightsError: a source file cannot be read.
+    """
+    found = [_believed(path, {r.name: r for r in side.records}) for path in sources]
+    return tuple(record.source for record in found if record) if all(found) else None
+
+
+def _believed(path: Path, records: Mapping[str, Record]) -> Record | None:
+    record = records.get(path.name)
+    return record if record and record.at_rest and record.stat == Stat.of(path) else None
+
+
+def unchanged(sources: Sequence[Path], records: Sequence[Record]) -> bool:
+    """Tell whether the files still look as they did when their digests were taken."""
+    return all(Stat.of(path) == record.stat for path, record in zip(sources, records, strict=True))
+
+
+def identify(
+    sources: Sequence[Path], side: SideFile, now_ns: int, progress: Callable[[int], None]
+) -> tuple[Record, ...]:
+    """Return a record for each source file, taking the digest of those whose record may not be believed.
+
+    Args:
+        sources: the files; their names are told apart, so all lie in one folder.
+        side: what was found before.
+        now_ns: the time, by the file system's clock.
+        progress: told how many bytes have been read.
+
+    Raises:
+        WeightsError: a source file cannot be read, or changed meanwhile.
+    """
+    known = {record.name: record for record in side.records}
+    return tuple(_believed(path, known) or _take_digest(path, now_ns, progress) for path in sources)
+
+
+def _take_digest(path: Path, now_ns: int, progress: Callable[[int], None]) -> Record:
+    before = Stat.of(path)
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+                progress(len(block))
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+    if Stat.of(path) != before:
+        raise WeightsError(f"{path} changed while it was read; try again")
+    # A file system that counts whole seconds ticks slowly.
+    tick = _TICK_NS if before.ctime_ns % 1_000_000_000 else _COARSE_TICK_NS
+    return Record(path.name, before, digest.hexdigest(), before.ctime_ns + tick < now_ns)
