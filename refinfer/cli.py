@@ -17,25 +17,22 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from refinfer import __version__
+from refinfer.engine import CacheUse, OffloadStats, WeightCacheStats
 from refinfer.errors import InputError, RefinferError, RequestError
 from refinfer.generate import DEFAULT_PROMPT, STORYTELLER, GenerationStats, load
 from refinfer.model.config import SHAPES
 from refinfer.model.folder import DEFAULT_MAX_TOKENS, open_folder
 from refinfer.model.synth import DTYPES, checkpoint_nbytes, write_checkpoint
+from refinfer.offload.plan import PLANS
 from refinfer.packing.formats import FORMATS
-from refinfer.process import format_nbytes
+from refinfer.process import format_nbytes, parse_nbytes
 from refinfer.trace import RealClock
+from refinfer.weight_cache.file import NO_FILE
+from refinfer.weight_cache.load_or_build import Listener
 
 __all__ = ["main"]
 
 _BENCHES: Final = ("decode", "matmul", "pack")  # a test holds them to `bench.report.BENCHES`
-_MOST_BYTES: Final = 2.0**63
-
-_UNITS: Final = {
-    "": 1, "B": 1,
-    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +105,19 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="the format to pack weights in (auto: bf16 for bfloat16 checkpoints, else f32)",
     )
-    generate.add_argument("--weight-cache", choices=("off",), help="off: row-major weights, nothing packed")
+    generate.add_argument(
+        "--weight-cache",
+        metavar="PATH|:memory|off",
+        help="the file of packed weights (in the user's cache directory); :memory packs at each start; "
+        "off multiplies row-major weights, nothing packed",
+    )
+    generate.add_argument(
+        "--budget", metavar="B", help="run in so much memory: 300MB, 1.5GiB, or 40%% of the packed weights"
+    )
+    generate.add_argument("--plan", choices=tuple(PLANS), help="what stays in memory under a budget (leading)")
+    generate.add_argument(
+        "--prefetch-threads", metavar="N", type=int, choices=(0,), help="0 reads each chunk when it is needed (0)"
+    )
     generate.add_argument("--token-ids", metavar="1,2,3", type=_token_ids, help="the prompt as token ids")
     generate.add_argument(
         "--max-tokens", metavar="N", type=_integer(1), help=f"stop after N tokens ({DEFAULT_MAX_TOKENS}, if they fit)"
@@ -166,13 +175,10 @@ def _token_ids(text: str) -> list[int]:
 
 
 def _nbytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 300MB or 1.5GiB")
-    value = float(match[1]) * _UNITS[match[2].upper()]
-    if not 1 <= value < _MOST_BYTES:
-        raise argparse.ArgumentTypeError(f"must be at least one byte and less than 2^63, not {text!r}")
-    return int(value)
+    try:
+        return parse_nbytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -180,19 +186,26 @@ def _generate(args: argparse.Namespace) -> None:
     started = clock.now()
     if args.prompt is not None and args.token_ids is not None:
         raise RequestError("give either a prompt or --token-ids, not both")
+    if args.budget is None and (args.plan or args.prefetch_threads is not None):
+        raise RequestError("--plan and --prefetch-threads say how to keep a --budget; give one")
     model = open_folder(Path(args.model or STORYTELLER))
     prompt = DEFAULT_PROMPT if args.prompt is None and args.token_ids is None else args.prompt
     ids = args.token_ids if prompt is None else model.encode(prompt)
     max_tokens = model.plan_request(ids, args.max_tokens)
-    with load(
-        model,
-        weights=args.weights,
-        weight_cache=args.weight_cache,
-        max_positions=len(ids) + max_tokens,
-        threads=args.threads,
-        clock=clock,
-        started=started,
-    ) as session:
+    with _packing() as listener:
+        session = load(
+            model,
+            weights=args.weights,
+            budget=args.budget,
+            plan=args.plan or "leading",
+            weight_cache=args.weight_cache,
+            max_positions=len(ids) + max_tokens,
+            threads=args.threads,
+            clock=clock,
+            started=started,
+            listener=listener,
+        )
+    with session:
         pieces = session.generate(
             token_ids=ids,
             max_tokens=max_tokens,
@@ -212,14 +225,14 @@ def _generate(args: argparse.Namespace) -> None:
             if sys.stdout.isatty():
                 print()  # what comes next begins on a line of its own
             raise
-        stats = session.stats
+        stats, cache = session.stats, _weight_cache_line(session.weight_cache, session.cache_use)
     assert stats is not None
     if args.json:
         print(json.dumps(stats.to_json()))
         return
     print("" if model.tokenizer else ",".join(map(str, stats.token_ids)))
     sys.stdout.flush()
-    print(_summary(stats), file=sys.stderr)
+    print(_summary(stats), cache, *_offload_lines(stats.offload), sep="\n", file=sys.stderr)
 
 
 def _summary(stats: GenerationStats) -> str:
@@ -235,6 +248,48 @@ def _summary(stats: GenerationStats) -> str:
     if stats.peak_rss_bytes is not None:
         parts.append(f"peak memory {format_nbytes(stats.peak_rss_bytes)}")
     return "\n" + " · ".join(parts)
+
+
+def _weight_cache_line(stats: WeightCacheStats, use: CacheUse) -> str:
+    """Say what the weight cache did, and why."""
+    packed = f"packed {_buffers(use.misses)}, {format_nbytes(stats.packed_bytes)}"
+    took = _seconds(stats.load_or_build_s)
+    if stats.state == "off":
+        line = "off: nothing was packed"
+    elif stats.state == "memory":
+        line = f"{packed}, into memory in {took}"
+    elif stats.state == "built":
+        why = "" if stats.reason == NO_FILE else f"rebuilt: {stats.reason}; "
+        kept = f", found {_buffers(use.hits)}" if use.hits else ""
+        line = f"{why}{packed}{kept}, in {took}; the next start will map them"
+    else:
+        saved = f"; packing took {_seconds(use.packing_s)}" if use.packing_s is not None else ""
+        line = f"mapped {_buffers(use.hits)}, {format_nbytes(use.nbytes)}, in {took}{saved}"
+    return f"weight cache: {line}"
+
+
+def _buffers(n: int) -> str:
+    return f"{n} buffer{'s' if n != 1 else ''}"
+
+
+def _offload_lines(stats: OffloadStats | None) -> list[str]:
+    """Say where a budget went, and what was read."""
+    if stats is None:
+        return []
+    parts = {
+        "locked": stats.locked_bytes,
+        "norms and biases": stats.resident_bytes,
+        "ring": stats.ring_bytes,
+        "KV cache": stats.kv_cache_bytes,
+        "scratch": stats.scratch_bytes,
+    }
+    spent = ", ".join(f"{what} {format_nbytes(nbytes)}" for what, nbytes in parts.items())
+    return [
+        f"budget: {format_nbytes(stats.budget_bytes)}, at most {format_nbytes(stats.peak_bytes)} in use: {spent}",
+        f"plan {stats.plan}: {format_nbytes(stats.streamed_bytes_per_token)} read for each token, "
+        f"{format_nbytes(stats.read_bytes_total)} in all; "
+        f"waited {_seconds(stats.wait_s)} for it, computed {_seconds(stats.compute_s)}",
+    ]
 
 
 def _seconds(seconds: float) -> str:
@@ -255,7 +310,29 @@ def _synth(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def _packing() -> Iterator[Listener]:
+    """Show on a terminal how packing goes; warnings and waiting are told in a pipe too."""
+
+    def tell(message: str) -> None:
+        print(f"refinfer: {message}", file=sys.stderr)
+
+    with contextlib.ExitStack() as stack:
+        advance: list[Callable[[int], None]] = []
+
+        def progress(nbytes: int) -> None:
+            if not advance:  # nothing is shown unless there is something to wait for
+                advance.append(stack.enter_context(_progress("packing the weights", None)))
+            advance[0](nbytes)
+
+        yield Listener(
+            progress=progress,
+            on_wait=lambda: tell("waiting for another process that is packing the same weights"),
+            warn=lambda message: tell(f"warning: {message}"),
+        )
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on a terminal, nothing in a pipe."""
     if not sys.stderr.isatty():
         yield lambda amount: None

@@ -1,8 +1,8 @@
-"""The composition: a checkpoint becomes a weight source, a transformer over it, and text.
+"""Generating text: a session over a loaded model.
 
-Knows: every room, and in which order they are put together. Does not know: options as strings, terminals, JSON text;
-those are `cli`'s.
-Spec: GEN-1 to GEN-11. Tutorial: 00.
+Knows: prompts, sampling, texts, when a damaged cache is rebuilt. Does not know: how weights become a transformer
+(`engine`), options as strings, terminals, JSON text.
+Spec: GEN-1 to GEN-11, GEN-16, GEN-17. Tutorial: 00.
 """
 
 from __future__ import annotations
@@ -10,37 +10,40 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
 from refinfer.arrays import Float32Array, IntArray
-from refinfer.errors import GenerationError, PackingError, RequestError, WeightsError
-from refinfer.model.checkpoint import Checkpoint, open_checkpoint, stored_to_f32
+from refinfer.engine import (
+    CacheUse,
+    Engine,
+    EngineRequest,
+    OffloadStats,
+    WeightCacheStats,
+    open_engine,
+    require_finite_weights,
+)
+from refinfer.errors import DamagedWeightsError, GenerationError, RequestError
 from refinfer.model.config import ModelConfig
-from refinfer.model.folder import ModelFolder, open_folder, readable
+from refinfer.model.folder import ModelFolder, open_folder
 from refinfer.model.sampler import Sampling, sample
 from refinfer.model.tokenizer import TextStream
-from refinfer.model.transformer import LARGEST_BLOCK, Transformer
-from refinfer.model.weights import LayerWeights, RowMajorSource, WeightSource, assemble
-from refinfer.packing.formats import FORMATS, PackedLayout, PackedMatrix, pack_matrix
-from refinfer.packing.matmul import matmul, scratch_floats
-from refinfer.packing.product import GemmScratch
+from refinfer.model.transformer import Transformer
+from refinfer.prepare import IN_MEMORY
 from refinfer.process import peak_rss_bytes, usable_cores
 from refinfer.trace import Clock, RealClock
+from refinfer.weight_cache.load_or_build import Listener
 
 __all__ = [
     "DEFAULT_MAX_POSITIONS",
     "DEFAULT_PROMPT",
     "STORYTELLER",
     "GenerationStats",
-    "PackedSource",
-    "ResidentMatrix",
     "Session",
     "default_threads",
     "load",
@@ -48,6 +51,8 @@ __all__ = [
 
 STORYTELLER: Final = Path(__file__).parent / "storyteller"
 """The folder of the small trained model that ships with the package."""
+
+_Result = TypeVar("_Result")
 
 DEFAULT_PROMPT: Final = "ROMEO:"
 DEFAULT_MAX_POSITIONS: Final = 512
@@ -71,8 +76,8 @@ class GenerationStats:
     time_to_first_token_s: float
     tokens_per_s: float | None
     peak_rss_bytes: int | None
-    weight_cache: None = None
-    offload: None = None
+    weight_cache: WeightCacheStats | None = None
+    offload: OffloadStats | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `refinfer generate --json` prints."""
@@ -83,11 +88,15 @@ def load(
     model: str | os.PathLike[str] | ModelFolder | None = None,
     *,
     weights: str = "auto",
-    weight_cache: str | None = None,
+    budget: int | str | None = None,
+    plan: str = "leading",
+    weight_cache: str | os.PathLike[str] | None = None,
     max_positions: int | None = None,
     threads: int | None = None,
+    lock_memory: bool = False,
     clock: Clock | None = None,
     started: float | None = None,
+    listener: Listener | None = None,
 ) -> Session:
     """Load a model and make it ready to generate.
 
@@ -95,19 +104,24 @@ def load(
         model: a folder in Hugging Face's form, or what `open_folder` returned; None means the storyteller.
         weights: the format to pack weights in: f32, bf16, int8, int4, or auto: bf16 where the checkpoint is stored
             so, else f32; nothing is lost.
-        weight_cache: "off" packs nothing: row-major float32 weights with the same values, multiplied by numpy as a
-            whole; an oracle. None packs while loading.
+        budget: run in so much memory: bytes, a size such as "300MB", or a share of the packed weights such as "40%".
+        plan: which chunks stay in memory under a budget: "leading", the first ones that fit.
+        weight_cache: the file to keep packed weights in; None means one in the user's cache directory. ":memory"
+            packs at each start. "off" packs nothing: row-major float32 weights with the same values, multiplied by
+            numpy as a whole; an oracle.
         max_positions: how many positions, prompt and generated tokens together, the KV cache reserves;
             None means 512, or as many as the model has.
         threads: BLAS threads while generating; None means one for models below 64 MiB, else one per core.
+        lock_memory: keep the mapped file in memory (`mlock`).
         clock: what measures the times of `stats`.
         started: when loading began on that clock; None means now.
+        listener: who is told of progress, waiting and warnings; None warns through `warnings`.
 
     Raises:
         InputError: the model cannot be used; the message says why and what to do.
 
     Examples:
-        >>> with load() as session:
+        >>> with load(weight_cache=":memory") as session:
         ...     print("".join(session.generate("ROMEO:", max_tokens=8)).strip()[:1].isalpha())
         True
     """
@@ -121,102 +135,30 @@ def load(
         raise RequestError(f"max_positions must be from 1 to this model's {positions}, not {max_positions}")
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise RequestError(f"threads must be from 1 to {_MOST_THREADS}, not {threads}")
-    with readable(opened.path):
-        checkpoint = open_checkpoint(opened.path)
-    source = _weight_source(opened.config, checkpoint, weights, weight_cache)
-    transformer = Transformer(source, max_positions)
-    threads = threads or default_threads(opened.config)
-    return Session(opened, checkpoint, transformer, threads, clock, clock.now() - started)
+    request = EngineRequest(
+        model=opened,
+        weights=weights,
+        weight_cache=None if weight_cache is None else os.fspath(weight_cache),
+        max_positions=max_positions,
+        budget=budget,
+        plan=plan,
+        lock_memory=lock_memory,
+        clock=clock,
+        listener=listener or Listener(),
+    )
+    return Session(request, threads or default_threads(opened.config), started)
 
 
-def _weight_source(config: ModelConfig, checkpoint: Checkpoint, weights: str, weight_cache: str | None) -> WeightSource:
-    if weights not in ("auto", *FORMATS):
-        raise RequestError(f"weights must be auto, {', '.join(FORMATS)}, not {weights!r}")
-    if weight_cache not in (None, "off"):
-        raise RequestError(f"weight_cache must be None or 'off', not {weight_cache!r}")
-    name = weights if weights != "auto" else _own_format(checkpoint)
+def _open_sound(request: EngineRequest, reason: str | None = None, *, in_memory: bool = False) -> Engine:
+    """Open an engine; where weights that are read at once turn out damaged, rebuild them once."""
+    if in_memory and request.budget is None:
+        request = replace(request, weight_cache=IN_MEMORY)
     try:
-        if weight_cache == "off":
-            widen = stored_to_f32 if weights in ("auto", "f32") else lambda w: pack_matrix(w, name).unpack()
-            return RowMajorSource(config, checkpoint, widen)
-        return PackedSource(config, checkpoint, name)
-    except PackingError:
-        _require_finite_weights(checkpoint)
-        raise
-
-
-def _require_finite_weights(checkpoint: Checkpoint) -> None:
-    """Name the damaged tensor, if there is one; reads every weight."""
-    if (name := checkpoint.first_non_finite()) is not None:
-        raise WeightsError(f"{checkpoint.path_of(name)}: {name!r} holds NaN or infinity; the file is damaged")
-
-
-def _own_format(checkpoint: Checkpoint) -> str:
-    """Return the format that keeps every weight: bf16 where all matrices are stored so, whatever a config says."""
-    stored = {tensor.dtype for tensor in checkpoint.values() if len(tensor.shape) == 2}
-    return "bf16" if stored == {"BF16"} else "f32"
-
-
-class ResidentMatrix:
-    """A packed matrix in memory, with its bias and the scratch it shares with the others of its source."""
-
-    def __init__(self, packed: PackedMatrix, bias: Float32Array | None, source: PackedSource) -> None:
-        self.packed = packed
-        self._bias = bias
-        self._source = source
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(N, K)`."""
-        return self.packed.layout.N, self.packed.layout.K
-
-    def matmul(self, x: Float32Array, out: Float32Array | None = None) -> Float32Array:
-        """Return `x @ W.T + bias`, chunk by chunk.
-
-        Raises:
-            PackingError: more than 256 rows of x, for which no scratch is reserved.
-        """
-        if len(x) > LARGEST_BLOCK:
-            raise PackingError(f"at most {LARGEST_BLOCK} rows can be multiplied at a time, not {len(x)}")
-        y = matmul(x, self.packed, out, self._source.scratch)
-        if self._bias is not None:
-            np.add(y, self._bias, out=y)
-        return y
-
-    def rows(self, ids: IntArray) -> Float32Array:
-        """Return the rows `ids` as float32 `[len(ids), K]`."""
-        return self.packed.unpack_rows(ids)
-
-
-class PackedSource:
-    """All matrices of a checkpoint packed in one format while loading, resident in memory; norms as float32.
-
-    An untied embedding table is left as it is stored.
-
-    Raises:
-        WeightsError: a tensor is missing, or has another shape or type.
-        PackingError: weights that the format cannot hold.
-    """
-
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, name: str) -> None:
-        layouts: list[PackedLayout] = []
-
-        def matrix(stored: npt.NDArray[Any], bias: Float32Array | None) -> ResidentMatrix:
-            packed = pack_matrix(stored, name)
-            layouts.append(packed.layout)
-            return ResidentMatrix(packed, bias, self)
-
-        self.config = config
-        self.embed_tokens, self._layers, self.norm, self.lm_head = assemble(config, checkpoint, matrix)
-        self.scratch = GemmScratch(scratch_floats(layouts, min(LARGEST_BLOCK, config.longest_request)))
-        self.packed_bytes = sum(layout.nbytes for layout in layouts)
-
-    def layers(self) -> Iterator[LayerWeights]:
-        """Walk over the layers in execution order."""
-        return iter(self._layers)
-
-    def close(self) -> None:
-        """Do nothing: the arrays go with the last reference to them."""
+        return open_engine(request, reason)
+    except DamagedWeightsError as error:
+        if reason is not None:
+            raise
+        return open_engine(request, str(error))
 
 
 def default_threads(config: ModelConfig) -> int:
@@ -232,28 +174,31 @@ class Session:
     put back after it, never while the caller's code runs.
     """
 
-    def __init__(
-        self,
-        model: ModelFolder,
-        checkpoint: Checkpoint,
-        transformer: Transformer,
-        threads: int,
-        clock: Clock,
-        loading_s: float,
-    ) -> None:
-        self.model = model
+    def __init__(self, request: EngineRequest, threads: int, started: float) -> None:
+        self.model = request.model
         self.threads = threads
-        self._loaded: tuple[Checkpoint, Transformer] | None = (checkpoint, transformer)
-        self._clock = clock
-        self._loading_s = loading_s
+        self._request = request
+        self._clock = request.clock
         self._stats: GenerationStats | None = None
         self._latest: object = None  # the generation that may go on
         self._blas = ThreadpoolController()
+        self._engine: Engine | None = _open_sound(request)
+        self._loading_s = self._clock.now() - started
 
     @property
     def max_positions(self) -> int:
         """How many positions the KV cache has room for."""
         return self._transformer.kv_cache.max_positions
+
+    @property
+    def weight_cache(self) -> WeightCacheStats:
+        """What the weight cache did when the model was loaded."""
+        return self._open().weight_cache
+
+    @property
+    def cache_use(self) -> CacheUse:
+        """Hits, misses and bytes of the weight cache when the model was loaded."""
+        return self._open().use
 
     @property
     def stats(self) -> GenerationStats | None:
@@ -329,6 +274,8 @@ class Session:
             time_to_first_token_s=self._loading_s + tokens.first_s,
             tokens_per_s=(len(tokens.ids) - 1) / tokens.later_s if tokens.later_s > 0 else None,
             peak_rss_bytes=peak_rss_bytes(),
+            weight_cache=self._open().weight_cache,
+            offload=self._open().offload(tokens.first_s + tokens.later_s),
         )
         self._loading_s = 0.0
 
@@ -336,7 +283,6 @@ class Session:
         self, tokens: _Tokens, prompt_ids: list[int], n: int, sampling: Sampling, rng: np.random.Generator
     ) -> Iterator[int]:
         """Yield `n` token ids, each computed when it is asked for."""
-        self._transformer.kv_cache.rewind(0)
         for _ in range(n):
             if self._latest is not tokens:
                 raise RequestError("this generation was ended by a later one of the same session")
@@ -347,10 +293,30 @@ class Session:
 
     def _next_logits(self, last: list[int], prompt_ids: list[int]) -> Float32Array:
         """Return the logits `[V]` behind the last token, or behind the prompt where there is none yet."""
-        transformer = self._transformer
-        logits: Float32Array = transformer.decode(last)[0] if last else transformer.prefill(prompt_ids)
+        if last:
+            try:
+                logits: Float32Array = self._transformer.decode(last)[0]
+            except DamagedWeightsError:
+                self._open().discard()  # what was shown cannot be taken back, but the next start builds anew
+                raise
+        else:
+            logits = self._mend(lambda transformer: _prefill(transformer, prompt_ids))
         self._require_finite(logits)
         return logits
+
+    def _mend(self, compute: Callable[[Transformer], _Result]) -> _Result:
+        """Compute; where packed weights are found damaged, rebuild them once and start over.
+
+        A damaged file that cannot be removed is left where it is, and the weights are packed into memory.
+        """
+        try:
+            return compute(self._transformer)
+        except DamagedWeightsError as error:
+            reason = str(error)
+        removed = self._open().discard()
+        self.close()
+        self._engine = _open_sound(self._request, reason, in_memory=not removed)
+        return compute(self._transformer)
 
     def logits(self, token_ids: Sequence[int] | IntArray) -> Float32Array:
         """Return the logits `[T, V]` after each of `token_ids`; uses memory of its own, whatever is generated.
@@ -358,19 +324,19 @@ class Session:
         Raises:
             RequestError: no tokens, an id out of range, or more tokens than the model has positions.
         """
-        source = self._transformer.source
+        self._open()
         ids = [int(i) for i in token_ids]
         if len(ids) > self.model.config.longest_request:
             raise RequestError(f"{len(ids)} tokens are more than this model's {self.model.config.longest_request}")
         with self._blas_limits():
-            logits = Transformer(source, max(1, len(ids))).decode(ids)
+            logits = self._mend(lambda transformer: Transformer(transformer.source, max(1, len(ids))).decode(ids))
         self._require_finite(logits)
         return logits
 
     def _require_finite(self, logits: Float32Array) -> None:
         if np.isfinite(logits).all():
             return
-        _require_finite_weights(self._open()[0])
+        require_finite_weights(self._open().checkpoint)
         raise GenerationError("the logits are not finite although every weight is: the activations have overflowed")
 
     def _blas_limits(self) -> AbstractContextManager[object]:
@@ -379,18 +345,18 @@ class Session:
 
     @property
     def _transformer(self) -> Transformer:
-        return self._open()[1]
+        return self._open().transformer
 
-    def _open(self) -> tuple[Checkpoint, Transformer]:
-        if self._loaded is None:
+    def _open(self) -> Engine:
+        if self._engine is None:
             raise RequestError("this session is closed; load the model again")
-        return self._loaded
+        return self._engine
 
     def close(self) -> None:
         """Release the weights and the KV cache; closing twice is allowed."""
-        if self._loaded is not None:
-            self._loaded[1].source.close()
-        self._loaded = None
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
 
     def __enter__(self) -> Self:
         return self
@@ -399,6 +365,12 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _prefill(transformer: Transformer, prompt_ids: Sequence[int]) -> Float32Array:
+    """Return the logits `[V]` behind a prompt, from an empty text."""
+    transformer.kv_cache.rewind(0)
+    return transformer.prefill(prompt_ids)
 
 
 class _Tokens:

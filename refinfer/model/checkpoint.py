@@ -51,6 +51,16 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """Return the file that holds the tensor `name`."""
         return self._file_of[name].path
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files, each once, by name."""
+        return tuple(sorted({file.path for file in self._file_of.values()}))
+
+    def let_go(self) -> None:
+        """Tell the system that weights read so far need not stay resident; views stay valid, and read them again."""
+        for file in {file.path: file for file in self._file_of.values()}.values():
+            file.let_go()
+
     def stored(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """Return a floating-point tensor as it is stored: a read-only view, bfloat16 as its 16 bits.
 

@@ -189,6 +189,11 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
         raw = np.frombuffer(self._map, np.uint8)[tensor.offset : tensor.offset + tensor.nbytes]
         return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
+    def let_go(self) -> None:
+        """Tell the system that pages read so far need not stay resident; views stay valid, and read them again."""
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
 
 def _read_header(file: BinaryIO, size: int, where: str) -> bytes:
     """Read the JSON after checking its announced length against the file's `size`."""

@@ -40,6 +40,7 @@ __all__ = [
     "StoredRowTable",
     "WeightSource",
     "assemble",
+    "require_layers",
 ]
 
 
@@ -174,11 +175,23 @@ class RowMajorSource:
         checkpoint: Checkpoint,
         widen: Callable[[npt.NDArray[Any]], Float32Array] = stored_to_f32,
     ) -> None:
-        def matrix(stored: npt.NDArray[Any], bias: Float32Array | None) -> RowMajorMatrix:
-            return RowMajorMatrix(widen(stored), bias)
+        require_layers(config, checkpoint)
+        shapes = config.tensor_shapes()
+
+        def stored(name: str) -> npt.NDArray[Any]:
+            return checkpoint.stored(name, shapes[name])
+
+        def vector(name: str) -> Float32Array:
+            # Norms and biases are tiny and used for each token: their own memory, not a page of the file.
+            return checkpoint.float32(name, shapes[name]).copy()
 
         self.config = config
-        self.embed_tokens, self._layers, self.norm, self.lm_head = assemble(config, checkpoint, matrix)
+        self.embed_tokens, self._layers, self.norm, self.lm_head = assemble(
+            config,
+            matrix=lambda name, bias: RowMajorMatrix(widen(stored(name)), bias),
+            table=lambda name: StoredRowTable(stored(name)),
+            vector=vector,
+        )
 
     def layers(self) -> Iterator[LayerWeights]:
         """Walk over the layers in execution order."""
@@ -188,53 +201,56 @@ class RowMajorSource:
         """Do nothing: the arrays go with the last reference to them."""
 
 
-MakeMatrix = Callable[[npt.NDArray[Any], Float32Array | None], Matrix]
-"""Makes a matrix of its weights `[N, K]` as stored and its bias `[N]`."""
-
-
-def assemble(
-    config: ModelConfig, checkpoint: Checkpoint, make_matrix: MakeMatrix
-) -> tuple[RowTable, tuple[LayerWeights, ...], Float32Array, Matrix]:
-    """Return all weights of a checkpoint: the embedding table, the layers, the last norm, the output table.
+def require_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Check, before anything as long as a lying config says is made, that there may be so many layers.
 
     Raises:
-        WeightsError: a tensor that the config asks for is missing, or has another shape or type.
+        WeightsError: the checkpoint has fewer tensors.
     """
     least = config.num_hidden_layers * len(config.layer_shapes())
-    if least > len(checkpoint):  # before anything as long as a lying config says is made
+    if least > len(checkpoint):
         raise WeightsError(
             f"{checkpoint.folder} has {len(checkpoint)} tensors, but its config.json asks for "
             f"{config.num_hidden_layers} layers, which take {least}"
         )
+
+
+def assemble(
+    config: ModelConfig,
+    *,
+    matrix: Callable[[str, Float32Array | None], Matrix],
+    table: Callable[[str], RowTable],
+    vector: Callable[[str], Float32Array],
+) -> tuple[RowTable, tuple[LayerWeights, ...], Float32Array, Matrix]:
+    """Return all parts of a source: the embedding table, the layers, the last norm, the output table.
+
+    `matrix` makes a matrix of a tensor's name and its bias, `table` an untied embedding table, `vector` a norm or a
+    bias; they are asked in execution order.
+    """
     shapes = config.tensor_shapes()
 
-    def vector(name: str) -> Float32Array:
-        # Norms and biases are tiny and used for each token: their own memory, not a page of the file.
-        return checkpoint.float32(name, shapes[name]).copy()
-
-    def matrix(name: str) -> Matrix:
-        weight, bias = f"{name}.weight", f"{name}.bias"
-        return make_matrix(checkpoint.stored(weight, shapes[weight]), vector(bias) if bias in shapes else None)
+    def biased(name: str) -> Matrix:
+        bias = f"{name}.bias"
+        return matrix(f"{name}.weight", vector(bias) if bias in shapes else None)
 
     def layer(prefix: str) -> LayerWeights:
         return LayerWeights(
-            q_proj=matrix(f"{prefix}.self_attn.q_proj"),
-            k_proj=matrix(f"{prefix}.self_attn.k_proj"),
-            v_proj=matrix(f"{prefix}.self_attn.v_proj"),
-            o_proj=matrix(f"{prefix}.self_attn.o_proj"),
-            gate_proj=matrix(f"{prefix}.mlp.gate_proj"),
-            up_proj=matrix(f"{prefix}.mlp.up_proj"),
-            down_proj=matrix(f"{prefix}.mlp.down_proj"),
+            q_proj=biased(f"{prefix}.self_attn.q_proj"),
+            k_proj=biased(f"{prefix}.self_attn.k_proj"),
+            v_proj=biased(f"{prefix}.self_attn.v_proj"),
+            o_proj=biased(f"{prefix}.self_attn.o_proj"),
+            gate_proj=biased(f"{prefix}.mlp.gate_proj"),
+            up_proj=biased(f"{prefix}.mlp.up_proj"),
+            down_proj=biased(f"{prefix}.mlp.down_proj"),
             input_layernorm=vector(f"{prefix}.input_layernorm.weight"),
             post_attention_layernorm=vector(f"{prefix}.post_attention_layernorm.weight"),
             q_norm=vector(f"{prefix}.self_attn.q_norm.weight") if config.qk_norm else None,
             k_norm=vector(f"{prefix}.self_attn.k_norm.weight") if config.qk_norm else None,
         )
 
+    embedding = "model.embed_tokens.weight"
+    tied = matrix(embedding, None) if config.tie_word_embeddings else None
+    embed_tokens: RowTable = tied or table(embedding)
     layers = tuple(layer(f"model.layers.{i}") for i in range(config.num_hidden_layers))
     norm = vector("model.norm.weight")
-    if config.tie_word_embeddings:
-        table = matrix("model.embed_tokens")
-        return table, layers, norm, table
-    embedding = "model.embed_tokens.weight"
-    return StoredRowTable(checkpoint.stored(embedding, shapes[embedding])), layers, norm, matrix("lm_head")
+    return embed_tokens, layers, norm, tied or matrix("lm_head.weight", None)

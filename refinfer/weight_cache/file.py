@@ -47,7 +47,10 @@ from refinfer.weight_cache.packers import chunks_of
 from refinfer.weight_cache.provider import DictFace, State, lies_at, require, require_fitting
 from refinfer.weight_cache.publish import Draft
 
-__all__ = ["FileWeightCacheProvider", "MappedFile", "read_file"]
+__all__ = ["NO_FILE", "FileWeightCacheProvider", "MappedFile", "read_file"]
+
+NO_FILE: Final = "there was no file yet"
+"""Why a first start builds."""
 
 _UNKNOWN: Final = Provenance("", "", ())
 
@@ -68,7 +71,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         with path.open("rb") as file:
             yield file
     except FileNotFoundError:
-        raise CacheFileError("there was no file yet") from None
+        raise CacheFileError(NO_FILE) from None
     except OSError as error:
         raise CacheFileError(f"it cannot be read: {error.strerror}") from None
 

@@ -14,9 +14,11 @@ Spec: OPEN-1 to OPEN-8. Tutorial: 05, 06.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from refinfer.errors import CacheFileError, WeightCacheError, WeightsError
 from refinfer.packing.formats import Bytes
@@ -29,7 +31,7 @@ from refinfer.weight_cache.provider import Pack
 from refinfer.weight_cache.publish import Draft, remove_dead_draft, write_small_file
 from refinfer.weight_cache.sources import Record, SideFile, believed, identify, side_path, unchanged
 
-__all__ = ["Contents", "Listener", "Opened", "discard", "load_or_build"]
+__all__ = ["SILENT", "Contents", "Listener", "Opened", "discard", "load_or_build"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +44,19 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Who is told how it goes: `progress` how many bytes were read or packed, `on_wait` that another one is packing."""
+    """Who is told how it goes.
+
+    `progress` is told how many bytes were read or packed, `on_wait` that another process is packing, `warn` what does
+    not work as it was asked for, but is no reason to stop.
+    """
 
     progress: Callable[[int], None] = lambda nbytes: None
     on_wait: Callable[[], None] = lambda: None
+    warn: Callable[[str], None] = lambda message: warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+SILENT: Final = Listener()
+"""Told nothing but warnings, which become Python's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +80,7 @@ def load_or_build(
     contents_of: Callable[[tuple[SourceFile, ...]], Contents],
     *,
     clock: Clock,
-    listener: Listener = Listener(),
+    listener: Listener = SILENT,
     reason: str | None = None,
 ) -> Opened:
     """Map the cache file at `path`, after building it where it is missing, outdated, incomplete or damaged.
@@ -185,14 +196,17 @@ def _copy_of(partial: FileWeightCacheProvider, entry: Entry) -> Pack | None:
     return copy
 
 
-def discard(path: Path, provider: FileWeightCacheProvider) -> bool:
-    """Remove a damaged file, unless another process has replaced it meanwhile; tell whether it is gone."""
+def discard(path: Path, is_at: Callable[[Path], bool]) -> bool:
+    """Remove a damaged file, unless another process has replaced it meanwhile; tell whether it is gone.
+
+    `is_at` tells whether a path is still the file that was found damaged.
+    """
     try:
         draft = Draft(path)
     except OSError:
         return False
     try:
-        if provider.mapped.is_at(path):
+        if is_at(path):
             path.unlink()
     except OSError:
         return False

@@ -1,0 +1,300 @@
+"""From a checkpoint to a transformer that can compute: with packed weights in memory, mapped, or within a budget.
+
+Knows: every room, and in which order they are put together. Does not know: text, sampling, terminals.
+Spec: GEN-12 to GEN-18. Tutorial: 00, 12.
+
+    weight_cache   budget   weights are
+    "off"          no       row-major float32, nothing packed (`model.weights`)
+    ":memory"      no       packed into memory at each start
+    None, PATH     no       in a file, mapped: packed at the first start
+    None, PATH     yes      in a file, read chunk by chunk (`offload.streamed`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from refinfer.errors import DamagedWeightsError, PackingError, RequestError, WeightCacheError, WeightsError
+from refinfer.model.checkpoint import Checkpoint, open_checkpoint, stored_to_f32
+from refinfer.model.folder import ModelFolder, readable
+from refinfer.model.kv_cache import kv_cache_nbytes
+from refinfer.model.transformer import Transformer, prefill_block, scratch_nbytes
+from refinfer.model.weights import RowMajorSource, WeightSource
+from refinfer.offload.budget import Budget, parse_budget
+from refinfer.offload.inventory import Inventory
+from refinfer.offload.matrices import gemm_scratch_nbytes
+from refinfer.offload.plan import PLANS, Fixed, Plan, make_plan
+from refinfer.offload.source import PackedSource
+from refinfer.offload.store import FileStore
+from refinfer.offload.streamed import StreamedSource, staging_nbytes
+from refinfer.packing.formats import pack_matrix
+from refinfer.prepare import IN_MEMORY, Prepared, cache_path, choose_format, prepare
+from refinfer.trace import Clock
+from refinfer.weight_cache.file import FileWeightCacheProvider, read_file
+from refinfer.weight_cache.load_or_build import Listener, discard
+from refinfer.weight_cache.packers import LARGEST_BLOCK_BYTES
+
+__all__ = ["CacheUse", "Engine", "EngineRequest", "OffloadStats", "WeightCacheStats", "fixed_of", "open_engine"]
+
+OFF = "off"
+_SMALLEST_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class WeightCacheStats:
+    """What the weight cache did for one start; the fields of the command line's JSON.
+
+    `packed_buffers` and `packed_bytes` count what was packed at this start: nothing when a file was `loaded`. `reason`
+    says why it was built, or why it is in memory although a file was asked for.
+    """
+
+    state: str
+    path: str | None
+    reason: str | None
+    packed_buffers: int
+    packed_bytes: int
+    load_or_build_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUse:
+    """Hits and misses of one start, the bytes it has, and the seconds that packing would have taken or took."""
+
+    hits: int
+    misses: int
+    nbytes: int
+    packing_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadStats:
+    """What a run under a budget spent and read; the fields of the command line's JSON.
+
+    `peak_bytes` is the most of the budget that was in use at once, `wait_s` how long the computation waited for
+    chunks. Predictions are None until a cost model exists.
+    """
+
+    plan: str
+    budget_bytes: int
+    locked_bytes: int
+    resident_bytes: int
+    ring_bytes: int
+    kv_cache_bytes: int
+    scratch_bytes: int
+    peak_bytes: int
+    streamed_bytes_per_token: int
+    read_bytes_total: int
+    predicted_tokens_per_s: float | None
+    ideal_tokens_per_s: float | None
+    wait_s: float
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What an engine is asked to be; see `generate.load` for the meaning of each field."""
+
+    model: ModelFolder
+    weights: str
+    weight_cache: str | None
+    max_positions: int
+    budget: int | str | None
+    plan: str
+    lock_memory: bool
+    clock: Clock
+    listener: Listener
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A transformer over its weights, and what is known of how they came.
+
+    `discard` removes the cache file after damage, and tells whether it is gone; `offload` says what a run spent, given
+    the seconds it took.
+    """
+
+    checkpoint: Checkpoint
+    transformer: Transformer
+    weight_cache: WeightCacheStats
+    use: CacheUse
+    discard: Callable[[], bool] = field(default=lambda: False)
+    offload: Callable[[float], OffloadStats | None] = field(default=lambda seconds: None)
+
+    def close(self) -> None:
+        """Release the weights."""
+        self.transformer.source.close()
+
+
+def open_engine(request: EngineRequest, reason: str | None = None) -> Engine:
+    """Put an engine together; `reason` says why the cache has to be rebuilt, where it has.
+
+    Raises:
+        InputError: the model or the request cannot be used; the message says why.
+    """
+    with readable(request.model.path):
+        checkpoint = open_checkpoint(request.model.path)
+    name = choose_format(checkpoint, request.weights)
+    try:
+        if request.budget is not None:
+            return _streamed(request, checkpoint, name, reason)
+        if request.weight_cache == OFF:
+            return _row_major(request, checkpoint, name)
+        return _packed(request, checkpoint, name, reason)
+    except PackingError:
+        require_finite_weights(checkpoint)
+        raise
+
+
+def require_finite_weights(checkpoint: Checkpoint) -> None:
+    """Name the damaged tensor, if there is one; reads every weight.
+
+    Raises:
+        WeightsError: a tensor holds NaN or infinity.
+    """
+    if (name := checkpoint.first_non_finite()) is not None:
+        raise WeightsError(f"{checkpoint.path_of(name)}: {name!r} holds NaN or infinity; the file is damaged")
+
+
+def _row_major(request: EngineRequest, checkpoint: Checkpoint, name: str) -> Engine:
+    started = request.clock.now()
+    exact = request.weights in ("auto", "f32")
+    widen = stored_to_f32 if exact else lambda w: pack_matrix(w, name).unpack()
+    source = RowMajorSource(request.model.config, checkpoint, widen)
+    stats = WeightCacheStats(OFF, None, None, 0, 0, request.clock.now() - started)
+    return Engine(checkpoint, Transformer(source, request.max_positions), stats, CacheUse(0, 0, 0, None))
+
+
+def _packed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason: str | None) -> Engine:
+    inventory = Inventory(request.model.config, name)
+    started = request.clock.now()
+    prepared = _prepare_somewhere(request, inventory, checkpoint, reason)
+    stats, use = _stats(prepared, request.clock.now() - started)
+    provider = prepared.provider
+    most_rows = prefill_block(request.model.config, request.max_positions)
+    source: WeightSource = PackedSource(inventory, provider, most_rows)
+    engine = Engine(checkpoint, Transformer(source, request.max_positions), stats, use)
+    if not isinstance(provider, FileWeightCacheProvider):
+        return engine
+    if request.lock_memory:
+        provider.mapped.lock_memory()
+    return replace(engine, discard=lambda: discard(provider.path, provider.mapped.is_at))
+
+
+def _prepare_somewhere(
+    request: EngineRequest, inventory: Inventory, checkpoint: Checkpoint, reason: str | None
+) -> Prepared:
+    """Prepare as asked; where the file cannot be written, in memory, with one warning."""
+    clock, listener = request.clock, request.listener
+    try:
+        return prepare(inventory, checkpoint, request.weight_cache, clock=clock, listener=listener, reason=reason)
+    except WeightCacheError as error:
+        listener.warn(f"{error}; the weights are packed into memory, and will be again at the next start")
+        return prepare(inventory, checkpoint, IN_MEMORY, clock=clock, listener=listener, reason=str(error))
+
+
+def _stats(prepared: Prepared, seconds: float) -> tuple[WeightCacheStats, CacheUse]:
+    stats = WeightCacheStats(
+        prepared.state,
+        str(prepared.path) if prepared.path else None,
+        prepared.reason,
+        prepared.packed_buffers,
+        prepared.packed_bytes,
+        seconds,
+    )
+    hits = prepared.held_buffers - prepared.packed_buffers
+    return stats, CacheUse(hits, prepared.packed_buffers, prepared.held_bytes, prepared.packing_s)
+
+
+def fixed_of(inventory: Inventory, max_positions: int) -> Fixed:
+    """Return what a run needs whatever its plan: the vectors, the KV cache, activations and scratch."""
+    config = inventory.config
+    block = prefill_block(config, max_positions)
+    scratch = scratch_nbytes(config, max_positions) + gemm_scratch_nbytes(inventory, block)
+    return Fixed(
+        resident=inventory.resident_nbytes,
+        kv_cache=kv_cache_nbytes(config, max_positions),
+        scratch=scratch + staging_nbytes(inventory, block),
+    )
+
+
+def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason: str | None) -> Engine:
+    if request.weight_cache in (OFF, IN_MEMORY):
+        raise RequestError(f"a budget needs a cache file; --weight-cache {request.weight_cache} has none")
+    if request.plan not in PLANS:
+        raise RequestError(f"the plan must be one of {', '.join(PLANS)}, not {request.plan!r}")
+    if request.lock_memory:
+        raise RequestError("lock_memory is for mapped files; under a budget the plan says what is locked")
+    clock, config, positions = request.clock, request.model.config, request.max_positions
+    inventory = Inventory(config, name)
+    limit = request.budget
+    budget = Budget(parse_budget(limit, inventory.streamable_nbytes) if isinstance(limit, str) else limit or 0)
+    plan = make_plan(request.plan, inventory, fixed_of(inventory, positions), budget.limit)
+    started = clock.now()
+    prepared = _prepare_within(budget, request, inventory, checkpoint, reason)
+    stats, use = _stats(prepared, clock.now() - started)
+    prepared.provider.delete_cache()  # the mapping goes before anything is read
+    path = cache_path(checkpoint, name, request.weight_cache)
+    store = FileStore(path)
+    try:
+        source = StreamedSource(
+            inventory, read_file(path)[1], store, plan, budget, prefill_block(config, positions), clock
+        )
+    except BaseException as error:
+        store.close()
+        if isinstance(error, DamagedWeightsError):
+            discard(path, store.is_at)
+        raise
+    return Engine(
+        checkpoint,
+        Transformer(source, positions),
+        stats,
+        use,
+        discard=lambda: discard(path, store.is_at),
+        offload=lambda seconds: _offload_stats(plan, inventory, budget, store, source, seconds),
+    )
+
+
+def _prepare_within(
+    budget: Budget, request: EngineRequest, inventory: Inventory, checkpoint: Checkpoint, reason: str | None
+) -> Prepared:
+    """Prepare the cache file with packing blocks that fit the budget."""
+    block = max(_SMALLEST_BLOCK_BYTES, min(LARGEST_BLOCK_BYTES, budget.limit // 4))
+    block = min(block, budget.limit)
+    budget.acquire(block, "packing")
+    try:
+        return prepare(
+            inventory,
+            checkpoint,
+            request.weight_cache,
+            clock=request.clock,
+            listener=request.listener,
+            block=block,
+            reason=reason,
+        )
+    except WeightCacheError as error:
+        raise RequestError(f"{error}; a budget needs a cache file: name another place with --weight-cache") from None
+    finally:
+        budget.release(block)
+
+
+def _offload_stats(
+    plan: Plan, inventory: Inventory, budget: Budget, store: FileStore, source: StreamedSource, seconds: float
+) -> OffloadStats:
+    account = plan.account
+    return OffloadStats(
+        plan=plan.name,
+        budget_bytes=account.budget,
+        locked_bytes=account.locked,
+        resident_bytes=account.resident,
+        ring_bytes=account.ring,
+        kv_cache_bytes=account.kv_cache,
+        scratch_bytes=account.scratch,
+        peak_bytes=budget.peak,
+        streamed_bytes_per_token=inventory.streamable_nbytes - account.locked,
+        read_bytes_total=store.bytes_read,
+        predicted_tokens_per_s=None,
+        ideal_tokens_per_s=None,
+        wait_s=source.wait_s,
+        compute_s=max(0.0, seconds - source.wait_s),
+    )

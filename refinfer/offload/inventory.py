@@ -1,0 +1,103 @@
+"""What the cache file of a model holds, and in which order one token uses it: from config and format alone.
+
+Knows: a model's tensors, packed layouts. Does not know: where they lie, budgets; no weights are needed.
+Spec: OFFLOAD-1, OFFLOAD-2. Tutorial: 09.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from refinfer.arrays import PAGE_BYTES
+from refinfer.model.config import ModelConfig
+from refinfer.packing.formats import PackedLayout, layout_of
+
+__all__ = ["CycleChunk", "Inventory", "InventoryMatrix"]
+
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class InventoryMatrix:
+    """A packed matrix: its tensor's name, its layer, its kind (`q_proj` ... `down_proj`, `lm_head`), its layout.
+
+    The output table is the layer behind the last one.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    layout: PackedLayout
+
+
+@dataclass(frozen=True, slots=True)
+class CycleChunk:
+    """A chunk in the order of use: the number of its matrix in the cycle, its own number there, its bytes in pages."""
+
+    matrix: int
+    index: int
+    layer: int
+    kind: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The buffers of one model in one format."""
+
+    config: ModelConfig
+    format: str
+
+    @cached_property
+    def matrices(self) -> tuple[InventoryMatrix, ...]:
+        """Every matrix that is multiplied, in execution order; the output table, tied or not, is the last."""
+        return tuple(self._matrices())
+
+    def _matrices(self) -> Iterator[InventoryMatrix]:
+        config = self.config
+        shapes = {name: shape for name, shape in config.layer_shapes().items() if len(shape) == 2}
+        for layer in range(config.num_hidden_layers):
+            for name, (N, K) in shapes.items():
+                kind = name.removesuffix(".weight").rpartition(".")[2]
+                yield InventoryMatrix(f"model.layers.{layer}.{name}", layer, kind, layout_of(self.format, N, K))
+        output = _EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+        layout = layout_of(self.format, config.vocab_size, config.hidden_size)
+        yield InventoryMatrix(output, config.num_hidden_layers, "lm_head", layout)
+
+    @cached_property
+    def cycle(self) -> tuple[CycleChunk, ...]:
+        """Every chunk of every matrix, in the order in which one token uses them."""
+        return tuple(
+            CycleChunk(number, index, matrix.layer, matrix.kind, chunk.padded_nbytes)
+            for number, matrix in enumerate(self.matrices)
+            for index, chunk in enumerate(matrix.layout.chunks)
+        )
+
+    @cached_property
+    def vectors(self) -> dict[str, int]:
+        """Norms and biases: their names and sizes, in execution order."""
+        return {name: shape[0] for name, shape in self.config.tensor_shapes().items() if len(shape) == 1}
+
+    @property
+    def vectors_name(self) -> str:
+        """What the block of all vectors is called: it tells which they are."""
+        listed = "\n".join(f"{name} {n}" for name, n in self.vectors.items())
+        return f"{len(self.vectors)} vectors {hashlib.sha256(listed.encode()).hexdigest()[:16]}"
+
+    @property
+    def table(self) -> str | None:
+        """The name of the embedding table, where it is not the output table too."""
+        return None if self.config.tie_word_embeddings else _EMBEDDING
+
+    @property
+    def streamable_nbytes(self) -> int:
+        """The packed bytes of all matrices: what one token uses, and a share of the budget is a share of."""
+        return sum(chunk.nbytes for chunk in self.cycle)
+
+    @property
+    def resident_nbytes(self) -> int:
+        """The bytes of the block of vectors, in whole pages."""
+        return -(-4 * sum(self.vectors.values()) // PAGE_BYTES) * PAGE_BYTES

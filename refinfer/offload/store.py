@@ -1,0 +1,125 @@
+"""Reads of packed weights from disk, straight into the memory that the matmul uses.
+
+Knows: direct I/O, and what to do where there is none. Does not know: chunks, plans, checksums.
+Spec: STORE-1 to STORE-4. Tutorial: 08.
+
+Direct I/O (`O_DIRECT`) goes past the page cache, so that a budget's bytes are all the bytes there are; it wants
+offset, length and address on pages, which is why the file has everything there. Where a file system has none, reads
+are ordinary ones, and the page cache is asked to forget them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from refinfer.arrays import PAGE_BYTES, aligned_empty
+from refinfer.errors import CacheFileError, DamagedWeightsError
+from refinfer.packing.formats import Bytes
+
+__all__ = ["FileStore", "Store"]
+
+
+class Store(Protocol):
+    """Something that whole pages can be read from."""
+
+    def read(self, offset: int, into: Bytes) -> None:
+        """Fill `into` with the bytes from `offset`."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the store holds; again is allowed."""
+        ...
+
+
+class FileStore:
+    """Reads pages of a file with direct I/O, or without where that is not supported.
+
+    Raises:
+        CacheFileError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes_read = 0
+        try:
+            self._descriptor: int | None = _open_direct(path)
+        except OSError as error:
+            raise CacheFileError(f"{path} cannot be read: {error.strerror}") from None
+        self.direct = self._descriptor is not None
+        if self._descriptor is None:
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._identity = os.fstat(self._descriptor)
+
+    def read(self, offset: int, into: Bytes) -> None:
+        """Fill `into` with the bytes from `offset`; both on pages.
+
+        Raises:
+            DamagedWeightsError: the file ends before, or cannot be read.
+        """
+        view = memoryview(into.data)
+        done = 0
+        try:
+            while done < len(view):
+                n = self._read(offset + done, view[done:])
+                if n == 0:
+                    raise DamagedWeightsError(f"{self.path} was cut short while it was in use; start again")
+                done += n
+        except OSError as error:
+            raise DamagedWeightsError(f"{self.path} cannot be read: {error.strerror}") from None
+        self.bytes_read += done
+
+    def _read(self, offset: int, view: memoryview) -> int:
+        if self._descriptor is None:
+            raise DamagedWeightsError(f"{self.path} is closed")
+        if not hasattr(os, "preadv"):  # Windows
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            data = os.read(self._descriptor, len(view))
+            view[: len(data)] = data
+            return len(data)
+        n = os.preadv(self._descriptor, [view], offset)
+        if not self.direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, n, os.POSIX_FADV_DONTNEED)
+        return n
+
+    def is_at(self, path: Path) -> bool:
+        """Tell whether `path` is still this file."""
+        try:
+            return os.path.samestat(path.stat(), self._identity)
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Close the file; again is allowed."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _open_direct(path: Path) -> int | None:
+    """Open for direct I/O; None where the file system has none, which some say only at the first read."""
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | flag)
+        os.preadv(descriptor, [aligned_empty((PAGE_BYTES // 4,), PAGE_BYTES).data], 0)
+    except OSError as error:
+        if descriptor is not None:
+            os.close(descriptor)
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return None
+        raise
+    return descriptor

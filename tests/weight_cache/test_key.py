@@ -1,0 +1,161 @@
+"""Specifies `refinfer.weight_cache.key`: which keys are the same, and which there cannot be."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import astuple, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refinfer.errors import PackingError
+from refinfer.packing.formats import FORMATS, layout_of
+from refinfer.packing.layout import TileShape
+from refinfer.weight_cache.file import FileWeightCacheProvider
+from refinfer.weight_cache.key import DIGEST_BYTES, PackKey, WeightId
+from refinfer.weight_cache.packers import matrix_key, nbytes_of, rows_key, vectors_key
+from refinfer.weight_cache.sources import SideFile, identify
+
+ONE, TWO = b"\1" * DIGEST_BYTES, b"\2" * DIGEST_BYTES
+KEY = PackKey("goi", (64, 96), "f32", TileShape(16, 96, 1), WeightId(ONE, "w"), WeightId(ONE, "b"), 5)
+
+# For each field of a key, values that it does not have above.
+OTHERS: dict[str, list[Any]] = {
+    "packer": ["rows", "vectors", "GOI"],
+    "shape": [(96, 64), (64, 95), (64,), (64 * 96,), (64, 96, 1), (1, 64, 96)],
+    "format": ["bf16", "int8", "int4", "f16"],
+    "tile": [TileShape(96, 16, 1), TileShape(16, 1, 96), TileShape(1, 96, 16), TileShape(16, 95, 1)],
+    "weights": [WeightId(TWO, "w"), WeightId(ONE, "W"), WeightId(ONE, "w "), WeightId(ONE, "b"), WeightId(ONE, "")],
+    "bias": [None, WeightId(TWO, "b"), WeightId(ONE, "w"), WeightId(ONE, "")],
+    "flags": [0, 4, 6, (1 << 32) - 1],
+}
+
+
+@pytest.mark.spec("KEY-1")
+def test_a_matrix_and_its_transpose_have_different_keys() -> None:
+    weights = WeightId(ONE, "w")
+    for name in FORMATS:
+        assert matrix_key(layout_of(name, 64, 96), weights) != matrix_key(layout_of(name, 96, 64), weights)
+        turned = replace(KEY, shape=KEY.shape[::-1])  # even in the same tiles
+        assert turned != KEY
+    assert rows_key((3, 5), "f32", weights) != rows_key((5, 3), "f32", weights)
+
+
+@pytest.mark.spec("KEY-1")
+def test_every_field_of_a_key_has_values_to_differ_in() -> None:
+    assert set(OTHERS) == {field.name for field in fields(PackKey)}
+
+
+@pytest.mark.spec("KEY-1")
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in OTHERS.items() for value in values])
+def test_keys_that_differ_in_one_field_differ(field: str, value: object) -> None:
+    changed: dict[str, Any] = {field: value}
+    other = replace(KEY, **changed)
+    assert other != KEY
+    assert {KEY: 1, other: 2} == {other: 2, KEY: 1}
+    assert len({KEY, other}) == 2
+
+
+@pytest.mark.spec("KEY-1")
+def test_weights_and_bias_are_told_apart() -> None:
+    a, b = WeightId(ONE, "a"), WeightId(ONE, "b")
+    assert replace(KEY, weights=a, bias=b) != replace(KEY, weights=b, bias=a)
+
+
+few_ids = st.builds(WeightId, st.sampled_from([ONE, TWO]), st.sampled_from(["a", "b"]))
+few_keys = st.builds(
+    PackKey,
+    packer=st.sampled_from(["goi", "rows"]),
+    shape=st.lists(st.integers(1, 2), min_size=1, max_size=2).map(tuple),
+    format=st.sampled_from(["f32", "bf16"]),
+    tile=st.builds(TileShape, st.integers(1, 2), st.integers(1, 2), st.integers(1, 2)),
+    weights=few_ids,
+    bias=st.none() | few_ids,
+    flags=st.integers(0, 1),
+)
+
+
+@pytest.mark.spec("KEY-1")
+@given(few_keys, few_keys, st.sampled_from([field.name for field in fields(PackKey)]))
+def test_keys_are_equal_exactly_if_all_their_fields_are(one: PackKey, other: PackKey, field: str) -> None:
+    copied: dict[str, Any] = {f.name: getattr(one, f.name) for f in fields(PackKey) if f.name != field}
+    for another in (other, replace(other, **copied)):  # the second differs in one field at most
+        assert (one == another) == (astuple(one) == astuple(another))
+        assert one != another or hash(one) == hash(another)
+
+
+@pytest.mark.spec("KEY-2")
+def test_a_tensor_is_named_by_the_content_of_its_file_wherever_that_lies(tmp_path: Path) -> None:
+    contents = {"here": b"weights", "there": b"weights", "other": b"weighty"}
+    keys: dict[str, PackKey] = {}
+    for folder, content in contents.items():
+        path = tmp_path / folder / f"{folder}.safetensors"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        (record,) = identify([path], SideFile(()), 0, lambda _: None)
+        assert record.source.digest == hashlib.sha256(content).digest()
+        keys[folder] = vectors_key(3, WeightId(record.source.digest, "norm"))
+    assert keys["here"] == keys["there"]
+    assert keys["here"] != keys["other"]
+    assert keys["here"] != replace(keys["here"], weights=WeightId(keys["here"].weights.source, "other norm"))
+    assert keys["here"].name == "norm"
+
+
+@pytest.mark.spec("KEY-2")
+def test_a_look_up_reads_no_weight(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    keys = [vectors_key(n, WeightId(ONE, "norm")) for n in (1, 1024, 5000)]
+    provider = FileWeightCacheProvider.build(path)
+    places = [provider.look_up_or_insert(key, np.full(nbytes_of(key), 7, np.uint8)) for key in keys]
+    provider.finalize()
+    provider.delete_cache()
+    with path.open("r+b") as file:  # all that is packed is gone, and nobody looks
+        file.seek(places[0])
+        file.write(bytes(places[-1] + nbytes_of(keys[-1]) - places[0]))
+    loaded = FileWeightCacheProvider.load(path)
+    assert [loaded.look_up(key) for key in keys] == places
+    assert loaded.look_up(vectors_key(2, WeightId(ONE, "norm"))) is None
+
+
+IMPOSSIBLE: dict[str, dict[str, Any]] = {
+    "no dimensions": {"shape": ()},
+    "no rows": {"shape": (0, 96)},
+    "no columns": {"shape": (64, 0)},
+    "less than nothing": {"shape": (64, -1)},
+    "two negative sizes": {"shape": (-64, -96)},
+    "beyond any memory": {"shape": ((1 << 48) + 1,)},
+    "a size that wraps": {"shape": (1, 1 << 64)},
+    "negative flags": {"flags": -1},
+    "flags beyond 32 bits": {"flags": 1 << 32},
+}
+
+
+@pytest.mark.spec("KEY-3")
+@pytest.mark.parametrize("changes", list(IMPOSSIBLE.values()), ids=list(IMPOSSIBLE))
+def test_sizes_and_flags_that_no_tensor_can_have_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(PackingError, match=r"cannot be packed|flags must be a number of 32 bits"):
+        replace(KEY, **changes)
+
+
+@pytest.mark.spec("KEY-3")
+@pytest.mark.parametrize("n", [0, 1, 31, 33, 64])
+def test_digests_of_another_length_are_refused(n: int) -> None:
+    with pytest.raises(PackingError, match=f"a digest of 32 bytes, not {n}$"):
+        WeightId(bytes(n), "w")
+
+
+@pytest.mark.spec("KEY-3")
+def test_the_largest_sizes_and_flags_are_allowed() -> None:
+    largest = replace(KEY, shape=(1 << 48, 1), flags=(1 << 32) - 1)
+    assert (largest.shape, largest.flags) == ((1 << 48, 1), (1 << 32) - 1)
+
+
+@pytest.mark.spec("KEY-1")
+def test_a_key_cannot_be_changed() -> None:
+    for field in fields(KEY):
+        with pytest.raises(AttributeError):
+            setattr(KEY, field.name, getattr(KEY, field.name))
