@@ -13,11 +13,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final, NoReturn
 
 from refinfer import __version__
-from refinfer.engine import CacheUse, OffloadStats, WeightCacheStats
+from refinfer.engine import CacheUse, OffloadStats, WeightCacheStats, stats_of
 from refinfer.errors import InputError, RefinferError, RequestError
 from refinfer.generate import DEFAULT_PROMPT, STORYTELLER, GenerationStats, load
 from refinfer.model.config import SHAPES
@@ -137,6 +138,27 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--dtype", choices=DTYPES, default="bf16", help="the stored type (bf16)")
     synth.add_argument("--seed", metavar="S", type=_integer(0), default=0, help="of the weights (0)")
     synth.add_argument("--shard-size", metavar="BYTES", type=_nbytes, help="split into files of at most this, as 2GB")
+
+    pack = command("pack", _pack, "Pack a model's weights into its cache file, if they are not there yet.")
+    pack.add_argument("folder", metavar="MODEL", nargs="?", type=Path, default=STORYTELLER, help="(the storyteller)")
+    pack.add_argument("--weights", choices=("auto", *FORMATS), default="auto", help="the format to pack weights in")
+    pack.add_argument("-o", "--output", metavar="FILE", help="the file (in the user's cache directory)")
+    pack.add_argument("--json", action="store_true", help="print one JSON object")
+
+    cache = command("cache", _cache, "Look after the cache files.")
+    actions = cache.add_subparsers(metavar="ACTION", required=True, dest="action", parser_class=_Parser)
+    for name, text in (
+        ("list", "Show all cache files, or those of some models."),
+        ("info", "Show what is in a cache file."),
+        ("verify", "Read cache files whole and check every byte."),
+        ("rm", "Remove cache files."),
+        ("path", "Print the cache directory, or where a model's file lies."),
+    ):
+        action = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        action.add_argument("target", metavar="FILE|MODEL", nargs="*", help="a cache file, its name, or a model folder")
+        action.add_argument("--weights", choices=("auto", *FORMATS), help="of a model: this format only")
+        action.add_argument("--all", action="store_true", help="all files in the cache directory")
+        action.add_argument("--json", action="store_true", help="print JSON")
 
     doctor = command("doctor", _doctor, "Say what this machine is and what it can show.")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
@@ -286,14 +308,38 @@ def _offload_lines(stats: OffloadStats | None) -> list[str]:
     spent = ", ".join(f"{what} {format_nbytes(nbytes)}" for what, nbytes in parts.items())
     return [
         f"budget: {format_nbytes(stats.budget_bytes)}, at most {format_nbytes(stats.peak_bytes)} in use: {spent}",
-        f"plan {stats.plan}: {format_nbytes(stats.streamed_bytes_per_token)} read for each token, "
-        f"{format_nbytes(stats.read_bytes_total)} in all; "
-        f"waited {_seconds(stats.wait_s)} for it, computed {_seconds(stats.compute_s)}",
+        (
+            f"plan {stats.plan}: {format_nbytes(stats.streamed_bytes_per_token)} read for each token, "
+            f"{format_nbytes(stats.read_bytes_total)} in all; "
+            f"waited {_seconds(stats.wait_s)} for it, computed {_seconds(stats.compute_s)}"
+        ),
     ]
 
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
+
+
+def _pack(args: argparse.Namespace) -> None:
+    from refinfer.cli_cache import pack
+
+    clock = RealClock()
+    started = clock.now()
+    with _packing() as listener:
+        prepared = pack(args.folder, args.weights, args.output, listener)
+    stats, use = stats_of(prepared, clock.now() - started)
+    if args.json:
+        print(json.dumps(asdict(stats)))
+    else:
+        print(stats.path)
+        sys.stdout.flush()
+        print(_weight_cache_line(stats, use), file=sys.stderr)
+
+
+def _cache(args: argparse.Namespace) -> None:
+    from refinfer.cli_cache import run_cache
+
+    run_cache(args)
 
 
 def _synth(args: argparse.Namespace) -> None:

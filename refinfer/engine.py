@@ -35,7 +35,17 @@ from refinfer.weight_cache.file import FileWeightCacheProvider, read_file
 from refinfer.weight_cache.load_or_build import Listener, discard
 from refinfer.weight_cache.packers import LARGEST_BLOCK_BYTES
 
-__all__ = ["CacheUse", "Engine", "EngineRequest", "OffloadStats", "WeightCacheStats", "fixed_of", "open_engine"]
+__all__ = [
+    "CacheUse",
+    "Engine",
+    "EngineRequest",
+    "OffloadStats",
+    "WeightCacheStats",
+    "fixed_of",
+    "open_engine",
+    "require_finite_weights",
+    "stats_of",
+]
 
 OFF = "off"
 _SMALLEST_BLOCK_BYTES = 1 << 20
@@ -169,7 +179,7 @@ def _packed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason: s
     inventory = Inventory(request.model.config, name)
     started = request.clock.now()
     prepared = _prepare_somewhere(request, inventory, checkpoint, reason)
-    stats, use = _stats(prepared, request.clock.now() - started)
+    stats, use = stats_of(prepared, request.clock.now() - started)
     provider = prepared.provider
     most_rows = prefill_block(request.model.config, request.max_positions)
     source: WeightSource = PackedSource(inventory, provider, most_rows)
@@ -193,7 +203,8 @@ def _prepare_somewhere(
         return prepare(inventory, checkpoint, IN_MEMORY, clock=clock, listener=listener, reason=str(error))
 
 
-def _stats(prepared: Prepared, seconds: float) -> tuple[WeightCacheStats, CacheUse]:
+def stats_of(prepared: Prepared, seconds: float) -> tuple[WeightCacheStats, CacheUse]:
+    """Return what the command line tells of a cache that took `seconds` to prepare."""
     stats = WeightCacheStats(
         prepared.state,
         str(prepared.path) if prepared.path else None,
@@ -232,7 +243,7 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
     plan = make_plan(request.plan, inventory, fixed_of(inventory, positions), budget.limit)
     started = clock.now()
     prepared = _prepare_within(budget, request, inventory, checkpoint, reason)
-    stats, use = _stats(prepared, clock.now() - started)
+    stats, use = stats_of(prepared, clock.now() - started)
     prepared.provider.delete_cache()  # the mapping goes before anything is read
     path = cache_path(checkpoint, name, request.weight_cache)
     store = FileStore(path)

@@ -17,7 +17,7 @@ from refinfer.bench.matmul import ROWS_OF_X, SHAPES, machine_limits, matmul_rows
 from refinfer.bench.pack import PACK_ROUNDS, pack_bench_rows
 from refinfer.process import format_nbytes
 
-__all__ = ["BENCHES", "Bench", "print_bench", "print_machine"]
+__all__ = ["BENCHES", "Bench", "print_bench", "print_machine", "print_table"]
 
 Row = dict[str, Any]
 
@@ -97,7 +97,7 @@ int8-naive    q widened and scaled as a whole, then multiplied: it writes and re
 def print_bench(bench: Bench, result: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
     """Print the table of one bench, the machine, its limits where they were measured, and the bench's notes."""
     rows = [[show(row) for show in bench.columns.values()] for row in result["rows"]]
-    _print_table(bench.title, list(bench.columns), rows)
+    print_table(bench.title, list(bench.columns), rows)
     blas = ", ".join(f"{library['name']} {library['version']}" for library in machine["blas"])
     print(f"on {machine['cpu']}, {machine['cores']} cores; numpy {machine['numpy']}, {blas}")
     if "limits" in result:
@@ -112,7 +112,7 @@ def print_bench(bench: Bench, result: Mapping[str, Any], machine: Mapping[str, A
 
 def print_machine(machine: dict[str, Any]) -> None:
     """Print what `describe_machine` found, a line for each fact."""
-    _print_table("This machine", ["what", "value"], _flatten(machine))
+    print_table("This machine", ["what", "value"], _flatten(machine))
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> list[list[str]]:
@@ -135,7 +135,8 @@ def _word(item: object) -> str:
     return {True: "yes", False: "no"}[item] if isinstance(item, bool) else str(item)
 
 
-def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; as wide as the terminal, or 120 columns in a pipe."""
     from rich.console import Console
     from rich.table import Table
 

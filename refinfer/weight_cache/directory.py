@@ -11,12 +11,27 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from refinfer.weight_cache.publish import draft_path
-from refinfer.weight_cache.sources import side_path
+from refinfer.arrays import PAGE_BYTES
+from refinfer.errors import CacheFileError
+from refinfer.packing.formats import FORMATS
+from refinfer.weight_cache.file import read_file
+from refinfer.weight_cache.format import FORMAT_VERSION, MAGIC
+from refinfer.weight_cache.packers import packer_fingerprint
+from refinfer.weight_cache.publish import draft_path, remove_dead_draft
+from refinfer.weight_cache.sources import SideFile, side_path
 
-__all__ = ["SUFFIX", "cache_directory", "cache_files", "files_of", "path_for", "remove"]
+__all__ = [
+    "SUFFIX",
+    "cache_directory",
+    "cache_files",
+    "describe",
+    "files_of",
+    "is_cache_file",
+    "path_for",
+    "remove",
+]
 
 SUFFIX: Final = ".packed"
 
@@ -53,16 +68,52 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return tuple(file for file in (path, side, draft_path(path), draft_path(side)) if file.exists())
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """Return what header, index and side file say of a cache file; no weights are read.
+
+    `reason` says why it cannot be used, or None.
+    """
+    row: dict[str, Any] = {"path": str(path), "bytes": sum(file.stat().st_size for file in files_of(path))}
+    try:
+        header, index = read_file(path)
+    except CacheFileError as error:
+        return row | {"reason": str(error), "model": None, "format": None, "buffers": None, "packed_bytes": None}
+    about = index.provenance
+    current = about.format in FORMATS and packer_fingerprint(about.format) == about.packers
+    return row | {
+        "reason": None if current else "the packing code changed",
+        "model": about.model,
+        "format": about.format,
+        "buffers": len(index.entries),
+        "packed_bytes": header.index_offset - PAGE_BYTES,
+        "chunks": sum(len(entry.chunks) for entry in index.entries),
+        "format_version": FORMAT_VERSION,
+        "packers": about.packers.hex(),
+        "model_digest": header.model.hex(),
+        "packing_s": SideFile.read(side_path(path)).packing_s,
+        "sources": [{"name": s.name, "bytes": s.nbytes, "sha256": s.digest.hex()} for s in about.sources],
+    }
+
+
+def is_cache_file(path: Path) -> bool:
+    """Tell whether a file begins as cache files do, whatever else is wrong with it."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 def remove(path: Path) -> int:
     """Remove a cache file and all that belongs to it; return the bytes that were freed.
 
-    Processes that have mapped it keep their pages.
+    Processes that have mapped it keep their pages; a draft that is being written stays.
 
     Raises:
         OSError: the folder does not let files be removed.
     """
-    freed = 0
-    for file in files_of(path):
-        freed += file.stat().st_size
+    freed = sum(file.stat().st_size for file in files_of(path))
+    for file in (path, side_path(path)):
         file.unlink(missing_ok=True)
-    return freed
+        remove_dead_draft(file)
+    return freed - sum(file.stat().st_size for file in files_of(path))
