@@ -154,14 +154,12 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _rm(args: argparse.Namespace) -> None:
-    freed = []
-    for path in _targets(args):
-        freed.append({"path": str(path), "bytes": remove(path)})
+    freed = {str(path): remove(path) for path in _targets(args)}
     if args.json:
-        print(json.dumps(freed))
+        print(json.dumps([{"path": path, "bytes": nbytes} for path, nbytes in freed.items()]))
         return
-    for row in freed:
-        print(f"removed {row['path']}, {format_nbytes(int(row['bytes']))}")
+    for path, nbytes in freed.items():
+        print(f"removed {path}, {format_nbytes(nbytes)}")
 
 
 def _path(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 Knows: which tensor goes into which buffer, where the file lies, what to do when it cannot be written. Does not know:
 transformers, budgets, terminals.
-Spec: PREP-1 to PREP-7. Tutorial: 06.
+Spec: PREP-1 to PREP-6. Tutorial: 06.
 """
 
 from __future__ import annotations

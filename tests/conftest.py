@@ -40,6 +40,15 @@ def _load_golden(family: str) -> Golden:
     return Golden(family, GOLDEN / family, raw["prompt"], raw["logits"], raw["greedy"])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache directory for this run alone, also for the programs it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("cache-home")
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        yield home
+
+
 @pytest.fixture(params=["llama", "llama3-rope", "llama-bias", "mistral", "qwen2", "qwen3"])
 def golden(request: pytest.FixtureRequest) -> Golden:
     """Each family in turn."""
