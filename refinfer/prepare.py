@@ -95,6 +95,8 @@ def cache_path(checkpoint: Checkpoint, name: str, weight_cache: str | None) -> P
     """
     if weight_cache is None:
         return path_for(checkpoint.folder, name, packer_fingerprint(name))
+    if weight_cache.startswith(":"):
+        raise RequestError(f"--weight-cache {weight_cache} is neither {IN_MEMORY} nor a file")
     path = Path(os.path.realpath(weight_cache))
     if not weight_cache or (path.exists() and not path.is_file()):
         raise RequestError(f"--weight-cache must name a file, and {weight_cache!r} is none")

@@ -97,6 +97,12 @@ def storyteller() -> Iterator[refinfer.Session]:
         yield session
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let anybody hold their own weight cache against the specification: `pytest --provider package:Class`."""
+    about = "run the tests of weight cache providers on this class instead; Class() must be an empty one"
+    parser.addoption("--provider", metavar="PACKAGE:CLASS", help=about)
+
+
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     """When a test fails, name the clauses it holds."""
     if call.excinfo is not None and (marks := [str(i) for m in item.iter_markers("spec") for i in m.args]):

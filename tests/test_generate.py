@@ -30,7 +30,8 @@ from refinfer.errors import (
     TokenizerError,
     WeightsError,
 )
-from refinfer.generate import STORYTELLER, GenerationStats, PackedSource, Session, default_threads, load
+from refinfer.generate import STORYTELLER, GenerationStats, Session, default_threads, load
+from refinfer.offload.source import PackedSource
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.folder import open_folder
 from refinfer.model.safetensors import SafetensorsFile, TensorSpec, write_safetensors
@@ -117,7 +118,7 @@ def test_packed_logits_are_those_of_the_same_weights_unpacked(weights: str, tiny
 
 
 @pytest.mark.spec("PACK-13", "GEN-5")
-@pytest.mark.parametrize("weight_cache", [None, "off"], ids=["packed", "off"])
+@pytest.mark.parametrize("weight_cache", [None, ":memory", "off"], ids=["file", "memory", "off"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_weights_that_are_not_finite_are_named_when_they_are_quantised(
     tmp_path: Path, tiny_folder: Path, weights: str, weight_cache: str | None
@@ -134,23 +135,15 @@ def test_a_finite_weight_too_large_for_bfloat16_is_refused(tmp_path: Path, tiny_
         load(tmp_path, weights="bf16")
 
 
-@pytest.mark.spec("PACK-27")
-def test_more_rows_than_scratch_is_reserved_for_are_refused(storyteller: Session) -> None:
-    matrix = storyteller._transformer.source.lm_head
-    with pytest.raises(PackingError, match="at most 256 rows"):
-        matrix.matmul(np.zeros((257, 192), np.float32))
-
-
 @pytest.mark.spec("PACK-26")
-def test_packing_keeps_no_second_copy_of_the_weights(tmp_path: Path) -> None:
+def test_packing_into_memory_keeps_no_second_copy_of_the_weights(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", replace(SHAPES["storyteller"], vocab_size=300), dtype="bf16")
     tracemalloc.start()
     try:
-        with load(tmp_path / "m", weights="bf16", max_positions=8) as session:
-            source = session._transformer.source
-            assert isinstance(source, PackedSource)
+        with load(tmp_path / "m", weights="bf16", weight_cache=":memory", max_positions=8) as session:
+            assert isinstance(session._transformer.source, PackedSource)
             _, peak = tracemalloc.get_traced_memory()
-            assert peak < source.packed_bytes + source.scratch.nbytes + 2_000_000
+            assert peak < session.weight_cache.packed_bytes + 3_000_000
     finally:
         tracemalloc.stop()
 
@@ -471,7 +464,7 @@ def test_an_unusable_folder_is_refused(
     ("options", "why"),
     [
         ({"weights": "fp8"}, "weights must be auto, f32, bf16, int8, int4"),
-        ({"weight_cache": "on"}, "weight_cache must be None or 'off'"),
+        ({"weight_cache": ":memoryfoo"}, "neither :memory nor a file"),
         ({"max_positions": 0}, "max_positions"),
         ({"max_positions": 513}, "from 1 to this model's 512"),
         ({"threads": 0}, "threads"),

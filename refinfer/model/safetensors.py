@@ -16,6 +16,7 @@ place of each tensor in the file, which is why this reader is our own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -231,12 +232,9 @@ def write_safetensors(path: Path, tensors: Sequence[TensorSpec], metadata: Mappi
             pieces of a tensor are of another type or do not add up to its shape.
     """
     text = _header_for(path, tensors, metadata or {})
+    taken = path.exists()
     try:
-        file = path.open("xb")
-    except OSError as error:
-        raise SafetensorsError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        with file:
+        with path.open("xb") as file:
             file.write(_LENGTH.pack(len(text)) + text)
             for tensor in tensors:
                 written = 0
@@ -247,7 +245,9 @@ def write_safetensors(path: Path, tensors: Sequence[TensorSpec], metadata: Mappi
                 if written != tensor.nbytes:
                     raise SafetensorsError(f"{tensor.name!r} got {written} bytes, but its shape needs {tensor.nbytes}")
     except BaseException as error:
-        path.unlink(missing_ok=True)
+        if not (taken or isinstance(error, FileExistsError)):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise SafetensorsError(f"{path} cannot be written: {error.strerror}") from None
         raise
