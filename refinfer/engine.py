@@ -112,6 +112,7 @@ class EngineRequest:
     budget: int | str | None
     plan: str
     lock_memory: bool
+    verify: bool
     clock: Clock
     listener: Listener
 
@@ -182,7 +183,7 @@ def _packed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason: s
     stats, use = stats_of(prepared, request.clock.now() - started)
     provider = prepared.provider
     most_rows = prefill_block(request.model.config, request.max_positions)
-    source: WeightSource = PackedSource(inventory, provider, most_rows)
+    source: WeightSource = PackedSource(inventory, provider, most_rows, verify=request.verify)
     engine = Engine(checkpoint, Transformer(source, request.max_positions), stats, use)
     if not isinstance(provider, FileWeightCacheProvider):
         return engine

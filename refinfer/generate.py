@@ -94,6 +94,7 @@ def load(
     max_positions: int | None = None,
     threads: int | None = None,
     lock_memory: bool = False,
+    verify: bool = True,
     clock: Clock | None = None,
     started: float | None = None,
     listener: Listener | None = None,
@@ -113,6 +114,8 @@ def load(
             None means 512, or as many as the model has.
         threads: BLAS threads while generating; None means one for models below 64 MiB, else one per core.
         lock_memory: keep the mapped file in memory (`mlock`).
+        verify: check mapped weights against their checksums before they are used; without, a first token comes
+            sooner, and damage is not noticed.
         clock: what measures the times of `stats`.
         started: when loading began on that clock; None means now.
         listener: who is told of progress, waiting and warnings; None warns through `warnings`.
@@ -143,6 +146,7 @@ def load(
         budget=budget,
         plan=plan,
         lock_memory=lock_memory,
+        verify=verify,
         clock=clock,
         listener=listener or Listener(),
     )

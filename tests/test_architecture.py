@@ -94,13 +94,13 @@ POWERS: dict[str, tuple[str, set[str]]] = {
     "replacing files": (r"fsync|os\.replace|os\.rename|\.rename\(|fcntl|flock|lockf", {"weight_cache/publish.py"}),
     "raw reads": (
         r"os\.(p?readv?|open)\(|O_DIRECT|posix_fadvise",
-        {"offload/store.py", "weight_cache/publish.py", "bench/machine.py", "cli.py"},
+        {"offload/store.py", "weight_cache/publish.py", "bench/machine.py", "bench/start.py", "cli.py"},
     ),
     "threads": (r"\bimport threading\b|\bfrom threading\b|concurrent\.futures|multiprocessing", {"offload/budget.py"}),
     "clocks": (r"\bimport time\b|\bfrom time\b|\bdatetime\b", {"trace.py", "bench/harness.py", "bench/matmul.py"}),
     "printing": (r"\bprint\(|sys\.std(out|err)|\brich\b", {"cli.py", "cli_cache.py", "__main__.py", "bench/report.py"}),
     "global random state": (r"np\.random\.(?!default_rng|Generator)|\bimport random\b", set()),
-    "starting programs": (r"\bsubprocess\b|os\.(fork|exec|spawn|system)", set()),
+    "starting programs": (r"\bsubprocess\b|os\.(fork|exec|spawn|system)", {"bench/start.py", "bench/share.py"}),
 }
 
 # The modules that carry the two ideas, in reading order; those that do not exist yet are read once they do.

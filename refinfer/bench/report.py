@@ -15,6 +15,9 @@ from typing import Any, Final
 from refinfer.bench.decode import DECODE_SHAPES, decode_rows
 from refinfer.bench.matmul import ROWS_OF_X, SHAPES, machine_limits, matmul_rows
 from refinfer.bench.pack import PACK_ROUNDS, pack_bench_rows
+from refinfer.bench.share import SHARE_STEPS, share_rows
+from refinfer.bench.start import START_ROUNDS, start_bench
+from refinfer.packing.formats import FORMATS
 from refinfer.process import format_nbytes
 
 __all__ = ["BENCHES", "Bench", "print_bench", "print_machine", "print_table"]
@@ -87,6 +90,36 @@ int8-naive    q widened and scaled as a whole, then multiplied: it writes and re
                 "of a copy's speed": lambda row: f"{row['ratio_to_copy']:.2f}",
                 "quartiles": _quartiles,
                 "GB/s read": lambda row: f"{row['gb_per_s']:.1f}",
+            },
+        ),
+        "start": Bench(
+            title="From the start of loading to the first token: 0.95 GB of float32, one BLAS thread",
+            steps=START_ROUNDS * len(FORMATS),
+            measure=lambda progress: start_bench(progress=progress),
+            columns={
+                "format": lambda row: str(row["format"]),
+                "mode": lambda row: str(row["mode"]) + ("" if row["verify"] else ", unchecked"),
+                "page cache": lambda row: str(row["page_cache"]),
+                "open": lambda row: f"{row['open_s'] * 1e3:,.1f} ms",
+                "first token": lambda row: f"{row['time_to_first_token_s'] * 1e3:,.0f} ms",
+                "times as soon": lambda row: f"{row['ratio_to_none']:.1f}",
+                "peak memory": lambda row: format_nbytes(row["peak_rss_bytes"]),
+            },
+            notes="""\
+none   packs into memory at each start
+build  packs into the file: the first start; the digest of the original is known
+load   maps the file: every later start; unchecked: without comparing checksums
+cold   the original and the cache file taken out of the page cache (the host may still have them in its own)""",
+        ),
+        "share": Bench(
+            title="Proportional set size of each of several processes with one model, 0.95 GB of float32",
+            steps=SHARE_STEPS,
+            measure=lambda progress: {"rows": list(share_rows(progress=progress))},
+            columns={
+                "format": lambda row: str(row["format"]),
+                "processes": lambda row: str(row["processes"]),
+                "weights": lambda row: "mapped" if row["mapped"] else "packed by each",
+                "memory of each": lambda row: format_nbytes(row["pss_bytes"]),
             },
         ),
     }

@@ -26,9 +26,14 @@ __all__ = ["PackedSource"]
 
 
 class PackedSource:
-    """All weights from a provider that holds a model's inventory; closing the source deletes the provider's cache."""
+    """All weights from a provider that holds a model's inventory; closing the source deletes the provider's cache.
 
-    def __init__(self, inventory: Inventory, provider: WeightCacheProvider, most_rows: int) -> None:
+    Mapped weights are checked before they are used, unless `verify` is False.
+    """
+
+    def __init__(
+        self, inventory: Inventory, provider: WeightCacheProvider, most_rows: int, *, verify: bool = True
+    ) -> None:
         self.config = inventory.config
         self._provider = provider
         self._scratch = Scratch(inventory, most_rows)
@@ -36,7 +41,7 @@ class PackedSource:
         block = keys["vectors", inventory.vectors_name]
         vectors = vectors_of(provider[block].view(np.float32), inventory)
         entries, watch = {}, None
-        if isinstance(provider, FileWeightCacheProvider):
+        if verify and isinstance(provider, FileWeightCacheProvider):
             entries = {entry.key: entry for entry in provider.entries}
             watch = Watch(provider.mapped, entries[block])
 

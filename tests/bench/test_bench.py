@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from refinfer.bench import decode, matmul, pack, report
+from refinfer.bench import decode, matmul, pack, report, share, start
 from refinfer.bench.harness import Timings, interleave
 from refinfer.cli import _BENCHES, main
-from refinfer.model.config import ModelConfig
+from refinfer.model.config import SHAPES, ModelConfig
+from refinfer.model.synth import write_checkpoint
 from refinfer.packing.formats import FORMATS
 
 
@@ -127,3 +130,47 @@ def test_bench_pack_prints_a_row_for_every_packer(
 @pytest.mark.spec("BENCH-3")
 def test_the_command_line_knows_every_bench() -> None:
     assert tuple(report.BENCHES) == _BENCHES
+
+
+@pytest.mark.spec("BENCH-9")
+def test_bench_start_measures_every_format_and_mode_in_fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "FORMATS", {"int8": FORMATS["int8"]})
+    result = start.start_bench(SHAPES["tiny"], rounds=1)
+    rows = result["rows"]
+    assert [(r["mode"], r["page_cache"], r["verify"]) for r in rows] == [
+        ("none", "warm", True),
+        ("none", "cold", True),
+        ("build", "warm", True),
+        ("build", "cold", True),
+        ("load", "warm", True),
+        ("load", "warm", False),
+        ("load", "cold", True),
+        ("load", "cold", False),
+    ]
+    keys = {"format", "mode", "page_cache", "verify", "open_s", "time_to_first_token_s", "peak_rss_bytes"}
+    assert all(keys <= row.keys() and row["time_to_first_token_s"] >= row["open_s"] > 0 for row in rows)
+    assert [row["ratio_to_none"] for row in rows[:2]] == [1, 1]
+    assert 0 < result["base_rss_bytes"] <= rows[0]["peak_rss_bytes"] * 1.2
+
+
+@pytest.mark.spec("BENCH-9")
+def test_a_start_loads_what_the_one_before_it_built(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", SHAPES["tiny"])
+    states = [
+        start.run_start(tmp_path / "m", "int4", place)["weight_cache"]["state"]
+        for place in (":memory", str(tmp_path / "w.packed"), str(tmp_path / "w.packed"))
+    ]
+    assert states == ["memory", "built", "loaded"]
+
+
+@pytest.mark.spec("BENCH-10")
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells proportional set sizes")
+def test_bench_share_measures_processes_that_live_at_once() -> None:
+    config = replace(SHAPES["tiny"], vocab_size=40_000)  # ten megabytes in float32
+    rows = list(share.share_rows(config))
+    assert [(r["format"], r["mapped"], r["processes"]) for r in rows] == [
+        (name, mapped, n) for name in ("f32", "bf16") for mapped in (True, False) for n in (1, 2, 4)
+    ]
+    pss = {(r["format"], r["mapped"], r["processes"]): r["pss_bytes"] for r in rows}
+    shared, own = pss["f32", True, 4], pss["f32", False, 4]
+    assert own - shared > 5_000_000  # three quarters of ten megabytes, and some
