@@ -131,11 +131,6 @@ class MappedFile:
         except OSError:
             return False
 
-    def will_need(self, offset: int, nbytes: int) -> None:
-        """Ask the system to read ahead."""
-        if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_WILLNEED, offset, nbytes)
-
     def lock_memory(self) -> None:
         """Keep the whole file in memory (`mlock`), as XNNPACK's `weight_cache_lock_memory` does.
 
