@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from refinfer.arrays import PAGE_BYTES
+import numpy as np
+
+from refinfer.arrays import PAGE_BYTES, IntArray
 from refinfer.model.config import ModelConfig
 from refinfer.packing.formats import PackedLayout, layout_of
 
@@ -77,6 +79,27 @@ class Inventory:
         )
 
     @cached_property
+    def sizes(self) -> IntArray:
+        """The bytes of every chunk of the cycle."""
+        return np.array([chunk.nbytes for chunk in self.cycle], np.int64)
+
+    @cached_property
+    def chunks_of_kind(self) -> dict[str, IntArray]:
+        """The numbers of the chunks of each kind of matrix, in the order of the cycle."""
+        numbers: dict[str, list[int]] = {}
+        for number, chunk in enumerate(self.cycle):
+            numbers.setdefault(chunk.kind, []).append(number)
+        return {kind: np.array(of_kind, np.int64) for kind, of_kind in numbers.items()}
+
+    @cached_property
+    def kind_sizes(self) -> dict[str, int]:
+        """The packed bytes of one matrix of each kind in a layer, in execution order; the output table last."""
+        first = self.matrices[0].layer
+        return {matrix.kind: matrix.layout.nbytes for matrix in self.matrices if matrix.layer == first} | {
+            "lm_head": self.matrices[-1].layout.nbytes
+        }
+
+    @cached_property
     def vectors(self) -> dict[str, int]:
         """Norms and biases: their names and sizes, in execution order."""
         return {name: shape[0] for name, shape in self.config.tensor_shapes().items() if len(shape) == 1}
@@ -95,7 +118,7 @@ class Inventory:
     @property
     def streamable_nbytes(self) -> int:
         """The packed bytes of all matrices: what one token uses, and a share of the budget is a share of."""
-        return sum(chunk.nbytes for chunk in self.cycle)
+        return int(self.sizes.sum())
 
     @property
     def resident_nbytes(self) -> int:

@@ -1,0 +1,196 @@
+"""What reading and multiplying cost, in seconds; and the bounds that follow from that alone.
+
+Knows: devices, processors, formats. Does not know: plans, threads; where its figures were measured it says so.
+Spec: COST-1 to COST-5. Tutorial: 11.
+
+    read       latency + bytes * readers / bandwidth(readers)     of one of several reads under way
+    product    bytes * seconds_per_byte(format, M)                of a chunk with M rows of x
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+
+from refinfer.arrays import BoolArray
+from refinfer.errors import RequestError
+from refinfer.offload.inventory import Inventory
+from refinfer.offload.simulate import Unit
+
+__all__ = [
+    "DEVICES",
+    "HERE",
+    "Calibration",
+    "Costs",
+    "Device",
+    "Processor",
+    "calibration_of",
+    "costs_of",
+    "ideal_token_s",
+    "units_of",
+    "window_tax",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where weights are read from: bytes per second by the number of reads under way, seconds before a read begins.
+
+    `source` says where the figures come from.
+    """
+
+    name: str
+    bandwidth: Mapping[int, float]
+    latency_s: float
+    source: str
+
+    def read_s(self, nbytes: int, readers: int) -> float:
+        """Return the seconds that one read of `nbytes` takes while `readers` are under way."""
+        known = max((n for n in self.bandwidth if n <= readers), default=min(self.bandwidth))
+        return self.latency_s + nbytes * readers / self.bandwidth[known]
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """What multiplies: seconds for each packed byte, by format and number of rows of x, between them by straight lines.
+
+    `call_s` is what each chunk costs besides.
+    """
+
+    name: str
+    seconds_per_byte: Mapping[str, Mapping[int, float]]
+    call_s: float
+    source: str
+
+    def product_s(self, name: str, nbytes: int, M: int) -> float:
+        """Return the seconds that M rows of x take with a chunk of `nbytes` in the format `name`."""
+        points = sorted(self.seconds_per_byte[name].items())
+        counts = [count for count, _ in points]
+        i = min(max(bisect_left(counts, M), 1), len(points) - 1)
+        (m0, s0), (m1, s1) = points[i - 1], points[i]
+        per_byte = s0 + (s1 - s0) * (M - m0) / (m1 - m0)
+        return self.call_s + nbytes * max(per_byte, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A device and a processor; `measured` tells whether here and now, or taken from a table."""
+
+    device: Device
+    processor: Processor
+    measured: bool = False
+
+
+def _disk(name: str, gb_per_s: float, latency_us: float, source: str) -> Device:
+    return Device(name, MappingProxyType({1: gb_per_s * 1e9}), latency_us * 1e-6, source)
+
+
+DEVICES: Final[Mapping[str, Device]] = MappingProxyType(
+    {
+        device.name: device
+        for device in (
+            _disk("emmc", 0.3, 200, "eMMC 5.1, JESD84-B51: HS400 carries 400 MB/s; about 300 are reached"),
+            _disk("ufs-3.1", 2.1, 100, "UFS 3.1, sequential reads of 2,100 MB/s as its makers state"),
+            _disk("ufs-4.0", 4.2, 80, "UFS 4.0, sequential reads of 4,200 MB/s as its makers state"),
+            _disk("sata-ssd", 0.55, 80, "SATA 3.2: 6 Gbit/s carry 550 MB/s"),
+            _disk("nvme", 3.5, 60, "PCIe 3.0 x4: 3,500 MB/s, as makers of such drives state"),
+            Device(
+                "virtual-disk",
+                MappingProxyType({1: 2.14e9, 2: 2.54e9, 4: 2.68e9, 8: 2.73e9}),
+                60e-6,
+                "the disk of the virtual machine of the figures page, direct reads of 1 to 4 MiB",
+            ),
+        )
+    }
+)
+"""Disks by name. Bandwidths are sequential reads; what a phone keeps up when it is warm may be less."""
+
+_NANOSECONDS_PER_BYTE: Final = {
+    "f32": {1: 0.063, 8: 0.094, 64: 0.291, 256: 0.911},
+    "bf16": {1: 0.152, 8: 0.199, 64: 0.783, 256: 2.084},
+    "int8": {1: 0.231, 8: 0.360, 64: 1.251, 256: 3.865},
+    "int4": {1: 0.482, 8: 0.784, 64: 3.192, 256: 7.403},
+}
+
+HERE: Final = Calibration(
+    DEVICES["virtual-disk"],
+    Processor(
+        "one core of the figures page",
+        MappingProxyType(
+            {
+                name: MappingProxyType({M: ns * 1e-9 for M, ns in points.items()})
+                for name, points in _NANOSECONDS_PER_BYTE.items()
+            }
+        ),
+        10e-6,
+        "refinfer bench matmul, docs/figures/matmul.json, 4096 square",
+    ),
+)
+"""What is assumed where nothing was measured: this project's own processor and disk."""
+
+
+def calibration_of(device: str | None) -> Calibration:
+    """Return the default calibration, with another disk where `device` names one.
+
+    Raises:
+        RequestError: there is no such device.
+    """
+    if device is None:
+        return HERE
+    if device not in DEVICES:
+        raise RequestError(f"the device must be one of {', '.join(DEVICES)}, not {device!r}")
+    return Calibration(DEVICES[device], HERE.processor)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds to read and to compute each chunk of a cycle."""
+
+    read_s: tuple[float, ...]
+    compute_s: tuple[float, ...]
+
+    def reads(self, locked: BoolArray) -> list[float]:
+        """Return the seconds to read each chunk, 0 for those that are locked."""
+        seconds: list[float] = np.where(locked, 0.0, self.read_s).tolist()
+        return seconds
+
+
+def costs_of(inventory: Inventory, calibration: Calibration, *, M: int = 1, readers: int = 1) -> Costs:
+    """Return what each chunk of a model's cycle costs, for M tokens at a time."""
+    read = {n: calibration.device.read_s(n, max(readers, 1)) for n in set(inventory.sizes.tolist())}
+    product = {n: calibration.processor.product_s(inventory.format, n, M) for n in read}
+    nbytes = inventory.sizes.tolist()
+    return Costs(tuple(read[n] for n in nbytes), tuple(product[n] for n in nbytes))
+
+
+def units_of(inventory: Inventory, costs: Costs, locked: BoolArray) -> list[Unit]:
+    """Return a cycle as units for `simulate`; locked chunks are not read."""
+    return [
+        Unit(read_s, compute_s, chunk.layer, chunk.kind)
+        for chunk, read_s, compute_s in zip(inventory.cycle, costs.reads(locked), costs.compute_s, strict=True)
+    ]
+
+
+def ideal_token_s(costs: Costs, locked: BoolArray, readers: int = 1) -> float:
+    """Return the seconds no run with these locks can beat: all products, or all reads with every reader busy."""
+    return max(sum(costs.compute_s), sum(costs.reads(locked)) / max(readers, 1))
+
+
+def window_tax(layers: int, window: int) -> float:
+    """Return how many times more is streamed because a window of whole layers takes its share of the budget.
+
+    With a budget of B for N layers of L bytes, of which w are buffers, `N * (L - l) = (N * L - B) * N / (N - w)` bytes
+    stream where l are locked of each.
+
+    Examples:
+        >>> round(window_tax(24, 3), 3)
+        1.143
+    """
+    if not 0 <= window < layers:
+        raise RequestError(f"a window must be shorter than the {layers} layers, not {window}")
+    return layers / (layers - window)
