@@ -24,6 +24,7 @@ from refinfer.generate import DEFAULT_PROMPT, STORYTELLER, GenerationStats, load
 from refinfer.model.config import SHAPES
 from refinfer.model.folder import DEFAULT_MAX_TOKENS, open_folder
 from refinfer.model.synth import DTYPES, checkpoint_nbytes, write_checkpoint
+from refinfer.offload.cost import DEVICES
 from refinfer.offload.plan import PLANS
 from refinfer.packing.formats import FORMATS
 from refinfer.process import format_nbytes, parse_nbytes
@@ -115,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--budget", metavar="B", help="run in so much memory: 300MB, 1.5GiB, or 40%% of the packed weights"
     )
-    generate.add_argument("--plan", choices=tuple(PLANS), help="what stays in memory under a budget (leading)")
+    generate.add_argument("--plan", choices=tuple(PLANS), help="what stays in memory under a budget (optimal)")
     generate.add_argument(
         "--prefetch-threads", metavar="N", type=int, choices=(0,), help="0 reads each chunk when it is needed (0)"
     )
@@ -160,6 +161,12 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("--all", action="store_true", help="all files in the cache directory")
         action.add_argument("--json", action="store_true", help="print JSON")
 
+    for name, run, text in (
+        ("plan", _plan, "Show what a memory budget would be spent on; no weights are needed."),
+        ("simulate", _simulate, "Show what a memory budget would lead to, on a virtual clock; no weights are needed."),
+    ):
+        _add_planning(command(name, run, text), paper=name == "simulate")
+
     doctor = command("doctor", _doctor, "Say what this machine is and what it can show.")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -167,6 +174,22 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("name", metavar="NAME", choices=_BENCHES, help=", ".join(_BENCHES))
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _add_planning(parser: argparse.ArgumentParser, *, paper: bool) -> None:
+    parser.add_argument("--model", metavar="DIR", help="a model folder in Hugging Face's form")
+    parser.add_argument("--shape", metavar="NAME", choices=SHAPES, help=f"or a published shape: {', '.join(SHAPES)}")
+    parser.add_argument("--weights", choices=("auto", *FORMATS), default="auto", help="the format (a shape's: bf16)")
+    parser.add_argument("--budget", metavar="B", help="300MB, 1.5GiB, 40%% of the packed weights, or auto (50%%)")
+    parser.add_argument("--positions", metavar="N", type=_integer(1), help="that the KV cache has room for (512)")
+    parser.add_argument("--plan", choices=PLANS, default="optimal", help="the plan to look at (optimal)")
+    parser.add_argument("--prefetch-threads", metavar="N", type=_integer(0), default=1, help="that read ahead (1)")
+    parser.add_argument("--prefetch-ring", metavar="BYTES", type=_nbytes, help="they read into (by the budget)")
+    parser.add_argument("--device", metavar="NAME", choices=DEVICES, help=f"the disk: {', '.join(DEVICES)}")
+    parser.add_argument("--svg", metavar="FILE", help="draw a picture")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    if paper:
+        parser.add_argument("--paper", action="store_true", help="FlexInfer's own experiment, beside its figures")
 
 
 def _integer(least: int) -> Callable[[str], int]:
@@ -219,7 +242,7 @@ def _generate(args: argparse.Namespace) -> None:
             model,
             weights=args.weights,
             budget=args.budget,
-            plan=args.plan or "leading",
+            plan=args.plan or "optimal",
             weight_cache=args.weight_cache,
             max_positions=len(ids) + max_tokens,
             threads=args.threads,
@@ -340,6 +363,18 @@ def _cache(args: argparse.Namespace) -> None:
     from refinfer.cli_cache import run_cache
 
     run_cache(args)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from refinfer.cli_offload import run_plan
+
+    run_plan(args)
+
+
+def _simulate(args: argparse.Namespace) -> None:
+    from refinfer.cli_offload import run_simulate
+
+    run_simulate(args)
 
 
 def _synth(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from refinfer.model.weights import RowMajorSource, WeightSource
 from refinfer.offload.budget import Budget, parse_budget
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.matrices import gemm_scratch_nbytes
-from refinfer.offload.plan import PLANS, Fixed, Plan, make_plan
+from refinfer.offload.plan import Fixed, Plan, make_plan
 from refinfer.offload.source import PackedSource
 from refinfer.offload.store import FileStore
 from refinfer.offload.streamed import StreamedSource, staging_nbytes
@@ -82,7 +82,7 @@ class OffloadStats:
     """What a run under a budget spent and read; the fields of the command line's JSON.
 
     `peak_bytes` is the most of the budget that was in use at once, `wait_s` how long the computation waited for
-    chunks. Predictions are None until a cost model exists.
+    chunks. What is predicted and ideal rests on `offload.cost.HERE`, another machine's figures.
     """
 
     plan: str
@@ -95,8 +95,8 @@ class OffloadStats:
     peak_bytes: int
     streamed_bytes_per_token: int
     read_bytes_total: int
-    predicted_tokens_per_s: float | None
-    ideal_tokens_per_s: float | None
+    predicted_tokens_per_s: float
+    ideal_tokens_per_s: float
     wait_s: float
     compute_s: float
 
@@ -233,15 +233,13 @@ def fixed_of(inventory: Inventory, max_positions: int) -> Fixed:
 def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason: str | None) -> Engine:
     if request.weight_cache in (OFF, IN_MEMORY):
         raise RequestError(f"a budget needs a cache file; --weight-cache {request.weight_cache} has none")
-    if request.plan not in PLANS:
-        raise RequestError(f"the plan must be one of {', '.join(PLANS)}, not {request.plan!r}")
     if request.lock_memory:
         raise RequestError("lock_memory is for mapped files; under a budget the plan says what is locked")
     clock, config, positions = request.clock, request.model.config, request.max_positions
     inventory = Inventory(config, name)
     limit = request.budget
     budget = Budget(parse_budget(limit, inventory.streamable_nbytes) if isinstance(limit, str) else limit or 0)
-    plan = make_plan(request.plan, inventory, fixed_of(inventory, positions), budget.limit)
+    plan = make_plan(request.plan, inventory, fixed_of(inventory, positions), budget.limit, readers=0)
     started = clock.now()
     prepared = _prepare_within(budget, request, inventory, checkpoint, reason)
     stats, use = stats_of(prepared, clock.now() - started)
@@ -305,8 +303,8 @@ def _offload_stats(
         peak_bytes=budget.peak,
         streamed_bytes_per_token=inventory.streamable_nbytes - account.locked,
         read_bytes_total=store.bytes_read,
-        predicted_tokens_per_s=None,
-        ideal_tokens_per_s=None,
+        predicted_tokens_per_s=1 / plan.token_s,
+        ideal_tokens_per_s=1 / plan.ideal_token_s,
         wait_s=source.wait_s,
         compute_s=max(0.0, seconds - source.wait_s),
     )

@@ -89,7 +89,7 @@ def load(
     *,
     weights: str = "auto",
     budget: int | str | None = None,
-    plan: str = "leading",
+    plan: str = "optimal",
     weight_cache: str | os.PathLike[str] | None = None,
     max_positions: int | None = None,
     threads: int | None = None,
@@ -106,7 +106,7 @@ def load(
         weights: the format to pack weights in: f32, bf16, int8, int4, or auto: bf16 where the checkpoint is stored
             so, else f32; nothing is lost.
         budget: run in so much memory: bytes, a size such as "300MB", or a share of the packed weights such as "40%".
-        plan: which chunks stay in memory under a budget: "leading", the first ones that fit.
+        plan: which chunks stay in memory under a budget: one of `offload.plan.PLANS`.
         weight_cache: the file to keep packed weights in; None means one in the user's cache directory. ":memory"
             packs at each start. "off" packs nothing: row-major float32 weights with the same values, multiplied by
             numpy as a whole; an oracle.

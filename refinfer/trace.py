@@ -65,8 +65,9 @@ class Trace:
 
     @property
     def lanes(self) -> tuple[str, ...]:
-        """The lanes, in the order of their first spans."""
-        return tuple(dict.fromkeys(span.lane for span in self.spans))
+        """The lanes: those that read first, by name, then the others in the order of their first spans."""
+        reading = sorted({span.lane for span in self.spans if span.kind == "read"})
+        return tuple(dict.fromkeys([*reading, *(span.lane for span in self.spans)]))
 
     @property
     def start(self) -> float:
@@ -143,6 +144,7 @@ _WIDTH: Final = 960
 _LEFT: Final = 90
 _LANE: Final = 34
 _TOP: Final = 56
+_EDGED: Final = 4
 
 
 def to_svg(trace: Trace, title: str) -> str:
@@ -156,11 +158,9 @@ def to_svg(trace: Trace, title: str) -> str:
     def x(seconds: float) -> float:
         return _LEFT + (seconds - trace.start) * scale
 
+    size = f'viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}"'
     lines = [
-        (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
-            f'width="{_WIDTH}" height="{height}" font-family="sans-serif" font-size="12">'
-        ),
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">',
         f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
         f'<text x="{_LEFT}" y="20" font-size="14" font-weight="bold">{escape(title)}</text>',
     ]
@@ -174,9 +174,10 @@ def to_svg(trace: Trace, title: str) -> str:
         lines.append(f'<text x="{_LEFT - 8}" y="{y + 18}" text-anchor="end">{escape(lane)}</text>')
         for span in _merged([s for s in trace.spans if s.lane == lane]):
             width = max((span.end - span.start) * scale, 0.2)
+            edge = ' stroke="#ffffff" stroke-width="0.5"' if width > _EDGED else ""
             lines.append(
-                f'<rect x="{x(span.start):.2f}" y="{y}" width="{width:.2f}" height="26" fill="{KINDS[span.kind]}" '
-                f'stroke="#ffffff" stroke-width="0.5"><title>{escape(f"{span.name} {span.kind}".strip())}: '
+                f'<rect x="{x(span.start):.2f}" y="{y}" width="{width:.2f}" height="26" fill="{KINDS[span.kind]}"'
+                f"{edge}><title>{escape(f'{span.name} {span.kind}'.strip())}: "
                 f"{(span.end - span.start) * 1e3:.3f} ms</title></rect>"
             )
             if span.name and width > 7 * len(span.name):

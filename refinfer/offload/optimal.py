@@ -13,9 +13,11 @@ its own bound, so members are tried in the order of their bounds until the next 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
+
+import numpy as np
 
 from refinfer.arrays import BoolArray
 from refinfer.offload.cost import Costs, ideal_token_s
@@ -23,7 +25,7 @@ from refinfer.offload.inventory import Inventory
 from refinfer.offload.locks import LOCKS, fill
 from refinfer.offload.simulate import Ring, Unit, ring_token_s, simulate
 
-__all__ = ["RINGS", "Member", "family", "search", "token_s"]
+__all__ = ["RINGS", "Member", "family", "locked_array", "search", "token_s"]
 
 RINGS: Final = (2, 3, 4, 6, 8, 12, 16, 24)
 """How many chunks a ring may have."""
@@ -47,6 +49,13 @@ def family(inventory: Inventory, left: int, slot_nbytes: int, rings: Sequence[in
         if room >= 0:
             for name, lock in LOCKS.items():
                 yield Member(name, slots, fill(inventory, lock(inventory, room), room))
+
+
+def locked_array(inventory: Inventory, locked: Iterable[int]) -> BoolArray:
+    """Return a set of chunk numbers as one truth value for each chunk."""
+    array = np.zeros(len(inventory.cycle), np.bool_)
+    array[list(locked)] = True
+    return array
 
 
 def token_s(costs: Costs, locked: BoolArray, slots: int, readers: int) -> float:
