@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "off multiplies row-major weights, nothing packed",
     )
     generate.add_argument(
-        "--budget", metavar="B", help="run in so much memory: 300MB, 1.5GiB, or 40%% of the packed weights"
+        "--budget", metavar="B", help="run in so much memory: 300MB, 1.5GiB, 40%% of the packed weights, or auto"
     )
     generate.add_argument("--plan", choices=tuple(PLANS), help="what stays in memory under a budget (optimal)")
     generate.add_argument(

@@ -269,11 +269,9 @@ def _prepare_within(
     budget: Budget, request: EngineRequest, inventory: Inventory, checkpoint: Checkpoint, reason: str | None
 ) -> Prepared:
     """Prepare the cache file with packing blocks that fit the budget."""
-    block = max(_SMALLEST_BLOCK_BYTES, min(LARGEST_BLOCK_BYTES, budget.limit // 4))
-    block = min(block, budget.limit)
-    budget.acquire(block, "packing")
+    block = min(budget.limit, max(_SMALLEST_BLOCK_BYTES, min(LARGEST_BLOCK_BYTES, budget.limit // 4)))
     try:
-        return prepare(
+        prepared = prepare(
             inventory,
             checkpoint,
             request.weight_cache,
@@ -284,8 +282,10 @@ def _prepare_within(
         )
     except WeightCacheError as error:
         raise RequestError(f"{error}; a budget needs a cache file: name another place with --weight-cache") from None
-    finally:
+    if prepared.packed_buffers:  # a block was in use, alone
+        budget.acquire(block, "packing")
         budget.release(block)
+    return prepared
 
 
 def _offload_stats(

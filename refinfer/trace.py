@@ -174,11 +174,11 @@ def to_svg(trace: Trace, title: str) -> str:
         lines.append(f'<text x="{_LEFT - 8}" y="{y + 18}" text-anchor="end">{escape(lane)}</text>')
         for span in _merged([s for s in trace.spans if s.lane == lane]):
             width = max((span.end - span.start) * scale, 0.2)
+            about = escape(f"{span.name} {span.kind}".strip())
             edge = ' stroke="#ffffff" stroke-width="0.5"' if width > _EDGED else ""
             lines.append(
                 f'<rect x="{x(span.start):.2f}" y="{y}" width="{width:.2f}" height="26" fill="{KINDS[span.kind]}"'
-                f"{edge}><title>{escape(f'{span.name} {span.kind}'.strip())}: "
-                f"{(span.end - span.start) * 1e3:.3f} ms</title></rect>"
+                f"{edge}><title>{about}: {(span.end - span.start) * 1e3:.3f} ms</title></rect>"
             )
             if span.name and width > 7 * len(span.name):
                 middle = x((span.start + span.end) / 2)

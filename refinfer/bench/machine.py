@@ -13,16 +13,14 @@ import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from refinfer.process import usable_cores
+from refinfer.process import cgroup_memory, lines_of, meminfo_bytes, usable_cores
 
 __all__ = ["describe_machine"]
-
-_NO_LIMIT_BYTES: Final = 1 << 60
 
 
 def describe_machine(folder: Path) -> dict[str, Any]:
@@ -34,9 +32,9 @@ def describe_machine(folder: Path) -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": usable_cores(),
-        "memory_bytes": _meminfo("MemTotal"),
-        "memory_available_bytes": _meminfo("MemAvailable"),
-        "cgroup": _cgroup(),
+        "memory_bytes": meminfo_bytes("MemTotal"),
+        "memory_available_bytes": meminfo_bytes("MemAvailable"),
+        "cgroup": cgroup_memory(),
         "memlock_limit_bytes": _memlock_limit(),
         "page_bytes": mmap.PAGESIZE,
         "folder": {
@@ -53,44 +51,10 @@ def describe_machine(folder: Path) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    for line in _lines(Path("/proc/cpuinfo")):
+    for line in lines_of(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _meminfo(key: str) -> int | None:
-    for line in _lines(Path("/proc/meminfo")):
-        name, _, rest = line.partition(":")
-        if name == key:
-            return int(rest.split()[0]) * 1024
-    return None
-
-
-def _cgroup() -> dict[str, Any] | None:
-    """Return the version of control groups and the memory limit this process lives under: the least up the tree."""
-    for line in _lines(Path("/proc/self/cgroup")):
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            root, file, version = Path("/sys/fs/cgroup"), "memory.max", 2
-        elif "memory" in controllers.split(","):
-            root, file, version = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", 1
-        else:
-            continue
-        leaf = root / path.lstrip("/")
-        groups = [leaf, *(parent for parent in leaf.parents if parent == root or root in parent.parents)]
-        found = [lines[0] for group in groups if (lines := _lines(group / file))]
-        if found:
-            limits = [int(text) for text in found if text != "max" and int(text) < _NO_LIMIT_BYTES]
-            return {"version": version, "memory_limit_bytes": min(limits, default=None)}
-    return None
 
 
 def _memlock_limit() -> int | None:
@@ -106,7 +70,7 @@ def _memlock_limit() -> int | None:
 def _mount_of(folder: Path) -> list[str] | None:
     """Return the fields of the deepest mount in /proc/self/mountinfo that holds `folder`."""
     real = folder.resolve()
-    mounts = [line.split() for line in _lines(Path("/proc/self/mountinfo"))]
+    mounts = [line.split() for line in lines_of(Path("/proc/self/mountinfo"))]
     holding = [m for m in mounts if real == Path(m[4]) or Path(m[4]) in real.parents]
     return max(holding, key=lambda m: len(m[4]), default=None)
 
@@ -119,7 +83,7 @@ def _file_system(folder: Path) -> str | None:
 def _read_ahead_kb(folder: Path) -> int | None:
     """Return how far the kernel reads ahead on the disk that holds `folder`."""
     mount = _mount_of(folder)
-    lines = _lines(Path("/sys/class/bdi") / mount[2] / "read_ahead_kb") if mount else []
+    lines = lines_of(Path("/sys/class/bdi") / mount[2] / "read_ahead_kb") if mount else []
     return int(lines[0]) if lines else None
 
 

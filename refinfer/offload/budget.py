@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import re
 import threading
+from typing import Final
 
 from refinfer.errors import BudgetError
-from refinfer.process import format_nbytes, parse_nbytes
+from refinfer.process import available_bytes, format_nbytes, parse_nbytes
 
 __all__ = ["Budget", "parse_budget"]
+
+_AUTO_SHARE: Final = 0.9
+_MOST_BYTES: Final = 2.0**63
 
 
 class Budget:
@@ -58,17 +62,25 @@ class Budget:
 
 
 def parse_budget(text: str, streamable_nbytes: int) -> int:
-    """Return a budget in bytes: a size such as `300MB`, `1.5GiB`, or a share of the streamable weights such as `40%`.
+    """Return a budget in bytes.
+
+    A size such as `300MB` or `1.5GiB`; a share of the streamable weights such as `40%`; or `auto`: nine tenths of the
+    memory that is left, by the system's count and by the limit of the control group, version 1 or 2.
 
     Raises:
-        BudgetError: it is neither, or not above zero.
+        BudgetError: it is none of these, not above zero, or the system does not tell.
     """
+    if text.strip() == "auto":
+        available = available_bytes()
+        if available is None:
+            raise BudgetError("this system does not tell how much memory is left; give the budget as a size")
+        return int(available * _AUTO_SHARE)
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip()):
-        nbytes = int(float(match[1]) / 100 * streamable_nbytes)
-        if nbytes < 1:
-            raise BudgetError(f"a budget must be at least one byte, not {text!r}")
-        return nbytes
+        share = float(match[1]) / 100
+        if not 1 <= share * streamable_nbytes < _MOST_BYTES:
+            raise BudgetError(f"a budget must be at least one byte and less than 2^63, not {text!r}")
+        return int(share * streamable_nbytes)
     try:
         return parse_nbytes(text)
     except ValueError as error:
-        raise BudgetError(f"{error}; a budget is a size or a share of the weights such as 40%") from None
+        raise BudgetError(f"{error}; a budget is a size, a share of the weights such as 40%, or auto") from None
