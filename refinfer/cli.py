@@ -28,7 +28,7 @@ from refinfer.offload.cost import DEVICES
 from refinfer.offload.plan import PLANS
 from refinfer.packing.formats import FORMATS
 from refinfer.process import format_nbytes, parse_nbytes
-from refinfer.trace import RealClock
+from refinfer.trace import RealClock, to_chrome
 from refinfer.weight_cache.file import NO_FILE
 from refinfer.weight_cache.load_or_build import Listener
 
@@ -117,9 +117,10 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", metavar="B", help="run in so much memory: 300MB, 1.5GiB, 40%% of the packed weights, or auto"
     )
     generate.add_argument("--plan", choices=tuple(PLANS), help="what stays in memory under a budget (optimal)")
-    generate.add_argument(
-        "--prefetch-threads", metavar="N", type=int, choices=(0,), help="0 reads each chunk when it is needed (0)"
-    )
+    generate.add_argument("--prefetch-threads", metavar="N", type=_integer(0), help="that read ahead; 0: none (1)")
+    generate.add_argument("--prefetch-ring", metavar="BYTES", type=_nbytes, help="they read into (the plan chooses)")
+    generate.add_argument("--disk-bandwidth", metavar="RATE", type=_rate, help="read no faster than this, as 300MB/s")
+    generate.add_argument("--trace", metavar="FILE", help="write what was read, computed and waited for: for Perfetto")
     generate.add_argument("--token-ids", metavar="1,2,3", type=_token_ids, help="the prompt as token ids")
     generate.add_argument(
         "--max-tokens", metavar="N", type=_integer(1), help=f"stop after N tokens ({DEFAULT_MAX_TOKENS}, if they fit)"
@@ -226,13 +227,32 @@ def _nbytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _rate(text: str) -> int:
+    return _nbytes(text.strip().removesuffix("/s"))
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a text that was asked for.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
 def _generate(args: argparse.Namespace) -> None:
     clock = RealClock()
     started = clock.now()
     if args.prompt is not None and args.token_ids is not None:
         raise RequestError("give either a prompt or --token-ids, not both")
-    if args.budget is None and (args.plan or args.prefetch_threads is not None):
-        raise RequestError("--plan and --prefetch-threads say how to keep a --budget; give one")
+    streaming = (args.plan, args.prefetch_threads, args.prefetch_ring, args.disk_bandwidth, args.trace)
+    if args.budget is None and any(option is not None for option in streaming):
+        raise RequestError(
+            "--plan, --prefetch-threads, --prefetch-ring, --disk-bandwidth and --trace are for a --budget; give one"
+        )
     model = open_folder(Path(args.model or STORYTELLER))
     prompt = DEFAULT_PROMPT if args.prompt is None and args.token_ids is None else args.prompt
     ids = args.token_ids if prompt is None else model.encode(prompt)
@@ -243,6 +263,10 @@ def _generate(args: argparse.Namespace) -> None:
             weights=args.weights,
             budget=args.budget,
             plan=args.plan or "optimal",
+            prefetch_threads=1 if args.prefetch_threads is None else args.prefetch_threads,
+            prefetch_ring=args.prefetch_ring,
+            disk_bandwidth=args.disk_bandwidth,
+            trace=args.trace is not None,
             weight_cache=args.weight_cache,
             max_positions=len(ids) + max_tokens,
             threads=args.threads,
@@ -270,6 +294,8 @@ def _generate(args: argparse.Namespace) -> None:
             if sys.stdout.isatty():
                 print()  # what comes next begins on a line of its own
             raise
+        if args.trace is not None:
+            write_file(args.trace, json.dumps(to_chrome(session.trace)))
         stats, cache = session.stats, _weight_cache_line(session.weight_cache, session.cache_use)
     assert stats is not None
     if args.json:

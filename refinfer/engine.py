@@ -26,11 +26,11 @@ from refinfer.offload.inventory import Inventory
 from refinfer.offload.matrices import gemm_scratch_nbytes
 from refinfer.offload.plan import Fixed, Plan, make_plan
 from refinfer.offload.source import PackedSource
-from refinfer.offload.store import FileStore
+from refinfer.offload.store import FileStore, ThrottledStore
 from refinfer.offload.streamed import StreamedSource, staging_nbytes
 from refinfer.packing.formats import pack_matrix
 from refinfer.prepare import IN_MEMORY, Prepared, cache_path, choose_format, prepare
-from refinfer.trace import Clock
+from refinfer.trace import Clock, Trace
 from refinfer.weight_cache.file import FileWeightCacheProvider, read_file
 from refinfer.weight_cache.load_or_build import Listener, discard
 from refinfer.weight_cache.packers import LARGEST_BLOCK_BYTES
@@ -40,6 +40,7 @@ __all__ = [
     "Engine",
     "EngineRequest",
     "OffloadStats",
+    "Streaming",
     "WeightCacheStats",
     "fixed_of",
     "open_engine",
@@ -102,6 +103,20 @@ class OffloadStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Streaming:
+    """How chunks are read under a budget: by how many threads, into how large a ring, how fast at most.
+
+    `paged` puts an explicit LRU page cache in the place of locks and ring; `traced` keeps what happened.
+    """
+
+    prefetch_threads: int = 1
+    prefetch_ring: int | None = None
+    disk_bandwidth: float | None = None
+    paged: bool = False
+    traced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """What an engine is asked to be; see `generate.load` for the meaning of each field."""
 
@@ -113,6 +128,7 @@ class EngineRequest:
     plan: str
     lock_memory: bool
     verify: bool
+    streaming: Streaming
     clock: Clock
     listener: Listener
 
@@ -131,6 +147,12 @@ class Engine:
     use: CacheUse
     discard: Callable[[], bool] = field(default=lambda: False)
     offload: Callable[[float], OffloadStats | None] = field(default=lambda seconds: None)
+
+    @property
+    def trace(self) -> Trace:
+        """What was read, computed and waited for, where that was asked for."""
+        source = self.transformer.source
+        return source.trace if isinstance(source, StreamedSource) else Trace(())
 
     def close(self) -> None:
         """Release the weights."""
@@ -239,16 +261,34 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
     inventory = Inventory(config, name)
     limit = request.budget
     budget = Budget(parse_budget(limit, inventory.streamable_nbytes) if isinstance(limit, str) else limit or 0)
-    plan = make_plan(request.plan, inventory, fixed_of(inventory, positions), budget.limit, readers=0)
+    streaming = request.streaming
+    plan = make_plan(
+        request.plan,
+        inventory,
+        fixed_of(inventory, positions),
+        budget.limit,
+        ring_nbytes=streaming.prefetch_ring,
+        readers=streaming.prefetch_threads,
+    )
     started = clock.now()
     prepared = _prepare_within(budget, request, inventory, checkpoint, reason)
     stats, use = stats_of(prepared, clock.now() - started)
     prepared.provider.delete_cache()  # the mapping goes before anything is read
     path = cache_path(checkpoint, name, request.weight_cache)
     store = FileStore(path)
+    rate = streaming.disk_bandwidth
     try:
         source = StreamedSource(
-            inventory, read_file(path)[1], store, plan, budget, prefill_block(config, positions), clock
+            inventory,
+            read_file(path)[1],
+            store if rate is None else ThrottledStore(store, rate, clock),
+            plan,
+            budget,
+            most_rows=prefill_block(config, positions),
+            clock=clock,
+            threads=streaming.prefetch_threads,
+            paged=streaming.paged,
+            traced=streaming.traced,
         )
     except BaseException as error:
         store.close()

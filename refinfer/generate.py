@@ -24,6 +24,7 @@ from refinfer.engine import (
     Engine,
     EngineRequest,
     OffloadStats,
+    Streaming,
     WeightCacheStats,
     open_engine,
     require_finite_weights,
@@ -36,7 +37,7 @@ from refinfer.model.tokenizer import TextStream
 from refinfer.model.transformer import Transformer
 from refinfer.prepare import IN_MEMORY
 from refinfer.process import peak_rss_bytes, usable_cores
-from refinfer.trace import Clock, RealClock
+from refinfer.trace import Clock, RealClock, Trace
 from refinfer.weight_cache.load_or_build import Listener
 
 __all__ = [
@@ -90,6 +91,11 @@ def load(
     weights: str = "auto",
     budget: int | str | None = None,
     plan: str = "optimal",
+    prefetch_threads: int = 1,
+    prefetch_ring: int | None = None,
+    disk_bandwidth: float | None = None,
+    paged: bool = False,
+    trace: bool = False,
     weight_cache: str | os.PathLike[str] | None = None,
     max_positions: int | None = None,
     threads: int | None = None,
@@ -107,6 +113,11 @@ def load(
             so, else f32; nothing is lost.
         budget: run in so much memory: bytes, a size such as "300MB", or a share of the packed weights such as "40%".
         plan: which chunks stay in memory under a budget: one of `offload.plan.PLANS`.
+        prefetch_threads: how many threads read ahead; 0 reads each chunk when it is needed.
+        prefetch_ring: bytes of the ring that they read into; None lets the plan choose.
+        disk_bandwidth: read no faster than so many bytes per second.
+        paged: keep an LRU page cache instead of locks and a ring, as mmap would.
+        trace: keep what is read, computed and waited for, for `Session.trace`.
         weight_cache: the file to keep packed weights in; None means one in the user's cache directory. ":memory"
             packs at each start. "off" packs nothing: row-major float32 weights with the same values, multiplied by
             numpy as a whole; an oracle.
@@ -136,6 +147,8 @@ def load(
         max_positions = min(DEFAULT_MAX_POSITIONS, positions)
     if not 1 <= max_positions <= positions:
         raise RequestError(f"max_positions must be from 1 to this model's {positions}, not {max_positions}")
+    if disk_bandwidth is not None and not 0 < disk_bandwidth < float("inf"):
+        raise RequestError(f"disk_bandwidth must be above 0 bytes per second, not {disk_bandwidth}")
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise RequestError(f"threads must be from 1 to {_MOST_THREADS}, not {threads}")
     request = EngineRequest(
@@ -147,6 +160,7 @@ def load(
         plan=plan,
         lock_memory=lock_memory,
         verify=verify,
+        streaming=Streaming(prefetch_threads, prefetch_ring, disk_bandwidth, paged, trace),
         clock=clock,
         listener=listener or Listener(),
     )
@@ -203,6 +217,11 @@ class Session:
     def cache_use(self) -> CacheUse:
         """Hits, misses and bytes of the weight cache when the model was loaded."""
         return self._open().use
+
+    @property
+    def trace(self) -> Trace:
+        """What was read, computed and waited for since the model was loaded; empty unless `load` was asked to trace."""
+        return self._open().trace
 
     @property
     def stats(self) -> GenerationStats | None:

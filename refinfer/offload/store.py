@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -19,8 +20,9 @@ from typing import Protocol, Self
 from refinfer.arrays import PAGE_BYTES, aligned_empty
 from refinfer.errors import CacheFileError, DamagedWeightsError
 from refinfer.packing.formats import Bytes
+from refinfer.trace import Clock
 
-__all__ = ["FileStore", "Store"]
+__all__ = ["FileStore", "Store", "ThrottledStore"]
 
 
 class Store(Protocol):
@@ -35,6 +37,34 @@ class Store(Protocol):
         ...
 
 
+class ThrottledStore:
+    """Reads no faster than a rate: a phone's storage on a laptop.
+
+    A token bucket: each read takes its bytes' time of the one line that all threads stand in, and waits for the end
+    of it on `clock`.
+    """
+
+    def __init__(self, store: Store, bytes_per_s: float, clock: Clock) -> None:
+        self._store = store
+        self._rate = bytes_per_s
+        self._clock = clock
+        self._line_ends = clock.now()
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, into: Bytes) -> None:
+        """Read, and return when the rate allows it."""
+        with self._lock:
+            self._line_ends = max(self._line_ends, self._clock.now()) + len(into) / self._rate
+            mine = self._line_ends
+        self._store.read(offset, into)
+        if (rest := mine - self._clock.now()) > 0:
+            self._clock.sleep(rest)
+
+    def close(self) -> None:
+        """Close the store behind."""
+        self._store.close()
+
+
 class FileStore:
     """Reads pages of a file with direct I/O, or without where that is not supported.
 
@@ -45,6 +75,7 @@ class FileStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.bytes_read = 0
+        self._lock = threading.Lock()
         try:
             self._descriptor: int | None = _open_direct(path)
         except OSError as error:
@@ -70,7 +101,8 @@ class FileStore:
                 done += n
         except OSError as error:
             raise DamagedWeightsError(f"{self.path} cannot be read: {error.strerror}") from None
-        self.bytes_read += done
+        with self._lock:
+            self.bytes_read += done
 
     def _read(self, offset: int, view: memoryview) -> int:
         if self._descriptor is None:

@@ -1,20 +1,21 @@
-"""A weight source within a memory budget: locked chunks in memory, all others read from the file when they are used.
+"""A weight source within a memory budget: locked chunks in memory, all others read from the file around their use.
 
-Knows: which chunks its plan locks, its ring, its account. Does not know: how chunks were chosen (`plan`), how bytes are
-read (`store`).
+Knows: which chunks its plan locks, its slots, its account. Does not know: how chunks were chosen (`plan`), who reads
+ahead (`prefetch`), how bytes are read (`store`).
 Spec: OFFLOAD-7 to OFFLOAD-9. Tutorial: 12.
 
 The file is never mapped: what is not counted in the account is not in memory.
 
     cycle    | q 0 | q 1 | k 0 | v 0 | o 0 | ... | lm_head n |   then the next token begins
                locked      locked
-    ring           | slot 0 |  | slot 1 | slot 0 | ...           used again two reads later
+    ring           | slot 0 |  | slot 1 | slot 2 | ...           filled ahead, or when they are needed
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -24,15 +25,16 @@ from refinfer.offload.budget import Budget
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.matrices import RecordTable, Scratch, damaged, product_of_chunks, vectors_of
 from refinfer.offload.plan import Plan
+from refinfer.offload.prefetch import Prefetcher
 from refinfer.offload.store import Store
 from refinfer.packing.formats import Bytes, PackedLayout
 from refinfer.packing.gemm import require_rows
-from refinfer.trace import Clock
+from refinfer.trace import Clock, Span, Trace
 from refinfer.weight_cache.checksum import checksum
 from refinfer.weight_cache.format import Entry, Index
 from refinfer.weight_cache.packers import layout_of_key
 
-__all__ = ["StreamedMatrix", "StreamedSource", "staging_nbytes"]
+__all__ = ["LruPages", "OnDemand", "Reader", "StreamedMatrix", "StreamedSource", "staging_nbytes"]
 
 _ROWS_AT_ONCE: Final = 16  # of a tied table, unpacked together
 
@@ -41,9 +43,79 @@ def staging_nbytes(inventory: Inventory, most_rows: int) -> int:
     """Return the bytes that looking up the embeddings of `most_rows` tokens takes for a moment: result and staging."""
     K = inventory.config.hidden_size
     result = 4 * most_rows * K
-    if inventory.table is None:
-        return result + 4 * _ROWS_AT_ONCE * 4 * K  # as bytes, as float32, and what comes between
+    if inventory.table is None:  # a chunk of the tied table; its rows as bytes, as float32, and what comes between
+        return result + 4 * _ROWS_AT_ONCE * 4 * K + _table_chunk_nbytes(inventory)
     return result + 4 * K + 2 * PAGE_BYTES
+
+
+def _table_chunk_nbytes(inventory: Inventory) -> int:
+    return max(chunk.padded_nbytes for chunk in inventory.matrices[-1].layout.chunks)
+
+
+class Reader(Protocol):
+    """Gives streamed chunks in the order of the cycle; each is valid until it is released."""
+
+    def take(self, chunk: int) -> Bytes:
+        """Return a chunk, by its number in the cycle."""
+        ...
+
+    def release(self) -> None:
+        """Give the chunk back that was taken last."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading; again is allowed."""
+        ...
+
+
+class OnDemand:
+    """Reads each chunk when it is taken: what prefetching is compared with."""
+
+    def __init__(self, slots: Sequence[Bytes], read: Callable[[int, Bytes, int], Bytes]) -> None:
+        self._slot = slots[0]
+        self._read = read
+
+    def take(self, chunk: int) -> Bytes:
+        """Read a chunk."""
+        return self._read(chunk, self._slot, 0)
+
+    def release(self) -> None:
+        """Do nothing: the next chunk takes its place."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class LruPages:
+    """An explicit page cache of all the memory a plan would have for locks and ring, which forgets what is oldest.
+
+    What mmap does within a memory limit, without needing the limit: on a cyclic scan every chunk is forgotten just
+    before it is needed again, until all of them fit.
+    """
+
+    def __init__(self, slots: Sequence[Bytes], read: Callable[[int, Bytes, int], Bytes]) -> None:
+        self._free = list(slots)
+        self._held: OrderedDict[int, tuple[Bytes, Bytes]] = OrderedDict()
+        self._read = read
+
+    def take(self, chunk: int) -> Bytes:
+        """Return a chunk, reading it unless it is held."""
+        if chunk in self._held:
+            self._held.move_to_end(chunk)
+            return self._held[chunk][1]
+        slot = self._free.pop() if self._free else self._held.popitem(last=False)[1][0]
+        try:
+            self._held[chunk] = slot, self._read(chunk, slot, 0)
+        except BaseException:
+            self._free.append(slot)
+            raise
+        return self._held[chunk][1]
+
+    def release(self) -> None:
+        """Do nothing: chunks stay until they are the oldest."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 class StreamedMatrix:
@@ -62,11 +134,11 @@ class StreamedMatrix:
         Raises:
             DamagedWeightsError: a chunk cannot be read, or does not agree with its checksum.
         """
-        buffers = (self._source.chunk(self._first + i) for i in range(len(self._layout.chunks)))
+        buffers = self._source.chunks(self._first, len(self._layout.chunks))
         return product_of_chunks(x, self._layout, buffers, self._bias, out, self._source.scratch.of(len(x)))
 
     def rows(self, ids: IntArray) -> Float32Array:
-        """Return the rows `ids` as float32 `[len(ids), K]`; reads each chunk that holds one once.
+        """Return the rows `ids` as float32 `[len(ids), K]`; reads each chunk that holds one once, out of turn.
 
         Raises:
             DamagedWeightsError: a chunk cannot be read, or does not agree with its checksum.
@@ -76,7 +148,7 @@ class StreamedMatrix:
         out = np.empty((len(ids), layout.K), np.float32)
         chunk_of = np.searchsorted([chunk.first_row for chunk in layout.chunks], ids, side="right") - 1
         for c in np.unique(chunk_of):
-            tiles = layout.tiles(self._source.chunk(self._first + int(c)), layout.chunks[c])
+            tiles = layout.tiles(self._source.out_of_turn(self._first + int(c)), layout.chunks[c])
             here = np.flatnonzero(chunk_of == c)
             for some in np.split(here, range(_ROWS_AT_ONCE, len(here), _ROWS_AT_ONCE)):
                 which, lane = np.divmod(ids[some] - layout.chunks[c].first_row, layout.tile.nr)
@@ -87,8 +159,9 @@ class StreamedMatrix:
 class StreamedSource:
     """All weights of a cache file, within a budget and as a plan says.
 
-    Laws: every large buffer is acquired from the budget before it is made; a chunk given by `chunk` is valid until
-    the second next one is asked for; every chunk that is read is checked before it is given.
+    Laws: every large buffer is acquired from the budget before it is made; every chunk that is read is checked before
+    it is given; with `threads` of 0 a chunk is read when it is needed; `paged` puts `LruPages` in the place of locks
+    and ring.
 
     Raises:
         BudgetError: the plan does not fit the budget.
@@ -96,7 +169,18 @@ class StreamedSource:
     """
 
     def __init__(
-        self, inventory: Inventory, index: Index, store: Store, plan: Plan, budget: Budget, most_rows: int, clock: Clock
+        self,
+        inventory: Inventory,
+        index: Index,
+        store: Store,
+        plan: Plan,
+        budget: Budget,
+        *,
+        most_rows: int,
+        clock: Clock,
+        threads: int = 0,
+        paged: bool = False,
+        traced: bool = False,
     ) -> None:
         account = plan.account
         for nbytes, what in (
@@ -110,21 +194,28 @@ class StreamedSource:
         self.config = inventory.config
         self.scratch = Scratch(inventory, most_rows)
         self.wait_s = 0.0
+        self._spans: list[Span] | None = [] if traced else None
+        self._inventory = inventory
         self._store = store
         self._clock = clock
         entries = {(entry.key.packer, entry.key.name): entry for entry in index.entries}
         of_matrix = [entries["goi", matrix.name] for matrix in inventory.matrices]
         self._chunks = [(of_matrix[c.matrix], c.index) for c in inventory.cycle]
-        self._slots = [_pages(plan.slot_nbytes) for _ in range(plan.ring_slots)]
-        self._next_slot = 0
-        self._locked: dict[int, Bytes] = {}
         block = entries["vectors", inventory.vectors_name]
-        vectors = vectors_of(self._read(block, 0, _pages(block.nbytes)).view(np.float32), inventory)
-        memory, end = _pages(account.locked), 0
-        for number in sorted(plan.locked):
-            nbytes = inventory.cycle[number].nbytes
-            self._locked[number] = self._read(*self._chunks[number], memory[end : end + nbytes])
-            end += nbytes
+        vectors = vectors_of(self._checked(block, 0, _pages(block.nbytes)).view(np.float32), inventory)
+        self._locked: dict[int, Bytes] = {}
+        self._staging = _pages(_table_chunk_nbytes(inventory) if inventory.table is None else 0)
+        if paged:
+            n_slots = max(1, (account.locked + account.ring) // plan.slot_nbytes)
+            self._reader: Reader = LruPages(_slots(n_slots, plan.slot_nbytes), self._read)
+        else:
+            self._lock(sorted(plan.locked), _pages(account.locked))
+            order = [number for number in range(len(self._chunks)) if number not in self._locked]
+            slots = _slots(plan.ring_slots, plan.slot_nbytes)
+            if threads and order:
+                self._reader = Prefetcher(order, slots, self._read, threads)
+            else:
+                self._reader = OnDemand(slots or [self._staging], self._read)
         firsts: dict[str, int] = {}
         for number, chunk in enumerate(inventory.cycle):
             firsts.setdefault(inventory.matrices[chunk.matrix].name, number)
@@ -140,33 +231,85 @@ class StreamedSource:
             self.config, matrix=matrix, table=table, vector=vectors.__getitem__
         )
 
-    def chunk(self, number: int) -> Bytes:
-        """Return a chunk of the cycle: locked, or read now.
+    @property
+    def trace(self) -> Trace:
+        """What was read, computed and waited for so far, where that is traced."""
+        return Trace(tuple(self._spans or ()))
+
+    def chunks(self, first: int, n: int) -> Iterator[Bytes]:
+        """Give `n` chunks of the cycle one by one, each until the next is asked for.
+
+        Raises:
+            DamagedWeightsError: one cannot be read, or does not agree with its checksum.
+        """
+        for number in range(first, first + n):
+            locked = self._locked.get(number)
+            chunk = locked if locked is not None else self._take(number)
+            started = self._clock.now() if self._spans is not None else 0.0
+            try:
+                yield chunk
+            finally:
+                if self._spans is not None:
+                    self._note("compute", "compute", number, started)
+                if locked is None:
+                    self._reader.release()
+
+    def out_of_turn(self, number: int) -> Bytes:
+        """Return a chunk of the tied table for the rows in it, valid until the next such call.
 
         Raises:
             DamagedWeightsError: it cannot be read, or does not agree with its checksum.
         """
         if (locked := self._locked.get(number)) is not None:
             return locked
-        self._next_slot = (self._next_slot + 1) % len(self._slots)
         started = self._clock.now()
-        chunk = self._read(*self._chunks[number], self._slots[self._next_slot])
-        self.wait_s += self._clock.now() - started
+        chunk = self._checked(*self._chunks[number], self._staging)
+        self._waited(number, started)
         return chunk
 
-    def _read(self, entry: Entry, number: int, into: Bytes) -> Bytes:
+    def _take(self, number: int) -> Bytes:
+        started = self._clock.now()
+        chunk = self._reader.take(number)
+        self._waited(number, started)
+        return chunk
+
+    def _waited(self, number: int, started: float) -> None:
+        self.wait_s += self._clock.now() - started
+        if self._spans is not None:
+            self._note("compute", "wait", number, started)
+
+    def _note(self, lane: str, kind: str, number: int, started: float) -> None:
+        if self._spans is not None:
+            self._spans.append(Span(lane, kind, self._inventory.cycle[number].kind, started, self._clock.now()))
+
+    def _read(self, number: int, slot: Bytes, thread: int) -> Bytes:
+        """Read and check a chunk; a prefetch thread runs this."""
+        started = self._clock.now() if self._spans is not None else 0.0
+        chunk = self._checked(*self._chunks[number], slot)
+        self._note(f"disk {thread + 1}", "read", number, started)
+        return chunk
+
+    def _checked(self, entry: Entry, number: int, into: Bytes) -> Bytes:
         chunk = entry.chunks[number]
         self._store.read(chunk.offset, into[: chunk.padded_nbytes])
         if checksum(into[: chunk.nbytes]) != chunk.checksum:
             raise damaged("the weight cache", entry.key, number)
         return into[: chunk.nbytes]
 
+    def _lock(self, numbers: Sequence[int], memory: Bytes) -> None:
+        end = 0
+        for number in numbers:
+            nbytes = self._inventory.cycle[number].nbytes
+            self._locked[number] = self._checked(*self._chunks[number], memory[end : end + nbytes])
+            end += nbytes
+
     def layers(self) -> Iterator[LayerWeights]:
         """Walk over the layers in execution order."""
         return iter(self._layers)
 
     def close(self) -> None:
-        """Close the store."""
+        """End the threads and close the store; again is allowed."""
+        self._reader.close()
         self._store.close()
 
 
@@ -187,3 +330,8 @@ class _RecordReader:
 def _pages(nbytes: int) -> Bytes:
     """Return uninitialised bytes on a page."""
     return aligned_empty((nbytes // 4,), PAGE_BYTES).reshape(-1).view(np.uint8)
+
+
+def _slots(n: int, nbytes: int) -> list[Bytes]:
+    memory = _pages(n * nbytes)
+    return [memory[i * nbytes : (i + 1) * nbytes] for i in range(n)]
