@@ -236,6 +236,11 @@ class StreamedSource:
         """What was read, computed and waited for so far, where that is traced."""
         return Trace(tuple(self._spans or ()))
 
+    @property
+    def n_chunks(self) -> int:
+        """How many chunks the cycle has."""
+        return len(self._chunks)
+
     def chunks(self, first: int, n: int) -> Iterator[Bytes]:
         """Give `n` chunks of the cycle one by one, each until the next is asked for.
 
