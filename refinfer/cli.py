@@ -328,7 +328,7 @@ def _weight_cache_line(stats: WeightCacheStats, use: CacheUse) -> str:
     if stats.state == "off":
         line = "off: nothing was packed"
     elif stats.state == "memory":
-        line = f"{packed}, into memory in {took}"
+        line = f"{packed}, into memory in {took}" + (f": {stats.reason}" if stats.reason else "")
     elif stats.state == "built":
         why = "" if stats.reason == NO_FILE else f"rebuilt: {stats.reason}; "
         kept = f", found {_buffers(use.hits)}" if use.hits else ""

@@ -138,21 +138,26 @@ class Engine:
     """A transformer over its weights, and what is known of how they came.
 
     `discard` removes the cache file after damage, and tells whether it is gone; `offload` says what a run spent, given
-    the seconds it took.
+    the seconds it took and what `waited_s` was before it.
     """
 
-    checkpoint: Checkpoint
     transformer: Transformer
     weight_cache: WeightCacheStats
     use: CacheUse
     discard: Callable[[], bool] = field(default=lambda: False)
-    offload: Callable[[float], OffloadStats | None] = field(default=lambda seconds: None)
+    offload: Callable[[float, float], OffloadStats | None] = field(default=lambda seconds, waited: None)
 
     @property
     def trace(self) -> Trace:
         """What was read, computed and waited for, where that was asked for."""
         source = self.transformer.source
         return source.trace if isinstance(source, StreamedSource) else Trace(())
+
+    @property
+    def waited_s(self) -> float:
+        """The seconds waited for chunks so far."""
+        source = self.transformer.source
+        return source.wait_s if isinstance(source, StreamedSource) else 0.0
 
     def close(self) -> None:
         """Release the weights."""
@@ -195,7 +200,7 @@ def _row_major(request: EngineRequest, checkpoint: Checkpoint, name: str) -> Eng
     widen = stored_to_f32 if exact else lambda w: pack_matrix(w, name).unpack()
     source = RowMajorSource(request.model.config, checkpoint, widen)
     stats = WeightCacheStats(OFF, None, None, 0, 0, request.clock.now() - started)
-    return Engine(checkpoint, Transformer(source, request.max_positions), stats, CacheUse(0, 0, 0, None))
+    return Engine(Transformer(source, request.max_positions), stats, CacheUse(0, 0, 0, None))
 
 
 def _packed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason: str | None) -> Engine:
@@ -205,8 +210,8 @@ def _packed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason: s
     stats, use = stats_of(prepared, request.clock.now() - started)
     provider = prepared.provider
     most_rows = prefill_block(request.model.config, request.max_positions)
-    source: WeightSource = PackedSource(inventory, provider, most_rows, verify=request.verify)
-    engine = Engine(checkpoint, Transformer(source, request.max_positions), stats, use)
+    source: WeightSource = PackedSource(inventory, provider, most_rows, request.clock, verify=request.verify)
+    engine = Engine(Transformer(source, request.max_positions), stats, use)
     if not isinstance(provider, FileWeightCacheProvider):
         return engine
     if request.lock_memory:
@@ -296,12 +301,11 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
             discard(path, store.is_at)
         raise
     return Engine(
-        checkpoint,
         Transformer(source, positions),
         stats,
         use,
         discard=lambda: discard(path, store.is_at),
-        offload=lambda seconds: _offload_stats(plan, inventory, budget, store, source, seconds),
+        offload=lambda seconds, waited: _offload_stats(plan, inventory, budget, store, seconds, source.wait_s - waited),
     )
 
 
@@ -329,7 +333,7 @@ def _prepare_within(
 
 
 def _offload_stats(
-    plan: Plan, inventory: Inventory, budget: Budget, store: FileStore, source: StreamedSource, seconds: float
+    plan: Plan, inventory: Inventory, budget: Budget, store: FileStore, seconds: float, waited: float
 ) -> OffloadStats:
     account = plan.account
     return OffloadStats(
@@ -345,6 +349,6 @@ def _offload_stats(
         read_bytes_total=store.bytes_read,
         predicted_tokens_per_s=1 / plan.token_s,
         ideal_tokens_per_s=1 / plan.ideal_token_s,
-        wait_s=source.wait_s,
-        compute_s=max(0.0, seconds - source.wait_s),
+        wait_s=waited,
+        compute_s=max(0.0, seconds - waited),
     )

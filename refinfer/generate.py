@@ -30,11 +30,13 @@ from refinfer.engine import (
     require_finite_weights,
 )
 from refinfer.errors import DamagedWeightsError, GenerationError, RequestError
+from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import ModelConfig
 from refinfer.model.folder import ModelFolder, open_folder
 from refinfer.model.sampler import Sampling, sample
 from refinfer.model.tokenizer import TextStream
 from refinfer.model.transformer import Transformer
+from refinfer.offload.plan import PLANS
 from refinfer.prepare import IN_MEMORY
 from refinfer.process import peak_rss_bytes, usable_cores
 from refinfer.trace import Clock, RealClock, Trace
@@ -141,6 +143,8 @@ def load(
     """
     clock = clock or RealClock()
     started = clock.now() if started is None else started
+    if plan not in PLANS:
+        raise RequestError(f"the plan must be one of {', '.join(PLANS)}, not {plan!r}")
     opened = model if isinstance(model, ModelFolder) else open_folder(Path(model or STORYTELLER))
     positions = opened.config.longest_request
     if max_positions is None:
@@ -277,6 +281,7 @@ class Session:
 
     def _run(self, prompt_ids: list[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Iterator[str]:
         tokens = _Tokens(self._clock)
+        waited = self._open().waited_s
         self._latest = tokens
         stream = TextStream(self.model.tokenizer, prompt_ids) if self.model.tokenizer else None
         pieces: list[str] = []
@@ -298,7 +303,7 @@ class Session:
             tokens_per_s=(len(tokens.ids) - 1) / tokens.later_s if tokens.later_s > 0 else None,
             peak_rss_bytes=peak_rss_bytes(),
             weight_cache=self._open().weight_cache,
-            offload=self._open().offload(tokens.first_s + tokens.later_s),
+            offload=self._open().offload(tokens.first_s + tokens.later_s, waited),
         )
         self._loading_s = 0.0
 
@@ -336,9 +341,10 @@ class Session:
             return compute(self._transformer)
         except DamagedWeightsError as error:
             reason = str(error)
-        removed = self._open().discard()
+        removed, kv_cache = self._open().discard(), self._transformer.kv_cache
         self.close()
         self._engine = _open_sound(self._request, reason, in_memory=not removed)
+        self._transformer.kv_cache = kv_cache  # a text that was begun goes on, with the same weights
         return compute(self._transformer)
 
     def logits(self, token_ids: Sequence[int] | IntArray) -> Float32Array:
@@ -359,7 +365,7 @@ class Session:
     def _require_finite(self, logits: Float32Array) -> None:
         if np.isfinite(logits).all():
             return
-        require_finite_weights(self._open().checkpoint)
+        require_finite_weights(open_checkpoint(self.model.path))
         raise GenerationError("the logits are not finite although every weight is: the activations have overflowed")
 
     def _blas_limits(self) -> AbstractContextManager[object]:

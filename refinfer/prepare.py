@@ -23,7 +23,7 @@ from refinfer.model.weights import require_layers
 from refinfer.offload.inventory import Inventory
 from refinfer.packing.formats import FORMATS, Bytes
 from refinfer.trace import Clock
-from refinfer.weight_cache.directory import path_for
+from refinfer.weight_cache.directory import SUFFIX, is_cache_file, path_for
 from refinfer.weight_cache.format import Provenance, SourceFile
 from refinfer.weight_cache.key import PackKey, WeightId
 from refinfer.weight_cache.load_or_build import SILENT, Contents, Listener, load_or_build
@@ -97,10 +97,14 @@ def cache_path(checkpoint: Checkpoint, name: str, weight_cache: str | None) -> P
         return path_for(checkpoint.folder, name, packer_fingerprint(name))
     if weight_cache.startswith(":"):
         raise RequestError(f"--weight-cache {weight_cache} is neither {IN_MEMORY} nor a file")
-    path = Path(os.path.realpath(weight_cache))
-    if not weight_cache or (path.exists() and not path.is_file()):
-        raise RequestError(f"--weight-cache must name a file, and {weight_cache!r} is none")
-    if path in {source.resolve() for source in checkpoint.paths} or path.suffix in {".safetensors", ".json"}:
+    try:
+        path = Path(os.path.realpath(weight_cache))
+        if not weight_cache or (path.exists() and not path.is_file()):
+            raise RequestError(f"--weight-cache must name a file, and {weight_cache!r} is none")
+        of_the_model = path.parent == checkpoint.folder.resolve() and path.suffix != SUFFIX and path.exists()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--weight-cache {weight_cache!r} cannot be used: {error}") from None
+    if (of_the_model and not is_cache_file(path)) or path.suffix in {".safetensors", ".json"}:
         raise RequestError(f"--weight-cache {weight_cache} is a file of a model; name another one")
     return path
 

@@ -10,14 +10,19 @@ and then everything is checked anew before the token is shown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Final
 
 from refinfer.arrays import Float32Array, IntArray
 from refinfer.model.weights import Matrix, RowTable
 from refinfer.offload.matrices import ResidentMatrix, damaged
 from refinfer.packing.formats import Bytes
+from refinfer.trace import Clock
 from refinfer.weight_cache.file import MappedFile
 from refinfer.weight_cache.format import Entry
+
+_TICK_S: Final = 0.1
 
 __all__ = ["FirstTable", "LastMatrix", "MappedMatrix", "Watch"]
 
@@ -28,8 +33,10 @@ class Watch:
     `vectors` is the entry of the block of norms and biases.
     """
 
-    def __init__(self, mapped: MappedFile, vectors: Entry) -> None:
+    def __init__(self, mapped: MappedFile, vectors: Entry, clock: Clock) -> None:
         self.mapped = mapped
+        self._clock = clock
+        self._restless_until = -math.inf
         self.matrices: list[MappedMatrix] = []
         self.epoch = 0
         self._vectors = vectors
@@ -41,7 +48,11 @@ class Watch:
         Raises:
             DamagedWeightsError: they do not agree with their checksum, or the file was cut short.
         """
-        self.epoch += self.mapped.changed()
+        if self.mapped.changed():
+            self._restless_until = self._clock.now() + _TICK_S
+            self.epoch += 1
+        elif self._clock.now() < self._restless_until:
+            self.epoch += 1  # the times of a file do not tell a second write in the same tick from the first
         if self._vectors_checked_in != self.epoch:
             if not self.mapped.is_sound(self._vectors.chunks[0]):
                 raise damaged(str(self.mapped.path), self._vectors.key)

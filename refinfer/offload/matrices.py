@@ -136,7 +136,7 @@ class RecordTable:
         for i, row in enumerate(ids.tolist()):
             chunk = chunks_of(self._key)[bisect_right(self._first_rows, row) - 1]
             record = self._read(chunk.offset + (row - chunk.first_row) * nbytes, nbytes)
-            stored = rows_of_records(record[None], self._key)
+            stored = rows_of_records(record[None], self._key, ids[i : i + 1])
             if stored is None:
                 raise damaged(self._where, self._key)
             out[i] = stored_to_f32(stored[0])

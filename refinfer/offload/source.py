@@ -18,6 +18,7 @@ from refinfer.offload.inventory import Inventory
 from refinfer.offload.mapped import FirstTable, LastMatrix, MappedMatrix, Watch
 from refinfer.offload.matrices import RecordTable, ResidentMatrix, Scratch, vectors_of
 from refinfer.packing.formats import PackedMatrix
+from refinfer.trace import Clock
 from refinfer.weight_cache.file import FileWeightCacheProvider
 from refinfer.weight_cache.packers import layout_of_key
 from refinfer.weight_cache.provider import WeightCacheProvider
@@ -32,7 +33,7 @@ class PackedSource:
     """
 
     def __init__(
-        self, inventory: Inventory, provider: WeightCacheProvider, most_rows: int, *, verify: bool = True
+        self, inventory: Inventory, provider: WeightCacheProvider, most_rows: int, clock: Clock, *, verify: bool = True
     ) -> None:
         self.config = inventory.config
         self._provider = provider
@@ -43,7 +44,7 @@ class PackedSource:
         entries, watch = {}, None
         if verify and isinstance(provider, FileWeightCacheProvider):
             entries = {entry.key: entry for entry in provider.entries}
-            watch = Watch(provider.mapped, entries[block])
+            watch = Watch(provider.mapped, entries[block], clock)
 
         def matrix(name: str, bias: Float32Array | None) -> Matrix:
             key = keys["goi", name]
@@ -61,6 +62,7 @@ class PackedSource:
             where = str(watch.mapped.path) if watch else "memory"
             return RecordTable(key, where, lambda start, nbytes: buffer[start : start + nbytes])
 
+        self._watch = watch
         first, self._layers, self.norm, last = assemble(
             self.config, matrix=matrix, table=table, vector=vectors.__getitem__
         )
@@ -72,5 +74,8 @@ class PackedSource:
         return iter(self._layers)
 
     def close(self) -> None:
-        """Release the provider's memory or mapping."""
+        """Release the provider's memory or mapping, and every matrix over it."""
         self._provider.delete_cache()
+        self._layers = ()
+        if self._watch is not None:
+            self._watch.matrices.clear()

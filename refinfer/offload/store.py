@@ -77,13 +77,15 @@ class FileStore:
         self.bytes_read = 0
         self._lock = threading.Lock()
         try:
-            self._descriptor: int | None = _open_direct(path)
+            direct = _open_direct(path)
+            buffered = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)) if direct is None else None
         except OSError as error:
             raise CacheFileError(f"{path} cannot be read: {error.strerror}") from None
-        self.direct = self._descriptor is not None
-        if self._descriptor is None:
-            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._identity = os.fstat(self._descriptor)
+        self.direct = direct is not None
+        descriptor = buffered if direct is None else direct
+        assert descriptor is not None
+        self._identity = os.fstat(descriptor)
+        self._descriptor: int | None = descriptor
 
     def read(self, offset: int, into: Bytes) -> None:
         """Fill `into` with the bytes from `offset`; both on pages.

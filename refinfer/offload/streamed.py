@@ -316,6 +316,8 @@ class StreamedSource:
         """End the threads and close the store; again is allowed."""
         self._reader.close()
         self._store.close()
+        self._layers, self._locked = (), {}
+        self._reader, self._staging = OnDemand([_pages(0)], self._read), _pages(0)
 
 
 class _RecordReader:

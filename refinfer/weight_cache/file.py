@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import numpy as np
 
@@ -45,7 +45,7 @@ from refinfer.weight_cache.format import (
 from refinfer.weight_cache.key import PackKey
 from refinfer.weight_cache.packers import chunks_of
 from refinfer.weight_cache.provider import DictFace, State, lies_at, require, require_fitting
-from refinfer.weight_cache.publish import Draft
+from refinfer.weight_cache.publish import Draft, map_behind
 
 __all__ = ["NO_FILE", "FileWeightCacheProvider", "MappedFile", "read_file"]
 
@@ -74,6 +74,8 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         raise CacheFileError(NO_FILE) from None
     except OSError as error:
         raise CacheFileError(f"it cannot be read: {error.strerror}") from None
+    except ValueError:  # of mmap, where the file was cut short meanwhile
+        raise CacheFileError("it changed while it was opened") from None
 
 
 def _read(file: IO[bytes]) -> tuple[Header, Index]:
@@ -145,11 +147,11 @@ class MappedFile:
 
     def problems(self) -> Iterator[str]:
         """Read every byte, and say everything that is not as it was written."""
-        pages = sum(entry.nbytes for entry in {e.offset: e for e in self.index.entries}.values())
-        if PAGE_BYTES + pages != self.header.index_offset:
-            yield "some pages belong to no buffer"
         if self._map[:PAGE_BYTES] != encode_header(self.header):
             yield "the header is not followed by zeros"
+        index = self._map[self.header.index_offset : self.header.file_nbytes]
+        if hashlib.sha256(index).digest() != self.header.index_digest:
+            yield "the index is damaged"
         for entry in self.index.entries:
             for number, chunk in enumerate(entry.chunks):
                 if not self.is_sound(chunk):
@@ -172,6 +174,7 @@ class FileWeightCacheProvider(DictFace):
         self._views: dict[int, Bytes] = {}
         self._end = PAGE_BYTES
         self._reserved: Bytes | None = None
+        self._given: weakref.WeakSet[Any] = weakref.WeakSet()  # mappings of space that was not committed
         self._draft = held if isinstance(held, Draft) else None
         if isinstance(held, Draft):
             self._state = State.BUILDING
@@ -241,7 +244,9 @@ class FileWeightCacheProvider(DictFace):
             raise PackingError(f"at least one byte can be reserved, not {nbytes}")
         used = self._draft.nbytes - self._end  # by a reservation that was never committed
         self._draft.secure(self._end, -(-nbytes // PAGE_BYTES) * PAGE_BYTES)
-        self._reserved = np.frombuffer(self._draft.map(self._end, nbytes), np.uint8)
+        mapped = self._draft.map(self._end, nbytes)
+        self._given.add(mapped.obj)
+        self._reserved = np.frombuffer(mapped, np.uint8)
         self._reserved[: max(used, 0)] = 0
         return self._reserved
 
@@ -265,7 +270,9 @@ class FileWeightCacheProvider(DictFace):
             raise WeightCacheStateError(f"the weight cache is finalized: {key.name!r} cannot be inserted")
         require_fitting(key, buffer)
         if not lies_at(buffer, self._reserved):
-            np.copyto(self.reserve_space(buffer.size), buffer)
+            self._require_current(buffer)
+            inside = self._reserved is not None and np.may_share_memory(buffer, self._reserved)
+            np.copyto(self.reserve_space(buffer.size), buffer.copy() if inside else buffer)
         assert self._reserved is not None
         view = self._reserved[: buffer.size]
         digest = hashlib.sha256(view.data).digest()
@@ -277,11 +284,18 @@ class FileWeightCacheProvider(DictFace):
         chunks = tuple(StoredChunk(self._end + at, n, checksum(view[at : at + n])) for at, n in places)
         self._entries[key] = Entry(key, digest, chunks)
         self.let_go()
+        self._given.discard(map_behind(view))
         self._reserved = None
         view.flags.writeable = False
         self._views[self._end] = view
         self._end += view.size
         return chunks[0].offset
+
+    def _require_current(self, buffer: Bytes) -> None:
+        """Check that a buffer does not lie in space that a later reservation has taken over."""
+        behind = map_behind(buffer)
+        if behind in self._given and (self._reserved is None or behind is not map_behind(self._reserved)):
+            raise WeightCacheStateError("this space was reserved, but not committed before other space was reserved")
 
     def offset_to_addr(self, offset: int) -> Bytes:
         """Return the buffer that starts at `offset`, read-only.
@@ -307,14 +321,20 @@ class FileWeightCacheProvider(DictFace):
         require("finalize", self._state)
         if self._draft is None:
             return
-        index, header = encode_file(Index(self.provenance, self.entries), self._end)
-        self._draft.write(self._end, index)
+        # Whoever still holds space that was never committed could write to it: then the index comes behind it.
+        end = -(-self._draft.nbytes // PAGE_BYTES) * PAGE_BYTES if self._is_held() else self._end
+        index, header = encode_file(Index(self.provenance, self.entries), end)
+        self._draft.write(end, index)
         self._draft.write(0, header)
-        self._draft.settle(self._end + len(index))
+        self._draft.settle(end + len(index))
         mapped = MappedFile(self.path, self._draft.temporary)  # once published, the name may already be another's
         self._draft.publish()
         self._draft = self._reserved = None
         self._use(mapped, State.FINALIZED)
+
+    def _is_held(self) -> bool:
+        self._reserved = None
+        return len(self._given) > 0
 
     def delete_cache(self) -> None:
         """Release mapping and memory; an unfinished draft goes, a published file stays."""

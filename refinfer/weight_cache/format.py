@@ -52,6 +52,7 @@ BEING_BUILT: Final = 0
 COMPLETE: Final = 1
 
 _HEADER: Final = struct.Struct("<8sII32s32sQQQ24x32s")
+_LARGEST_INDEX: Final = 1 << 28
 _NO_DIGEST: Final = bytes(DIGEST_BYTES)
 
 
@@ -178,7 +179,7 @@ def decode_header(page: bytes, file_nbytes: int) -> Header:
         raise CacheFileError("it was never completed")
     if size != file_nbytes:
         raise CacheFileError(f"it has {file_nbytes} bytes instead of {size}")
-    if offset % PAGE_BYTES or offset < PAGE_BYTES or offset + nbytes != size:
+    if offset % PAGE_BYTES or offset < PAGE_BYTES or offset + nbytes != size or nbytes > _LARGEST_INDEX:
         raise CacheFileError("its header contradicts itself")
     return Header(state, model, packers, offset, nbytes, index_digest)
 
@@ -193,7 +194,7 @@ def encode_file(index: Index, index_offset: int) -> tuple[bytes, bytes]:
 
 
 def _text(text: str) -> bytes:
-    encoded = text.encode("utf-8", "surrogateescape")
+    encoded = text.encode("utf-8", "surrogateescape")[:65_535]  # only a folder's name can be longer or no text
     return struct.pack("<H", len(encoded)) + encoded
 
 
@@ -278,7 +279,7 @@ def _decode_entry(cursor: _Cursor, header: Header) -> Entry:
     (n,) = cursor.numbers("I")
     table = np.frombuffer(cursor.raw(24 * n), "<u8").reshape(n, 3).tolist()
     # Every weight takes half a byte at least: so an impossible shape is known before its chunks are listed.
-    weights_at_most = 2 * header.index_offset
+    weights_at_most = 2 * min(sum(nbytes for _, nbytes, _ in table), header.index_offset)
     for size in shape:
         weights_at_most //= size
     expected = chunks_of(key) if weights_at_most else ()

@@ -15,10 +15,25 @@ from dataclasses import dataclass
 from refinfer.errors import PackingError
 from refinfer.packing.layout import TileShape
 
-__all__ = ["DIGEST_BYTES", "PackKey", "WeightId"]
+__all__ = ["DIGEST_BYTES", "PackKey", "WeightId", "require_name"]
 
 DIGEST_BYTES = 32
 _LARGEST_SIZE = 1 << 48
+_LONGEST_NAME = 65_535
+
+
+def require_name(name: str) -> None:
+    """Check that a name can be written to a file and read back.
+
+    Raises:
+        PackingError: UTF-8 cannot express it, or it takes more than 65,535 bytes.
+    """
+    try:
+        nbytes = len(name.encode())
+    except UnicodeEncodeError:
+        nbytes = _LONGEST_NAME + 1
+    if nbytes > _LONGEST_NAME:
+        raise PackingError(f"a name must be text of at most {_LONGEST_NAME} bytes in UTF-8, not {name[:40]!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +52,7 @@ class WeightId:
     def __post_init__(self) -> None:
         if len(self.source) != DIGEST_BYTES:
             raise PackingError(f"a weight is identified by a digest of {DIGEST_BYTES} bytes, not {len(self.source)}")
+        require_name(self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +77,10 @@ class PackKey:
     def __post_init__(self) -> None:
         if not self.shape or not all(1 <= size <= _LARGEST_SIZE for size in self.shape):
             raise PackingError(f"a tensor of shape {list(self.shape)} cannot be packed")
-        if not 0 <= self.flags < 1 << 32:
-            raise PackingError(f"flags must be a number of 32 bits, not {self.flags}")
+        require_name(self.packer)
+        require_name(self.format)
+        if not all(0 <= n < 1 << 32 for n in (self.flags, self.tile.nr, self.tile.kr, self.tile.sr)):
+            raise PackingError(f"flags and tile sizes must be numbers of 32 bits, not {self.flags} and {self.tile}")
 
     @property
     def name(self) -> str:

@@ -104,6 +104,7 @@ def load_or_build(
     known = believed(sources, side)
     if known is not None and (provider := _load(path, contents_of(known))[0]) is not None:
         remove_dead_draft(path)
+        remove_dead_draft(side_path(path))
         return Opened(provider, None, 0, 0, side.packing_s)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

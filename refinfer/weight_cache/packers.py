@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from refinfer.arrays import f32_to_bf16
+from refinfer.arrays import IntArray, f32_to_bf16
 from refinfer.errors import PackingError
 from refinfer.packing.formats import Bytes, PackedLayout, layout_of, pack_chunk
 from refinfer.packing.layout import Chunk, TileShape, cut_into_chunks
@@ -53,6 +53,7 @@ _ONE: Final = TileShape(1)
 _ROWS_CHUNK_BYTES: Final = 4 << 20
 _CHECKSUM_BYTES: Final = 8
 _WORD: Final = np.dtype("<u8")
+_ROW_FACTOR: Final = np.uint64(0x9E3779B97F4A7C15)
 LARGEST_BLOCK_BYTES: Final = 16 << 20
 """Weights are packed in blocks of rows that take at most as much as stored and as float32 each."""
 
@@ -154,13 +155,19 @@ def _pack_records(w: npt.NDArray[Any], key: PackKey, buffer: Bytes) -> Iterator[
         records = buffer[chunk.offset : chunk.offset + chunk.nbytes].reshape(-1, stride)
         rows = np.ascontiguousarray(w[chunk.first_row : chunk.first_row + chunk.n_rows])
         records[:, :row_nbytes] = rows.view(np.uint8)
-        records[:, -_CHECKSUM_BYTES:].view(_WORD)[:, 0] = checksums(records[:, :-_CHECKSUM_BYTES])
+        numbers = np.arange(chunk.first_row, chunk.first_row + chunk.n_rows)
+        records[:, -_CHECKSUM_BYTES:].view(_WORD)[:, 0] = _record_sums(records, numbers)
         yield chunk.offset + chunk.nbytes
 
 
-def rows_of_records(records: Bytes, key: PackKey) -> npt.NDArray[Any] | None:
-    """Return the rows of `records` `[n, record_nbytes]`, as stored, or None where a checksum does not agree."""
-    if not np.array_equal(checksums(records[:, :-_CHECKSUM_BYTES]), records[:, -_CHECKSUM_BYTES:].view(_WORD)[:, 0]):
+def _record_sums(records: Bytes, numbers: IntArray) -> npt.NDArray[np.uint64]:
+    """Return what the checksums of records must be; each row's number is in it, so that no row passes for another."""
+    return checksums(records[:, :-_CHECKSUM_BYTES]) ^ ((numbers.astype(np.uint64) + np.uint64(1)) * _ROW_FACTOR)
+
+
+def rows_of_records(records: Bytes, key: PackKey, numbers: IntArray) -> npt.NDArray[Any] | None:
+    """Return the rows `numbers` of `records` `[n, record_nbytes]`, as stored; None where a checksum does not agree."""
+    if not np.array_equal(_record_sums(records, numbers), records[:, -_CHECKSUM_BYTES:].view(_WORD)[:, 0]):
         return None
     stored = STORED_TYPES[key.format]
     return np.ascontiguousarray(records[:, : key.shape[1] * stored.itemsize]).view(stored)
@@ -180,6 +187,8 @@ def pack_into(stored: npt.NDArray[Any], key: PackKey, buffer: Bytes, most: int =
     """
     if stored.shape != key.shape or buffer.shape != (nbytes_of(key),):
         raise PackingError(f"{key.name!r}: {list(stored.shape)} does not fit {list(key.shape)} in {buffer.size} bytes")
+    if key.packer != "goi" and stored.dtype != STORED_TYPES[key.format]:
+        raise PackingError(f"{key.name!r} is kept as {key.format}, and cannot be packed from {stored.dtype}")
     if key.packer == "goi":
         return _pack_blocks(stored, layout_of_key(key), buffer, most)
     return _pack_records(stored, key, buffer) if key.packer == "rows" else _pack_vectors(stored, buffer)
@@ -188,7 +197,7 @@ def pack_into(stored: npt.NDArray[Any], key: PackKey, buffer: Bytes, most: int =
 _SAMPLES: Final = ((1, 1), (37, 65), (64, 96), (529, 40))
 """Shapes of the operators that are packed for a fingerprint: odd sizes, one tile and several."""
 
-_LARGE: Final = ((4096, 4096), (11008, 4096), (4096, 11008), (32000, 4096), (128256, 2048), (151936, 896))
+_LARGE: Final = ((4096, 4096), (11008, 4096), (4096, 11008), (128256, 2048))
 
 
 @lru_cache(maxsize=8)
@@ -208,7 +217,10 @@ def packer_fingerprint(name: str) -> bytes:
             digest.update(buffer.data)
     for N, K in _LARGE:
         layout = layout_of(name, N, K)
-        digest.update(repr((layout.tile, len(layout.chunks), layout.chunks[0], layout.chunks[-1])).encode())
+        places = [(chunk.first_row, chunk.n_rows, chunk.offset, chunk.nbytes) for chunk in layout.chunks]
+        digest.update(repr(layout.tile).encode() + np.array(places, _WORD).tobytes())
+    table = chunks_of(rows_key((200_000, 1024), "bf16", WeightId(bytes(32), "fingerprint")))
+    digest.update(repr([(chunk.first_row, chunk.offset) for chunk in table]).encode())
     return digest.digest()
 
 

@@ -78,11 +78,14 @@ class WeightCacheProvider(Protocol):
         ...
 
     def reserve_space(self, nbytes: int) -> Bytes:
-        """Return `nbytes` zeros to pack into, on a page; valid until the next reservation."""
+        """Return `nbytes` zeros to pack into, on a page; valid until the next reservation, or the end of building."""
         ...
 
     def look_up_or_insert(self, key: PackKey, buffer: Bytes) -> int:
-        """Commit `buffer` under `key` unless there is one; copies what does not lie in reserved space."""
+        """Commit `buffer` under `key` unless there is one; copies what does not lie in reserved space.
+
+        Reserved space is handed over: it must not be written to afterwards.
+        """
         ...
 
     def offset_to_addr(self, offset: int) -> Bytes:
@@ -113,6 +116,9 @@ class WeightCacheProvider(Protocol):
 
 class DictFace(Mapping[PackKey, Bytes]):
     """The face of a dictionary, from the verbs; a provider adds its verbs, `__iter__` and `__len__`."""
+
+    __eq__ = object.__eq__  # two providers are not one for having equal buffers
+    __hash__ = object.__hash__
 
     def __getitem__(self: WeightCacheProvider, key: PackKey) -> Bytes:
         offset = self.look_up(key)

@@ -20,6 +20,7 @@ last one to publish wins.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -35,7 +36,7 @@ except ImportError:  # not on Windows
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Draft", "draft_path", "remove_dead_draft", "write_small_file"]
+__all__ = ["Draft", "draft_path", "map_behind", "remove_dead_draft", "write_small_file"]
 
 _GRANULE: Final = mmap.ALLOCATIONGRANULARITY
 _ZEROS: Final = bytes(1 << 20)
@@ -92,11 +93,8 @@ class Draft:
 
     def let_go(self, view: npt.NDArray[np.uint8]) -> None:
         """Take the pages of a mapped view out of this process; their content stays in the file."""
-        base = view.base
-        while base is not None and not isinstance(base, memoryview):
-            base = base.base
-        if isinstance(base, memoryview) and hasattr(mmap.mmap, "madvise"):
-            base.obj.madvise(mmap.MADV_DONTNEED)
+        if hasattr(mmap.mmap, "madvise") and (mapped := map_behind(view)) is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def write(self, start: int, data: bytes) -> None:
         """Write `data` at `start`."""
@@ -114,21 +112,40 @@ class Draft:
         """Give the settled file its name, durably; the draft is closed."""
         self.temporary.replace(self.path)
         _sync_folder(self.path.parent)
-        self._file.close()
+        self._close()
 
     def abandon(self) -> None:
         """Remove the draft, unless it was published."""
         if not self._file.closed:
-            self.temporary.unlink(missing_ok=True)
-            self._file.close()
+            if _is_at(self.temporary, self._file):
+                self.temporary.unlink(missing_ok=True)
+            self._close()
+
+    def _close(self) -> None:
+        """Unlock and close: whatever is still mapped holds the file, and would hold its lock."""
+        if fcntl:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._file.close()
+
+
+def map_behind(view: npt.NDArray[np.uint8]) -> mmap.mmap | None:
+    """Return the mapping that an array shows, or None where it shows memory of another kind."""
+    base: object = view
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base.obj if isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap) else None
 
 
 def _open_locked(path: Path, on_wait: Callable[[], None]) -> IO[bytes]:
     while True:
-        path.touch()
+        with contextlib.suppress(PermissionError):
+            path.touch()
         try:
             file = path.open("r+b", buffering=0)
         except FileNotFoundError:  # published or removed since
+            continue
+        except PermissionError:  # another user's: once it is dead it is in the way, if the folder lets us
+            _remove_when_unlocked(path, on_wait)
             continue
         try:
             if fcntl is None or (_lock(file, on_wait) and _is_at(path, file)):
@@ -137,6 +154,14 @@ def _open_locked(path: Path, on_wait: Callable[[], None]) -> IO[bytes]:
             file.close()
             raise
         file.close()
+
+
+def _remove_when_unlocked(path: Path, on_wait: Callable[[], None]) -> None:
+    if fcntl is None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    with path.open("rb", buffering=0) as file:
+        if _lock(file, on_wait) and _is_at(path, file):
+            path.unlink()
 
 
 def _lock(file: IO[bytes], on_wait: Callable[[], None]) -> bool:
@@ -159,7 +184,10 @@ def _is_at(path: Path, file: IO[bytes]) -> bool:
 def _sync_folder(folder: Path) -> None:
     """Make a new name durable; not needed, and not possible, on Windows."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except PermissionError:  # a folder that may be written but not read cannot be made durable from here
+            return
         try:
             os.fsync(descriptor)
         finally:
@@ -172,7 +200,7 @@ def remove_dead_draft(path: Path) -> None:
     if fcntl is None or not temporary.exists():
         return
     try:
-        with temporary.open("r+b") as file:
+        with temporary.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(temporary, file):
                 temporary.unlink()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from refinfer.weight_cache.format import SourceFile
 
 __all__ = ["Record", "SideFile", "believed", "identify", "side_path", "unchanged"]
 
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _HEAD_BYTES: Final = 64 << 10
 _BLOCK_BYTES: Final = 1 << 20
 _TICK_NS: Final = 100_000_000
@@ -91,11 +93,20 @@ class SideFile:
         try:
             raw: dict[str, Any] = json.loads(path.read_bytes())
             records = tuple(Record(**{**r, "stat": Stat(**r["stat"])}) for r in raw["records"])
-            if not all(len(record.source.digest) == 32 and record.at_rest in (True, False) for record in records):
-                return cls(())
-            return cls(records, raw["packing_s"])
+            side = cls(records, raw["packing_s"])
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return cls(())
+        return side if side._is_sound() else cls(())
+
+    def _is_sound(self) -> bool:
+        """Tell whether every field has its type."""
+        stats = [record.stat for record in self.records]
+        return (
+            (self.packing_s is None or type(self.packing_s) in (int, float))
+            and all(type(n) is int for stat in stats for n in (stat.size, stat.mtime_ns, stat.ctime_ns, stat.inode))
+            and all(isinstance(text, str) for r in self.records for text in (r.name, r.digest, r.stat.head))
+            and all(_DIGEST.fullmatch(r.digest) and isinstance(r.at_rest, bool) for r in self.records)
+        )
 
 
 def side_path(path: Path) -> Path:
@@ -119,8 +130,14 @@ def _believed(path: Path, records: Mapping[str, Record]) -> Record | None:
 
 
 def unchanged(sources: Sequence[Path], records: Sequence[Record]) -> bool:
-    """Tell whether the files still look as they did when their digests were taken."""
-    return all(Stat.of(path) == record.stat for path, record in zip(sources, records, strict=True))
+    """Tell whether the files still are what they were when their digests were taken.
+
+    A file that had just been written then, and might have changed since without showing it, is read again.
+    """
+    return all(
+        Stat.of(path) == record.stat and (record.at_rest or _digest(path, lambda nbytes: None) == record.digest)
+        for path, record in zip(sources, records, strict=True)
+    )
 
 
 def identify(
@@ -143,6 +160,15 @@ def identify(
 
 def _take_digest(path: Path, now_ns: int, progress: Callable[[int], None]) -> Record:
     before = Stat.of(path)
+    digest = _digest(path, progress)
+    if Stat.of(path) != before:
+        raise WeightsError(f"{path} changed while it was read; try again")
+    # A file system that counts whole seconds ticks slowly.
+    tick = _TICK_NS if before.ctime_ns % 1_000_000_000 else _COARSE_TICK_NS
+    return Record(path.name, before, digest, before.ctime_ns + tick < now_ns)
+
+
+def _digest(path: Path, progress: Callable[[int], None]) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as file:
@@ -151,8 +177,4 @@ def _take_digest(path: Path, now_ns: int, progress: Callable[[int], None]) -> Re
                 progress(len(block))
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
-    if Stat.of(path) != before:
-        raise WeightsError(f"{path} changed while it was read; try again")
-    # A file system that counts whole seconds ticks slowly.
-    tick = _TICK_NS if before.ctime_ns % 1_000_000_000 else _COARSE_TICK_NS
-    return Record(path.name, before, digest.hexdigest(), before.ctime_ns + tick < now_ns)
+    return digest.hexdigest()
