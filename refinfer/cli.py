@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", metavar="B", help="run in so much memory: 300MB, 1.5GiB, 40%% of the packed weights, or auto"
     )
     generate.add_argument("--plan", choices=tuple(PLANS), help="what stays in memory under a budget (optimal)")
-    generate.add_argument("--prefetch-threads", metavar="N", type=_integer(0), help="that read ahead; 0: none (1)")
+    generate.add_argument("--prefetch-threads", metavar="N", type=_integer(0, 64), help="that read ahead; 0: none (1)")
     generate.add_argument("--prefetch-ring", metavar="BYTES", type=_nbytes, help="they read into (the plan chooses)")
     generate.add_argument("--disk-bandwidth", metavar="RATE", type=_rate, help="read no faster than this, as 300MB/s")
     generate.add_argument("--trace", metavar="FILE", help="write what was read, computed and waited for: for Perfetto")
@@ -184,7 +184,7 @@ def _add_planning(parser: argparse.ArgumentParser, *, paper: bool) -> None:
     parser.add_argument("--budget", metavar="B", help="300MB, 1.5GiB, 40%% of the packed weights, or auto (50%%)")
     parser.add_argument("--positions", metavar="N", type=_integer(1), help="that the KV cache has room for (512)")
     parser.add_argument("--plan", choices=PLANS, default="optimal", help="the plan to look at (optimal)")
-    parser.add_argument("--prefetch-threads", metavar="N", type=_integer(0), default=1, help="that read ahead (1)")
+    parser.add_argument("--prefetch-threads", metavar="N", type=_integer(0, 64), default=1, help="that read ahead (1)")
     parser.add_argument("--prefetch-ring", metavar="BYTES", type=_nbytes, help="they read into (by the budget)")
     parser.add_argument("--device", metavar="NAME", choices=DEVICES, help=f"the disk: {', '.join(DEVICES)}")
     parser.add_argument("--svg", metavar="FILE", help="draw a picture")
@@ -193,7 +193,7 @@ def _add_planning(parser: argparse.ArgumentParser, *, paper: bool) -> None:
         parser.add_argument("--paper", action="store_true", help="FlexInfer's own experiment, beside its figures")
 
 
-def _integer(least: int) -> Callable[[str], int]:
+def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -201,6 +201,8 @@ def _integer(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {text[:20]}")
         return value
 
     return parse

@@ -32,7 +32,6 @@ from refinfer.trace import Trace, to_rows, to_svg
 __all__ = ["run_plan", "run_simulate"]
 
 _SWEEP: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-_DEFAULT_BUDGET: Final = "50%"
 _DEFAULT_POSITIONS: Final = 512
 _STRIP: Final = " ▁▂▃▄▅▆▇█"
 
@@ -64,9 +63,16 @@ def _fixed(args: argparse.Namespace, inventory: Inventory) -> tuple[Fixed, int]:
     return fixed_of(inventory, positions), positions
 
 
+def _budget(args: argparse.Namespace, inventory: Inventory, fixed: Fixed) -> int:
+    """Return the budget asked for; where none is, half of the weights, or the least that works if that is more."""
+    if args.budget is not None:
+        return parse_budget(args.budget, inventory.streamable_nbytes)
+    return max(inventory.streamable_nbytes // 2, smallest_budget(inventory, fixed))
+
+
 def _write(path: str, text: str) -> None:
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
@@ -100,12 +106,12 @@ def run_plan(args: argparse.Namespace) -> None:
     name, inventory = _inventory(args)
     fixed, positions = _fixed(args, inventory)
     calibration = calibration_of(args.device)
-    budget = parse_budget(args.budget or _DEFAULT_BUDGET, inventory.streamable_nbytes)
+    budget = _budget(args, inventory, fixed)
     options: dict[str, Any] = {"readers": args.prefetch_threads, "ring_nbytes": args.prefetch_ring}
     costs = costs_of(inventory, calibration, readers=args.prefetch_threads)
     plans = {p: make_plan(p, inventory, fixed, budget, costs=costs, **options) for p in PLANS}
     chosen = plans[args.plan]
-    if args.svg:
+    if args.svg is not None:
         _write(args.svg, plan_svg(inventory, chosen))
     rows = [plan_row(inventory, plan) for plan in plans.values()]
     if args.json:
@@ -183,14 +189,14 @@ def run_simulate(args: argparse.Namespace) -> None:
     calibration = calibration_of(args.device)
     readers = args.prefetch_threads
     total = inventory.streamable_nbytes
-    budget = parse_budget(args.budget or _DEFAULT_BUDGET, total)
+    budget = _budget(args, inventory, fixed)
     plan = make_plan(
         args.plan, inventory, fixed, budget, readers=readers, ring_nbytes=args.prefetch_ring, calibration=calibration
     )
     costs = costs_of(inventory, calibration, readers=readers)
     run = simulate_plan(inventory, plan, costs, readers, traced=True)
     title = f"{name}, {inventory.format}, {plan.name} within {format_nbytes(budget)}: two tokens"
-    if args.svg:
+    if args.svg is not None:
         _write(args.svg, to_svg(run.trace, title))
     least, most = smallest_budget(inventory, fixed), fixed.total + total
     budgets = [least, *(int(share * total) for share in _SWEEP if least < share * total < most), most]
@@ -250,6 +256,8 @@ def _print_sweep(sweep: list[dict[str, Any]]) -> None:
 
 
 def _run_paper(args: argparse.Namespace) -> None:
+    if any(option is not None for option in (args.model, args.shape, args.budget, args.svg, args.device)):
+        raise RequestError("--paper has models, budgets and devices of its own; give it alone, or with --json")
     rows = list(paper_rows())
     if args.json:
         print(json.dumps({"published": dict(PUBLISHED), "rows": rows}))

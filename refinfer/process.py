@@ -55,12 +55,14 @@ def meminfo_bytes(key: str) -> int | None:
 
 
 def cgroup_memory() -> dict[str, int | None] | None:
-    """Return the version of control groups, and the memory limit this process lives under: the least up the tree.
+    """Return the version of control groups, and the memory limit that binds first, up the tree: least is left there.
 
     `memory_used_bytes` is what counts against it and cannot simply be dropped: without pages of files that were not
     used lately. None where there is no limit.
     """
     for line in lines_of(Path("/proc/self/cgroup")):
+        if line.count(":") < 2:
+            continue
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
             root, limit, usage, version = Path("/sys/fs/cgroup"), "memory.max", "memory.current", 2
@@ -74,8 +76,8 @@ def cgroup_memory() -> dict[str, int | None] | None:
         found = [(lines[0], group) for group in groups if (lines := lines_of(group / limit))]
         if found:
             limits = [(int(text), group) for text, group in found if text != "max" and int(text) < _NO_LIMIT_BYTES]
-            least, group = min(limits, default=(None, None))
-            used = _used(group, usage) if group else None
+            with_use = [(limit, _used(group, usage)) for limit, group in limits]
+            least, used = min(with_use, key=lambda pair: pair[0] - (pair[1] or 0), default=(None, None))
             return {"version": version, "memory_limit_bytes": least, "memory_used_bytes": used}
     return None
 

@@ -9,6 +9,7 @@ Whoever needs the time is handed a `Clock`, so that a test or a simulation can h
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Trace:
     @property
     def lanes(self) -> tuple[str, ...]:
         """The lanes: those that read first, by name, then the others in the order of their first spans."""
-        reading = sorted({span.lane for span in self.spans if span.kind == "read"})
+        reading = sorted({span.lane for span in self.spans if span.kind == "read"}, key=lambda lane: (len(lane), lane))
         return tuple(dict.fromkeys([*reading, *(span.lane for span in self.spans)]))
 
     @property
@@ -93,7 +94,7 @@ def to_rows(trace: Trace, width: int) -> list[tuple[str, str]]:
         >>> to_rows(Trace(spans), 8)
         [('disk', 'rrrr    '), ('cpu', 'wwwwcccc')]
     """
-    step = (trace.end - trace.start) / width if trace.spans else 0.0
+    step = (trace.end - trace.start) / width if trace.spans and width > 0 else 0.0
     rows = []
     for lane in trace.lanes:
         shares: list[dict[str, float]] = [{} for _ in range(width)]
@@ -162,7 +163,7 @@ def to_svg(trace: Trace, title: str) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">',
         f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
-        f'<text x="{_LEFT}" y="20" font-size="14" font-weight="bold">{escape(title)}</text>',
+        f'<text x="{_LEFT}" y="20" font-size="14" font-weight="bold">{_text(title)}</text>',
     ]
     shown = [kind for kind in KINDS if any(span.kind == kind for span in trace.spans)]
     for i, kind in enumerate(shown):
@@ -171,10 +172,10 @@ def to_svg(trace: Trace, title: str) -> str:
         lines.append(f'<text x="{left + 17}" y="40">{kind}</text>')
     for row, lane in enumerate(trace.lanes):
         y = _TOP + row * _LANE
-        lines.append(f'<text x="{_LEFT - 8}" y="{y + 18}" text-anchor="end">{escape(lane)}</text>')
+        lines.append(f'<text x="{_LEFT - 8}" y="{y + 18}" text-anchor="end">{_text(lane)}</text>')
         for span in _merged([s for s in trace.spans if s.lane == lane]):
             width = max((span.end - span.start) * scale, 0.2)
-            about = escape(f"{span.name} {span.kind}".strip())
+            about = _text(f"{span.name} {span.kind}".strip())
             edge = ' stroke="#ffffff" stroke-width="0.5"' if width > _EDGED else ""
             lines.append(
                 f'<rect x="{x(span.start):.2f}" y="{y}" width="{width:.2f}" height="26" fill="{KINDS[span.kind]}"'
@@ -184,7 +185,7 @@ def to_svg(trace: Trace, title: str) -> str:
                 middle = x((span.start + span.end) / 2)
                 lines.append(
                     f'<text x="{middle:.2f}" y="{y + 17}" text-anchor="middle" fill="#ffffff" font-size="11">'
-                    f"{escape(span.name)}</text>"
+                    f"{_text(span.name)}</text>"
                 )
     bottom = _TOP + _LANE * len(trace.lanes)
     for tick in _ticks(trace.end - trace.start):
@@ -193,6 +194,11 @@ def to_svg(trace: Trace, title: str) -> str:
         lines.append(f'<text x="{at:.2f}" y="{bottom + 16}" text-anchor="middle">{tick * 1e3:g} ms</text>')
     lines.append("</svg>")
     return "\n".join(lines) + "\n"
+
+
+def _text(text: str) -> str:
+    """Make a text safe inside XML: what XML cannot hold becomes a question mark."""
+    return escape(re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text))
 
 
 def _merged(spans: list[Span]) -> Iterator[Span]:

@@ -172,10 +172,11 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table; as wide as the terminal, or 120 columns in a pipe."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -70,6 +70,8 @@ class Processor:
     def product_s(self, name: str, nbytes: int, M: int) -> float:
         """Return the seconds that M rows of x take with a chunk of `nbytes` in the format `name`."""
         points = sorted(self.seconds_per_byte[name].items())
+        if len(points) == 1:
+            return self.call_s + nbytes * points[0][1]
         counts = [count for count, _ in points]
         i = min(max(bisect_left(counts, M), 1), len(points) - 1)
         (m0, s0), (m1, s1) = points[i - 1], points[i]

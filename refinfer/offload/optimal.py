@@ -27,7 +27,7 @@ from refinfer.offload.simulate import Ring, Unit, ring_token_s, simulate
 
 __all__ = ["RINGS", "Member", "family", "locked_array", "search", "token_s"]
 
-RINGS: Final = (2, 3, 4, 6, 8, 12, 16, 24)
+RINGS: Final = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24)
 """How many chunks a ring may have."""
 
 _AS_GOOD: Final = 1 + 1e-9  # sums of the same seconds in another order

@@ -98,37 +98,48 @@ class Simulation:
 
 
 def simulate(
-    units: Sequence[Unit], gate: Gate, *, readers: int = 1, tokens: int = 3, traced: bool = False
+    units: Sequence[Unit], gate: Gate, *, readers: int = 1, tokens: int | None = None, traced: bool = False
 ) -> Simulation:
-    """Run some tokens; the last one is taken for the steady state.
+    """Run some tokens, until the run is steady.
 
-    A read takes as long as its unit says, whoever else reads; the time of the last token is that of all units.
+    A read takes as long as its unit says, whoever else reads. With several readers tokens may take turns in being
+    longer and shorter: what is returned is their mean, and never less than no run can beat.
 
     Args:
         units: one token's work.
         gate: when a read may begin.
         readers: how many reads may be under way at once.
-        tokens: how many tokens to run; the first begins with nothing read.
+        tokens: how many tokens to run; the first begins with nothing read. None runs until the room to read into
+            has been filled, and a few turns of the readers more.
         traced: keep the spans of the last two tokens.
 
     Raises:
         RequestError: no units, no readers, or a gate that lets nothing through.
     """
     size = getattr(gate, "slots", getattr(gate, "layers", 1))
-    if not units or readers < 1 or size < 1 or tokens < 1:
+    if not units or readers < 1 or size < 1 or (tokens is not None and tokens < 1):
         raise RequestError("a simulation needs units, readers, tokens, and room to read into")
     if isinstance(gate, Synchronous):
-        return _synchronous(units, tokens, traced=traced)
+        return _synchronous(units, min(tokens or 2, 2) if traced else 0)
+    streamed = sum(unit.read_s > 0 for unit in units)
+    warm = 2 + (size // streamed if isinstance(gate, Ring) and streamed else size)
+    turns = 1 if readers == 1 else 4 * readers
+    run = _Run(readers, traced=traced)
+    n = tokens if tokens is not None else warm + turns
+    beyond = int(traced and tokens is None)  # what the last token reads for the next one belongs in its picture
     if isinstance(gate, Ring):
-        return _ring(units, gate.slots, readers, tokens, traced=traced)
-    return _layers(units, gate, readers, tokens, traced=traced)
+        _ring(run, units, gate.slots, n + beyond)
+    else:
+        _layers(run, units, gate, n + beyond)
+    bound = max(sum(unit.compute_s for unit in units), sum(unit.read_s for unit in units) / readers)
+    return run.result(n, turns if tokens is None else 1, bound)
 
 
-def _synchronous(units: Sequence[Unit], tokens: int, *, traced: bool) -> Simulation:
+def _synchronous(units: Sequence[Unit], traced_tokens: int) -> Simulation:
     reading, computing = sum(u.read_s for u in units), sum(u.compute_s for u in units)
     spans: list[Span] = []
     now = 0.0
-    for _ in range(min(tokens, 2) if traced else 0):
+    for _ in range(traced_tokens):
         for unit in units:
             if unit.read_s:
                 spans.append(Span("disk", "read", unit.name, now, now + unit.read_s))
@@ -177,18 +188,19 @@ class _Run:
         self.ends.append(self.now)
         self.waits.append(self.waited)
 
-    def result(self) -> Simulation:
-        steady, waited = self.ends[-1], self.waits[-1]
-        if len(self.ends) > 1:
-            steady, waited = steady - self.ends[-2], waited - self.waits[-2]
+    def result(self, tokens: int, last: int, bound: float) -> Simulation:
+        """Return what the `last` of so many tokens came to; tokens run beyond them are there for the picture only."""
+        ends, waits = [0.0, *self.ends[:tokens]], [0.0, *self.waits[:tokens]]
+        last = min(last, tokens)
+        steady, waited = (ends[-1] - ends[-1 - last]) / last, (waits[-1] - waits[-1 - last]) / last
         trace = Trace(tuple(self.spans or ()))
         if len(self.ends) > 2:
-            trace = trace.between(self.ends[-3], self.ends[-1])
-        return Simulation(self.ends[0], steady, waited, trace)
+            trace = trace.between(ends[max(0, tokens - 2)], ends[-1])
+        # A single token is what it was; a mean over turns that did not end where it began may be a little short.
+        return Simulation(ends[1], steady if last == 1 else max(steady, bound), waited, trace)
 
 
-def _ring(units: Sequence[Unit], slots: int, readers: int, tokens: int, *, traced: bool) -> Simulation:
-    run = _Run(readers, traced=traced)
+def _ring(run: _Run, units: Sequence[Unit], slots: int, tokens: int) -> None:
     used = [0.0] * slots  # when the slot's unit of last time was computed
     k = 0
     for _ in range(tokens):
@@ -200,7 +212,6 @@ def _ring(units: Sequence[Unit], slots: int, readers: int, tokens: int, *, trace
             used[k % slots] = run.now
             k += 1
         run.end_token()
-    return run.result()
 
 
 def ring_token_s(read_s: Sequence[float], compute_s: Sequence[float], slots: int, tokens: int = 3) -> float:
@@ -228,15 +239,12 @@ def ring_token_s(read_s: Sequence[float], compute_s: Sequence[float], slots: int
     return now - before
 
 
-def _layers(
-    units: Sequence[Unit], gate: LayerSlots | LayerDistance, readers: int, tokens: int, *, traced: bool
-) -> Simulation:
+def _layers(run: _Run, units: Sequence[Unit], gate: LayerSlots | LayerDistance, tokens: int) -> None:
     """Run with a window of whole layers.
 
     A read may have to wait for a layer that is computed before the one under way, never for a later one; so reads and
     products can be followed in the order of use.
     """
-    run = _Run(readers, traced=traced)
     layers = _by_layer(units)
     begun: list[float] = []  # when each layer began, over all tokens
     done: list[float] = []  # when each streamed layer was computed, over all tokens
@@ -252,7 +260,6 @@ def _layers(
             if streams:
                 done.append(run.now)
         run.end_token()
-    return run.result()
 
 
 def _by_layer(units: Sequence[Unit]) -> list[list[Unit]]:
@@ -297,25 +304,28 @@ def lru_misses(sizes: Sequence[int], capacity: int) -> int:
 def belady_misses(sizes: Sequence[int], capacity: int) -> int:
     """Return the bytes that the best possible page cache reads for each token, once steady: nearly what locking does.
 
-    It forgets what is needed last (Belady 1966); on a cyclic scan that is what was used last.
+    It forgets what is needed last (Belady 1966); on a cyclic scan that is what was used last. With k of n equal chunks
+    held, `n * (n - k) / (n - 1)` are missed, where locking k misses n - k: what it keeps moves round.
 
     Examples:
         >>> belady_misses([4, 4, 4, 4], capacity=8)
-        8
+        11
     """
     held: OrderedDict[int, int] = OrderedDict()
     in_use, history = 0, []
-    for _ in range(2 * len(sizes) + 2):  # the set it holds moves round, so that tokens differ: the mean of a turn
+    turn = max(1, len(sizes) - 1)
+    for _ in range(len(sizes) + turn):
         missed = 0
         for number, size in enumerate(sizes):
             if number in held:
                 held.move_to_end(number)
                 continue
             missed += size
-            while held and in_use + size > capacity:
+            if size > capacity:
+                continue
+            while in_use + size > capacity:
                 in_use -= held.popitem(last=True)[1]
-            if in_use + size <= capacity:
-                held[number] = size
-                in_use += size
+            held[number] = size
+            in_use += size
         history.append(missed)
-    return round(sum(history[len(sizes) :]) / len(history[len(sizes) :]))
+    return round(sum(history[-turn:]) / turn)
