@@ -31,8 +31,9 @@ from refinfer.offload.streamed import StreamedSource, staging_nbytes
 from refinfer.packing.formats import pack_matrix
 from refinfer.prepare import IN_MEMORY, Prepared, cache_path, choose_format, prepare
 from refinfer.trace import Clock, Trace
+from refinfer.weight_cache.directory import discard
 from refinfer.weight_cache.file import FileWeightCacheProvider, read_file
-from refinfer.weight_cache.load_or_build import Listener, discard
+from refinfer.weight_cache.load_or_build import Listener
 from refinfer.weight_cache.packers import LARGEST_BLOCK_BYTES
 
 __all__ = [

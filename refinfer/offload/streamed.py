@@ -13,9 +13,8 @@ The file is never mapped: what is not counted in the account is not in memory.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from refinfer.offload.inventory import Inventory
 from refinfer.offload.matrices import RecordTable, Scratch, damaged, product_of_chunks, vectors_of
 from refinfer.offload.plan import Plan
 from refinfer.offload.prefetch import Prefetcher
+from refinfer.offload.readers import LruPages, OnDemand, Reader
 from refinfer.offload.store import Store
 from refinfer.packing.formats import Bytes, PackedLayout
 from refinfer.packing.gemm import require_rows
@@ -34,7 +34,7 @@ from refinfer.weight_cache.checksum import checksum
 from refinfer.weight_cache.format import Entry, Index
 from refinfer.weight_cache.packers import layout_of_key
 
-__all__ = ["LruPages", "OnDemand", "Reader", "StreamedMatrix", "StreamedSource", "staging_nbytes"]
+__all__ = ["StreamedMatrix", "StreamedSource", "staging_nbytes"]
 
 _ROWS_AT_ONCE: Final = 16  # of a tied table, unpacked together
 
@@ -50,72 +50,6 @@ def staging_nbytes(inventory: Inventory, most_rows: int) -> int:
 
 def _table_chunk_nbytes(inventory: Inventory) -> int:
     return max(chunk.padded_nbytes for chunk in inventory.matrices[-1].layout.chunks)
-
-
-class Reader(Protocol):
-    """Gives streamed chunks in the order of the cycle; each is valid until it is released."""
-
-    def take(self, chunk: int) -> Bytes:
-        """Return a chunk, by its number in the cycle."""
-        ...
-
-    def release(self) -> None:
-        """Give the chunk back that was taken last."""
-        ...
-
-    def close(self) -> None:
-        """Stop reading; again is allowed."""
-        ...
-
-
-class OnDemand:
-    """Reads each chunk when it is taken: what prefetching is compared with."""
-
-    def __init__(self, slots: Sequence[Bytes], read: Callable[[int, Bytes, int], Bytes]) -> None:
-        self._slot = slots[0]
-        self._read = read
-
-    def take(self, chunk: int) -> Bytes:
-        """Read a chunk."""
-        return self._read(chunk, self._slot, 0)
-
-    def release(self) -> None:
-        """Do nothing: the next chunk takes its place."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-class LruPages:
-    """An explicit page cache of all the memory a plan would have for locks and ring, which forgets what is oldest.
-
-    What mmap does within a memory limit, without needing the limit: on a cyclic scan every chunk is forgotten just
-    before it is needed again, until all of them fit.
-    """
-
-    def __init__(self, slots: Sequence[Bytes], read: Callable[[int, Bytes, int], Bytes]) -> None:
-        self._free = list(slots)
-        self._held: OrderedDict[int, tuple[Bytes, Bytes]] = OrderedDict()
-        self._read = read
-
-    def take(self, chunk: int) -> Bytes:
-        """Return a chunk, reading it unless it is held."""
-        if chunk in self._held:
-            self._held.move_to_end(chunk)
-            return self._held[chunk][1]
-        slot = self._free.pop() if self._free else self._held.popitem(last=False)[1][0]
-        try:
-            self._held[chunk] = slot, self._read(chunk, slot, 0)
-        except BaseException:
-            self._free.append(slot)
-            raise
-        return self._held[chunk][1]
-
-    def release(self) -> None:
-        """Do nothing: chunks stay until they are the oldest."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class StreamedMatrix:

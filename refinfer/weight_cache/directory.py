@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from refinfer.packing.formats import FORMATS
 from refinfer.weight_cache.file import read_file
 from refinfer.weight_cache.format import FORMAT_VERSION, MAGIC
 from refinfer.weight_cache.packers import packer_fingerprint
-from refinfer.weight_cache.publish import draft_path, remove_dead_draft
+from refinfer.weight_cache.publish import Draft, draft_path, remove_dead_draft
 from refinfer.weight_cache.sources import SideFile, side_path
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "cache_directory",
     "cache_files",
     "describe",
+    "discard",
     "files_of",
     "is_cache_file",
     "path_for",
@@ -117,3 +118,23 @@ def remove(path: Path) -> int:
         file.unlink(missing_ok=True)
         remove_dead_draft(file)
     return freed - sum(file.stat().st_size for file in files_of(path))
+
+
+def discard(path: Path, is_at: Callable[[Path], bool]) -> bool:
+    """Remove a damaged file, unless another process has replaced it meanwhile; tell whether it is gone.
+
+    `is_at` tells whether a path is still the file that was found damaged.
+    """
+    try:
+        draft = Draft(path)
+    except OSError:
+        return False
+    try:
+        if is_at(path):
+            path.unlink()
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        draft.abandon()

@@ -31,7 +31,7 @@ from refinfer.weight_cache.provider import Pack
 from refinfer.weight_cache.publish import Draft, remove_dead_draft, write_small_file
 from refinfer.weight_cache.sources import Record, SideFile, believed, identify, side_path, unchanged
 
-__all__ = ["SILENT", "Contents", "Listener", "Opened", "discard", "load_or_build"]
+__all__ = ["SILENT", "Contents", "Listener", "Opened", "load_or_build"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,26 +195,6 @@ def _copy_of(partial: FileWeightCacheProvider, entry: Entry) -> Pack | None:
             yield start + chunk.padded_nbytes
 
     return copy
-
-
-def discard(path: Path, is_at: Callable[[Path], bool]) -> bool:
-    """Remove a damaged file, unless another process has replaced it meanwhile; tell whether it is gone.
-
-    `is_at` tells whether a path is still the file that was found damaged.
-    """
-    try:
-        draft = Draft(path)
-    except OSError:
-        return False
-    try:
-        if is_at(path):
-            path.unlink()
-    except OSError:
-        return False
-    else:
-        return True
-    finally:
-        draft.abandon()
 
 
 def _note(path: Path, side: SideFile) -> None:
