@@ -369,11 +369,13 @@ def test_absurdly_many_threads_are_refused(run: Run) -> None:
 
 @pytest.mark.spec("CLI-14", "CLI-15", "BUDGET-3")
 @pytest.mark.parametrize("option", ["--budget", "--svg"])
+@both
 def test_an_empty_budget_or_file_is_refused(run: Run, command: str, option: str) -> None:
     refused(run, command, "--shape", "smollm-135m", option, "")
 
 
 @pytest.mark.spec("CLI-14", "CLI-15", "BUDGET-3")
+@both
 def test_without_a_budget_there_is_one_that_works(run: Run, command: str) -> None:
     assert run(command, "--shape", "tiny")[0] == 0
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import PackingError
 
-__all__ = ["Chunk", "GoiLayout", "TileShape", "cut_into_chunks", "draw"]
+__all__ = ["Chunk", "GoiLayout", "TileShape", "count_chunks", "cut_into_chunks", "draw"]
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -162,6 +162,12 @@ class Chunk:
         return _round_up(self.nbytes, PAGE_BYTES)
 
 
+def count_chunks(N: int, nr: int, tile_nbytes: int, target_nbytes: int) -> int:
+    """Return how many chunks `cut_into_chunks` would cut."""
+    n_tiles = -(-N // nr)
+    return min(n_tiles, max(1, round(n_tiles * tile_nbytes / target_nbytes)))
+
+
 def cut_into_chunks(N: int, nr: int, tile_nbytes: int, target_nbytes: int) -> tuple[Chunk, ...]:
     """Cut a row of tiles into chunks of about `target_nbytes`, as equal as whole tiles allow, each on a page.
 
@@ -172,7 +178,7 @@ def cut_into_chunks(N: int, nr: int, tile_nbytes: int, target_nbytes: int) -> tu
 
 def _cut(N: int, nr: int, tile_nbytes: int, target_nbytes: int) -> Iterator[Chunk]:
     n_tiles = -(-N // nr)
-    n_chunks = min(n_tiles, max(1, round(n_tiles * tile_nbytes / target_nbytes)))
+    n_chunks = count_chunks(N, nr, tile_nbytes, target_nbytes)
     offset = 0
     for i in range(n_chunks):
         first, end = i * n_tiles // n_chunks, (i + 1) * n_tiles // n_chunks

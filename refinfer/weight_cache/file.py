@@ -14,7 +14,7 @@ import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -160,6 +160,15 @@ class MappedFile:
                 yield f"{entry.key.name}: the buffer does not agree with its SHA-256"
 
 
+@dataclass(slots=True)
+class _Given:
+    """A mapping that was given out: where it begins in the file and in memory, how much of it was committed."""
+
+    start: int
+    address: int
+    committed: int = 0
+
+
 class FileWeightCacheProvider(DictFace):
     """Packed buffers in one file: `build(path)` begins a new one, `load(path)` maps a whole one.
 
@@ -174,7 +183,7 @@ class FileWeightCacheProvider(DictFace):
         self._views: dict[int, Bytes] = {}
         self._end = PAGE_BYTES
         self._reserved: Bytes | None = None
-        self._given: weakref.WeakSet[Any] = weakref.WeakSet()  # mappings of space that was not committed
+        self._given: weakref.WeakKeyDictionary[Any, _Given] = weakref.WeakKeyDictionary()
         self._draft = held if isinstance(held, Draft) else None
         if isinstance(held, Draft):
             self._state = State.BUILDING
@@ -245,8 +254,8 @@ class FileWeightCacheProvider(DictFace):
         used = self._draft.nbytes - self._end  # by a reservation that was never committed
         self._draft.secure(self._end, -(-nbytes // PAGE_BYTES) * PAGE_BYTES)
         mapped = self._draft.map(self._end, nbytes)
-        self._given.add(mapped.obj)
         self._reserved = np.frombuffer(mapped, np.uint8)
+        self._given[mapped.obj] = _Given(self._end, self._reserved.ctypes.data)
         self._reserved[: max(used, 0)] = 0
         return self._reserved
 
@@ -270,9 +279,8 @@ class FileWeightCacheProvider(DictFace):
             raise WeightCacheStateError(f"the weight cache is finalized: {key.name!r} cannot be inserted")
         require_fitting(key, buffer)
         if not lies_at(buffer, self._reserved):
-            self._require_current(buffer)
-            inside = self._reserved is not None and np.may_share_memory(buffer, self._reserved)
-            np.copyto(self.reserve_space(buffer.size), buffer.copy() if inside else buffer)
+            data = self._copied_from_reserved(buffer)
+            np.copyto(self.reserve_space(buffer.size), data)
         assert self._reserved is not None
         view = self._reserved[: buffer.size]
         digest = hashlib.sha256(view.data).digest()
@@ -283,19 +291,28 @@ class FileWeightCacheProvider(DictFace):
                 return twin.offset
         chunks = tuple(StoredChunk(self._end + at, n, checksum(view[at : at + n])) for at, n in places)
         self._entries[key] = Entry(key, digest, chunks)
+        if (given := self._given.get(map_behind(view))) is not None:
+            given.committed = view.size
         self.let_go()
-        self._given.discard(map_behind(view))
         self._reserved = None
         view.flags.writeable = False
         self._views[self._end] = view
         self._end += view.size
         return chunks[0].offset
 
-    def _require_current(self, buffer: Bytes) -> None:
-        """Check that a buffer does not lie in space that a later reservation has taken over."""
+    def _copied_from_reserved(self, buffer: Bytes) -> Bytes:
+        """Return a buffer that a new reservation will not clear: a copy where it lies in the present one.
+
+        Raises:
+            WeightCacheStateError: it lies in space that a later reservation has taken over.
+        """
         behind = map_behind(buffer)
-        if behind in self._given and (self._reserved is None or behind is not map_behind(self._reserved)):
+        given = self._given.get(behind) if behind is not None else None
+        if given is None or buffer.ctypes.data - given.address + buffer.size <= given.committed:
+            return buffer
+        if self._reserved is None or behind is not map_behind(self._reserved):
             raise WeightCacheStateError("this space was reserved, but not committed before other space was reserved")
+        return buffer.copy()
 
     def offset_to_addr(self, offset: int) -> Bytes:
         """Return the buffer that starts at `offset`, read-only.
@@ -333,8 +350,9 @@ class FileWeightCacheProvider(DictFace):
         self._use(mapped, State.FINALIZED)
 
     def _is_held(self) -> bool:
+        """Tell whether anybody still holds space that was never committed."""
         self._reserved = None
-        return len(self._given) > 0
+        return any(given.start >= self._end for given in self._given.values())
 
     def delete_cache(self) -> None:
         """Release mapping and memory; an unfinished draft goes, a published file stays."""

@@ -27,7 +27,7 @@ from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import CacheFileError, PackingError
 from refinfer.packing.layout import TileShape
 from refinfer.weight_cache.key import DIGEST_BYTES, PackKey, WeightId
-from refinfer.weight_cache.packers import chunks_of
+from refinfer.weight_cache.packers import chunks_of, count_of
 
 __all__ = [
     "FORMAT_VERSION",
@@ -278,11 +278,7 @@ def _decode_entry(cursor: _Cursor, header: Header) -> Entry:
     digest = cursor.raw(DIGEST_BYTES)
     (n,) = cursor.numbers("I")
     table = np.frombuffer(cursor.raw(24 * n), "<u8").reshape(n, 3).tolist()
-    # Every weight takes half a byte at least: so an impossible shape is known before its chunks are listed.
-    weights_at_most = 2 * min(sum(nbytes for _, nbytes, _ in table), header.index_offset)
-    for size in shape:
-        weights_at_most //= size
-    expected = chunks_of(key) if weights_at_most else ()
+    expected = chunks_of(key) if count_of(key) == n else ()  # so an absurd shape is known before its chunks are listed
     if not expected or [c.nbytes for c in expected] != [nbytes for _, nbytes, _ in table]:
         raise CacheFileError(f"{key.name!r} does not have the size of its shape")
     chunks = tuple(StoredChunk(*row) for row in table)

@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from refinfer.arrays import IntArray, f32_to_bf16
 from refinfer.errors import PackingError
-from refinfer.packing.formats import Bytes, PackedLayout, layout_of, pack_chunk
-from refinfer.packing.layout import Chunk, TileShape, cut_into_chunks
+from refinfer.packing.formats import Bytes, PackedLayout, format_of, layout_of, pack_chunk
+from refinfer.packing.layout import Chunk, TileShape, count_chunks, cut_into_chunks
 from refinfer.weight_cache.checksum import checksums, scrambled
 from refinfer.weight_cache.key import PackKey, WeightId
 
@@ -33,6 +33,7 @@ __all__ = [
     "PACKERS",
     "STORED_TYPES",
     "chunks_of",
+    "count_of",
     "layout_of_key",
     "matrix_key",
     "nbytes_of",
@@ -120,6 +121,21 @@ def chunks_of(key: PackKey) -> tuple[Chunk, ...]:
     if key.packer not in PACKERS:
         raise PackingError(f"{key.packer!r} is not a packer; there are {', '.join(PACKERS)}")
     return PACKERS[key.packer](key)
+
+
+def count_of(key: PackKey) -> int:
+    """Return how many chunks a buffer has, without listing them.
+
+    Raises:
+        PackingError: no packer makes such a buffer.
+    """
+    if key.packer == "goi" and len(key.shape) == 2:
+        fmt, (N, K) = format_of(key.format), key.shape
+        tile = fmt.tile(N, K)
+        return count_chunks(N, tile.nr, fmt.tile_nbytes(tile, K), fmt.chunk_nbytes)
+    if key.packer == "rows" and len(key.shape) == 2 and key.format in STORED_TYPES:
+        return count_chunks(key.shape[0], 1, record_nbytes(key), _ROWS_CHUNK_BYTES)
+    return 1
 
 
 def nbytes_of(key: PackKey) -> int:
@@ -229,6 +245,6 @@ def _operators(name: str, N: int, K: int) -> Iterator[tuple[PackKey, npt.NDArray
     w = (scrambled(N * K, stream=2) >> np.uint64(40)).astype(np.float32).reshape(N, K) / np.float32(1 << 23) - 1
     for dtype, stored in {"f32": w, "f16": w.astype(np.float16), "bf16": f32_to_bf16(w)}.items():
         yield matrix_key(layout_of(name, N, K), weights), stored
-        yield rows_key((1, K), dtype, weights), stored[:1]
+        yield rows_key((min(N, 3), K), dtype, weights), stored[:3]
     bias = w[:, 0].copy()
     yield vectors_key(N, weights), bias

@@ -131,9 +131,9 @@ class Draft:
 def map_behind(view: npt.NDArray[np.uint8]) -> mmap.mmap | None:
     """Return the mapping that an array shows, or None where it shows memory of another kind."""
     base: object = view
-    while isinstance(base, np.ndarray):
-        base = base.base
-    return base.obj if isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap) else None
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    return base if isinstance(base, mmap.mmap) else None
 
 
 def _open_locked(path: Path, on_wait: Callable[[], None]) -> IO[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import Any
@@ -131,14 +132,54 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "a size that wraps": {"shape": (1, 1 << 64)},
     "negative flags": {"flags": -1},
     "flags beyond 32 bits": {"flags": 1 << 32},
+    "rows of a tile beyond 32 bits": {"tile": TileShape(1 << 32, 1, 1)},
+    "columns of a tile beyond 32 bits": {"tile": TileShape(16, 1 << 32, 1)},
+    "shuffled groups beyond 32 bits": {"tile": TileShape(16, 1, 1 << 32)},
 }
 
 
 @pytest.mark.spec("KEY-3")
 @pytest.mark.parametrize("changes", list(IMPOSSIBLE.values()), ids=list(IMPOSSIBLE))
 def test_sizes_and_flags_that_no_tensor_can_have_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(PackingError, match=r"cannot be packed|flags must be a number of 32 bits"):
+    why = r"cannot be packed$" if "shape" in changes else r"^flags and tile sizes must be numbers of 32 bits, not "
+    with pytest.raises(PackingError, match=why):
         replace(KEY, **changes)
+
+
+NO_NAMES = {
+    "half a character": "\ud800",
+    "a byte that is no text": "\udcff",
+    "half a character within text": "layer.\udfff.weight",
+    "too long": "w" * 65_536,
+    "too long in UTF-8": "é" * 32_768,
+    "absurdly long": "w" * 10_000_000,
+}
+
+
+@pytest.mark.spec("KEY-3")
+@pytest.mark.parametrize("name", list(NO_NAMES.values()), ids=list(NO_NAMES))
+def test_names_that_cannot_be_written_are_refused_briefly(name: str) -> None:
+    refuse: list[Callable[[], object]] = [
+        lambda: WeightId(ONE, name),
+        lambda: replace(KEY, packer=name),
+        lambda: replace(KEY, format=name),
+    ]
+    for make in refuse:
+        with pytest.raises(
+            PackingError, match=r"^a name must be text of at most 65535 bytes in UTF-8, not "
+        ) as refused:
+            make()
+        assert len(str(refused.value)) < 200
+
+
+@pytest.mark.spec("KEY-3")
+@pytest.mark.parametrize(
+    "name", ["", "\0", "w" * 65_535, "é" * 32_767 + "e", "🦆" * 16_383 + "abc"], ids=lambda n: n[:4]
+)
+def test_names_that_just_can_be_written_are_allowed(name: str) -> None:
+    assert WeightId(ONE, name).name == name
+    other = replace(KEY, packer=name, format=name)
+    assert (other.packer, other.format) == (name, name)
 
 
 @pytest.mark.spec("KEY-3")
@@ -150,8 +191,9 @@ def test_digests_of_another_length_are_refused(n: int) -> None:
 
 @pytest.mark.spec("KEY-3")
 def test_the_largest_sizes_and_flags_are_allowed() -> None:
-    largest = replace(KEY, shape=(1 << 48, 1), flags=(1 << 32) - 1)
-    assert (largest.shape, largest.flags) == ((1 << 48, 1), (1 << 32) - 1)
+    most = (1 << 32) - 1
+    largest = replace(KEY, shape=(1 << 48, 1), flags=most, tile=TileShape(most, most, most))
+    assert (largest.shape, largest.flags, largest.tile) == ((1 << 48, 1), most, TileShape(most, most, most))
 
 
 @pytest.mark.spec("KEY-1")
