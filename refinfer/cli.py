@@ -298,7 +298,10 @@ def _generate(args: argparse.Namespace) -> None:
             raise
         if args.trace is not None:
             write_file(args.trace, json.dumps(to_chrome(session.trace)))
-        stats, cache = session.stats, _weight_cache_line(session.weight_cache, session.cache_use)
+        stats, cache = (
+            session.stats,
+            _weight_cache_line(session.weight_cache, session.cache_use, mapped=args.budget is None),
+        )
     assert stats is not None
     if args.json:
         print(json.dumps(stats.to_json()))
@@ -323,7 +326,7 @@ def _summary(stats: GenerationStats) -> str:
     return "\n" + " · ".join(parts)
 
 
-def _weight_cache_line(stats: WeightCacheStats, use: CacheUse) -> str:
+def _weight_cache_line(stats: WeightCacheStats, use: CacheUse, *, mapped: bool = True) -> str:
     """Say what the weight cache did, and why."""
     packed = f"packed {_buffers(use.misses)}, {format_nbytes(stats.packed_bytes)}"
     took = _seconds(stats.load_or_build_s)
@@ -334,10 +337,10 @@ def _weight_cache_line(stats: WeightCacheStats, use: CacheUse) -> str:
     elif stats.state == "built":
         why = "" if stats.reason == NO_FILE else f"rebuilt: {stats.reason}; "
         kept = f", found {_buffers(use.hits)}" if use.hits else ""
-        line = f"{why}{packed}{kept}, in {took}; the next start will map them"
+        line = f"{why}{packed}{kept}, in {took}; the next start will {'map' if mapped else 'find'} them"
     else:
         saved = f"; packing took {_seconds(use.packing_s)}" if use.packing_s is not None else ""
-        line = f"mapped {_buffers(use.hits)}, {format_nbytes(use.nbytes)}, in {took}{saved}"
+        line = f"{'mapped' if mapped else 'found'} {_buffers(use.hits)}, {format_nbytes(use.nbytes)}, in {took}{saved}"
     return f"weight cache: {line}"
 
 

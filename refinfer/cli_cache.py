@@ -19,7 +19,7 @@ from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.folder import open_folder, readable
 from refinfer.offload.inventory import Inventory
 from refinfer.packing.formats import FORMATS
-from refinfer.prepare import Prepared, cache_path, choose_format, prepare
+from refinfer.prepare import IN_MEMORY, Prepared, cache_path, choose_format, prepare
 from refinfer.process import format_nbytes
 from refinfer.trace import RealClock
 from refinfer.weight_cache.directory import cache_directory, cache_files, describe, is_cache_file, remove
@@ -31,6 +31,8 @@ __all__ = ["ACTIONS", "pack", "run_cache"]
 
 def pack(folder: Path, weights: str, output: str | None, listener: Listener) -> Prepared:
     """Make sure that a model has its cache file; raises what `prepare` does."""
+    if output == IN_MEMORY:
+        raise InputError(f"pack makes a file, and {output} is none")
     model = open_folder(folder)
     with readable(folder):
         checkpoint = open_checkpoint(folder)
@@ -56,22 +58,25 @@ def _targets(args: argparse.Namespace) -> list[Path]:
         if not args.all and args.action != "list":
             raise InputError(f"say which: a cache file, a model folder, or --all (see refinfer cache {args.action} -h)")
         return list(cache_files(directory))
-    return [path for target in args.target for path in _find(target, directory, args.weights)]
+    return list(dict.fromkeys(path for target in args.target for path in _find(target, directory, args.weights)))
 
 
 def _find(target: str, directory: Path, weights: str | None) -> Iterator[Path]:
     path = Path(target)
-    if path.is_dir():
+    with readable(path):
+        kind = "folder" if path.is_dir() else "file" if path.is_file() else "name"
+    named = directory / target
+    if kind == "folder":
         found = [file for file in _of_model(path, weights) if file.exists()]
         if not found:
             raise InputError(f"{target} has no cache file yet; refinfer pack makes one")
         yield from found
-    elif path.is_file():
-        if not is_cache_file(path) and path.parent.resolve() != directory.resolve():
+    elif kind == "file":
+        if not is_cache_file(path) and path.resolve() not in {file.resolve() for file in cache_files(directory)}:
             raise InputError(f"{target} is not a refinfer weight cache")
         yield path
-    elif (directory / target).is_file():
-        yield directory / target
+    elif named in cache_files(directory):
+        yield named
     else:
         raise InputError(f"there is no cache file or model {target}; refinfer cache list shows what there is")
 
@@ -171,7 +176,9 @@ def _path(args: argparse.Namespace) -> None:
 
 def _path_of(target: str, weights: str | None) -> list[Path]:
     folder = Path(target)
-    if not folder.is_dir():
+    with readable(folder):
+        is_folder = folder.is_dir()
+    if not is_folder:
         raise InputError(f"there is no model folder {target}")
     return _of_model(folder, weights or "auto")
 

@@ -295,7 +295,11 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
             threads=streaming.prefetch_threads,
             paged=streaming.paged,
             traced=streaming.traced,
+            where=str(path),
         )
+    except KeyError:
+        store.close()
+        raise DamagedWeightsError(f"{path} was replaced while it was opened; start again") from None
     except BaseException as error:
         store.close()
         if isinstance(error, DamagedWeightsError):

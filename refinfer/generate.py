@@ -180,7 +180,7 @@ def _open_sound(request: EngineRequest, reason: str | None = None, *, in_memory:
     except DamagedWeightsError as error:
         if reason is not None:
             raise
-        return open_engine(request, str(error))
+        return open_engine(request, str(error).removesuffix("; start again"))
 
 
 def default_threads(config: ModelConfig) -> int:
@@ -340,7 +340,7 @@ class Session:
         try:
             return compute(self._transformer)
         except DamagedWeightsError as error:
-            reason = str(error)
+            reason = str(error).removesuffix("; start again")
         removed, kv_cache = self._open().discard(), self._transformer.kv_cache
         self.close()
         self._engine = _open_sound(self._request, reason, in_memory=not removed)

@@ -104,7 +104,8 @@ def cache_path(checkpoint: Checkpoint, name: str, weight_cache: str | None) -> P
         of_the_model = path.parent == checkpoint.folder.resolve() and path.suffix != SUFFIX and path.exists()
     except (OSError, ValueError) as error:
         raise RequestError(f"--weight-cache {weight_cache!r} cannot be used: {error}") from None
-    if (of_the_model and not is_cache_file(path)) or path.suffix in {".safetensors", ".json"}:
+    weights = {source.resolve() for source in checkpoint.paths}
+    if path in weights or (of_the_model and not is_cache_file(path)) or path.suffix in {".safetensors", ".json"}:
         raise RequestError(f"--weight-cache {weight_cache} is a file of a model; name another one")
     return path
 

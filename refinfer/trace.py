@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from xml.sax.saxutils import escape
 
-__all__ = ["KINDS", "Clock", "RealClock", "Span", "Trace", "to_chrome", "to_rows", "to_svg"]
+__all__ = ["KINDS", "Clock", "RealClock", "Span", "Trace", "to_chrome", "to_rows", "to_svg", "wall_time_ns"]
 
 
 class Clock(Protocol):
@@ -29,6 +29,11 @@ class Clock(Protocol):
     def sleep(self, seconds: float) -> None:
         """Return once `seconds` have passed on this clock."""
         ...
+
+
+def wall_time_ns() -> int:
+    """Return the time of day in nanoseconds, to compare with the times of files."""
+    return time.time_ns()
 
 
 class RealClock:

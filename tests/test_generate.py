@@ -31,11 +31,11 @@ from refinfer.errors import (
     WeightsError,
 )
 from refinfer.generate import STORYTELLER, GenerationStats, Session, default_threads, load
-from refinfer.offload.source import PackedSource
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.folder import open_folder
 from refinfer.model.safetensors import SafetensorsFile, TensorSpec, write_safetensors
 from refinfer.model.synth import write_checkpoint
+from refinfer.offload.source import PackedSource
 from refinfer.packing.formats import FORMATS
 from refinfer.process import usable_cores
 

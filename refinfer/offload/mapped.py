@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Final
 
 from refinfer.arrays import Float32Array, IntArray
 from refinfer.model.weights import Matrix, RowTable
@@ -21,8 +20,6 @@ from refinfer.packing.formats import Bytes
 from refinfer.trace import Clock
 from refinfer.weight_cache.file import MappedFile
 from refinfer.weight_cache.format import Entry
-
-_TICK_S: Final = 0.1
 
 __all__ = ["FirstTable", "LastMatrix", "MappedMatrix", "Watch"]
 
@@ -36,7 +33,8 @@ class Watch:
     def __init__(self, mapped: MappedFile, vectors: Entry, clock: Clock) -> None:
         self.mapped = mapped
         self._clock = clock
-        self._restless_until = -math.inf
+        # The times of a file do not tell a write in the same tick of the system's clock from the one before.
+        self._restless_until = self._clock.now() + mapped.tick_s if mapped.age_s < mapped.tick_s else -math.inf
         self.matrices: list[MappedMatrix] = []
         self.epoch = 0
         self._vectors = vectors
@@ -49,10 +47,10 @@ class Watch:
             DamagedWeightsError: they do not agree with their checksum, or the file was cut short.
         """
         if self.mapped.changed():
-            self._restless_until = self._clock.now() + _TICK_S
+            self._restless_until = self._clock.now() + self.mapped.tick_s
             self.epoch += 1
         elif self._clock.now() < self._restless_until:
-            self.epoch += 1  # the times of a file do not tell a second write in the same tick from the first
+            self.epoch += 1
         if self._vectors_checked_in != self.epoch:
             if not self.mapped.is_sound(self._vectors.chunks[0]):
                 raise damaged(str(self.mapped.path), self._vectors.key)

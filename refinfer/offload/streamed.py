@@ -115,6 +115,7 @@ class StreamedSource:
         threads: int = 0,
         paged: bool = False,
         traced: bool = False,
+        where: str = "the weight cache",
     ) -> None:
         account = plan.account
         for nbytes, what in (
@@ -130,6 +131,7 @@ class StreamedSource:
         self.wait_s = 0.0
         self._spans: list[Span] | None = [] if traced else None
         self._inventory = inventory
+        self._where = where
         self._store = store
         self._clock = clock
         entries = {(entry.key.packer, entry.key.name): entry for entry in index.entries}
@@ -159,7 +161,7 @@ class StreamedSource:
 
         def table(name: str) -> RowTable:
             entry = entries["rows", name]
-            return RecordTable(entry.key, "the weight cache", _RecordReader(entry, store).read)
+            return RecordTable(entry.key, where, _RecordReader(entry, store).read)
 
         self.embed_tokens, self._layers, self.norm, self.lm_head = assemble(
             self.config, matrix=matrix, table=table, vector=vectors.__getitem__
@@ -232,7 +234,7 @@ class StreamedSource:
         chunk = entry.chunks[number]
         self._store.read(chunk.offset, into[: chunk.padded_nbytes])
         if checksum(into[: chunk.nbytes]) != chunk.checksum:
-            raise damaged("the weight cache", entry.key, number)
+            raise damaged(self._where, entry.key, number)
         return into[: chunk.nbytes]
 
     def _lock(self, numbers: Sequence[int], memory: Bytes) -> None:

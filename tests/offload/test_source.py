@@ -1,0 +1,613 @@
+"""Specifies `refinfer.offload.source` and `mapped`: mapped weights are checked, and found out when they change."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refinfer.arrays import PAGE_BYTES
+from refinfer.errors import DamagedWeightsError, PackingError, RefinferError
+from refinfer.model.checkpoint import open_checkpoint
+from refinfer.model.config import SHAPES
+from refinfer.model.folder import open_folder
+from refinfer.model.synth import write_checkpoint
+from refinfer.model.transformer import Transformer, prefill_block
+from refinfer.model.weights import LayerWeights, RowMajorSource, WeightSource
+from refinfer.offload.inventory import Inventory
+from refinfer.offload.source import PackedSource
+from refinfer.packing import formats
+from refinfer.packing.formats import FORMATS
+from refinfer.prepare import prepare
+from refinfer.trace import Clock, RealClock
+from refinfer.weight_cache import packers
+from refinfer.weight_cache.file import FileWeightCacheProvider, MappedFile, read_file
+from refinfer.weight_cache.format import Entry, StoredChunk
+
+POSITIONS = 48
+WATCHDOG_S = 60
+
+
+def forget_layouts() -> None:
+    """Forget what was derived from the sizes of chunks."""
+    packers.chunks_of.cache_clear()
+    packers.packer_fingerprint.cache_clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_chunks() -> Iterator[None]:
+    """Cut chunks of half a KiB, at least a tile, and int4 tiles of 16 rows: several to a tiny matrix."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "FORMATS", {name: replace(f, chunk_nbytes=512) for name, f in FORMATS.items()})
+        patch.setattr(formats, "_LARGEST_INT4_TILE", 16)
+        patch.setattr(formats, "_SMALLEST_INT4_TILE", 16)
+        patch.setattr(packers, "_LARGE", ())  # large matrices in such chunks would take seconds
+        forget_layouts()
+        yield
+    forget_layouts()
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose embedding table is the output table, and one with two tables."""
+    folder = tmp_path_factory.mktemp("source") / "m"
+    config = replace(
+        SHAPES["tiny"],
+        vocab_size=70,
+        hidden_size=40,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        qkv_bias=True,
+        qk_norm=True,
+        model_type="qwen3",
+    )
+    write_checkpoint(folder, replace(config, tie_word_embeddings=request.param == "tied"), dtype="f32")
+    return folder
+
+
+class Mapped:
+    """A model in its mapped cache file, and a transformer over it."""
+
+    def __init__(self, folder: Path, path: Path, name: str = "int8") -> None:
+        self.path = path
+        self.inventory = Inventory(open_folder(folder).config, name)
+        prepared = prepare(self.inventory, open_checkpoint(folder), str(path), clock=RealClock())
+        assert isinstance(prepared.provider, FileWeightCacheProvider)
+        self.provider = prepared.provider
+        self.source = PackedSource(
+            self.inventory, self.provider, prefill_block(self.inventory.config, POSITIONS), RealClock()
+        )
+        self.transformer = Transformer(self.source, POSITIONS)
+        index = read_file(path)[1]
+        self.entries = {(entry.key.packer, entry.key.name): entry for entry in index.entries}
+
+    def token(self, token_id: int = 7) -> npt.NDArray[np.uint32]:
+        """Return the bits of the logits behind one token, from an empty text."""
+        self.transformer.kv_cache.rewind(0)
+        return self.transformer.decode([token_id]).view(np.uint32)
+
+    def again(self, clock: Clock | None = None) -> Transformer:
+        """Return a transformer over the same file, mapped once more."""
+        provider = FileWeightCacheProvider.load(self.path)
+        return Transformer(
+            PackedSource(self.inventory, provider, self.transformer.block, clock or RealClock()), POSITIONS
+        )  # fmt: skip
+
+    @property
+    def vectors(self) -> Entry:
+        return self.entries["vectors", self.inventory.vectors_name]
+
+    def chunks(self) -> Iterator[tuple[str, int, int, int]]:
+        """Walk over the matrices' chunks: name, number, offset, bytes."""
+        for matrix in self.inventory.matrices:
+            for number, chunk in enumerate(self.entries["goi", matrix.name].chunks):
+                yield matrix.name, number, chunk.offset, chunk.nbytes
+
+
+@pytest.fixture
+def mapped(folder: Path, tmp_path: Path) -> Mapped:
+    return Mapped(folder, tmp_path / "cache")
+
+
+def change(path: Path, offset: int, by: int = 0x10) -> None:
+    """Change a byte, in place."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        byte = os.pread(descriptor, 1, offset)[0]
+        os.pwrite(descriptor, bytes([byte ^ by]), offset)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.spec("OFFLOAD-3", "PACK-23")
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_resident_and_mapped_weights_give_the_same_bits_and_the_rounding_of_row_major_ones(
+    folder: Path, name: str, tmp_path: Path
+) -> None:
+    in_file = Mapped(folder, tmp_path / "cache", name)
+    again = Mapped(folder, tmp_path / "cache", name)
+    checkpoint = open_checkpoint(folder)
+    provider = prepare(in_file.inventory, checkpoint, ":memory", clock=RealClock()).provider
+    resident = PackedSource(in_file.inventory, provider, in_file.transformer.block, RealClock())
+    row_major = RowMajorSource(
+        in_file.inventory.config, checkpoint, lambda w: formats.pack_matrix(w, name).unpack()
+    )  # fmt: skip
+
+    def run(source: WeightSource) -> npt.NDArray[np.float32]:
+        ids = np.random.default_rng(1).integers(0, 70, POSITIONS).tolist()
+        transformer = Transformer(source, POSITIONS)
+        logits = [transformer.prefill(ids[:40])[None]]
+        return np.concatenate([*logits, *(transformer.decode([i]) for i in ids[40:44]), transformer.decode(ids[44:])])
+
+    expected = run(resident)
+    for source in (in_file.source, again.source):
+        np.testing.assert_array_equal(run(source).view(np.uint32), expected.view(np.uint32))
+    np.testing.assert_allclose(expected, run(row_major), atol=2e-4)
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_a_chunk_damaged_before_its_first_product_is_found(mapped: Mapped) -> None:
+    """Each chunk, and the vectors: in a file that has just been mapped, and none of which has been read."""
+    places = [*mapped.chunks(), ("vectors", None, mapped.vectors.offset, 4 * sum(mapped.inventory.vectors.values()))]
+    for name, number, offset, nbytes in places:
+        at = offset + (nbytes - 1 if (number or 0) % 2 else 0)
+        fresh = mapped.again()
+        change(mapped.path, at)
+        what = r"\d+ vectors" if number is None else f"{re.escape(name)}, chunk {number},"
+        with pytest.raises(DamagedWeightsError, match=f"{re.escape(str(mapped.path))}: {what}.*does not agree"):
+            fresh.decode([7])
+        change(mapped.path, at)
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_a_byte_written_between_two_tokens_is_found_before_the_next_is_shown(mapped: Mapped) -> None:
+    """In each chunk and in the vectors; put back, the run goes on with the same bits."""
+    expected = mapped.token()
+    vectors = (mapped.vectors.offset, 4 * sum(mapped.inventory.vectors.values()))
+    places = [(offset, nbytes) for _, _, offset, nbytes in mapped.chunks()]
+    for offset, nbytes in [*places, vectors]:
+        for at in (offset, offset + nbytes // 2, offset + nbytes - 1):
+            change(mapped.path, at)
+            with pytest.raises(DamagedWeightsError, match="does not agree with its checksum"):
+                mapped.token()
+            change(mapped.path, at)
+        np.testing.assert_array_equal(mapped.token(), expected)
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_damage_is_found_again_and_again_until_it_is_put_right(mapped: Mapped) -> None:
+    expected = mapped.token()
+    for _, _, offset, _ in list(mapped.chunks())[::7]:
+        change(mapped.path, offset)
+        for _ in range(3):
+            with pytest.raises(DamagedWeightsError):
+                mapped.token()
+        change(mapped.path, offset)
+        np.testing.assert_array_equal(mapped.token(), expected)
+
+
+@pytest.mark.spec("OFFLOAD-4", "OFFLOAD-6")
+def test_a_damaged_embedding_row_is_found_when_its_token_comes(folder: Path, tmp_path: Path) -> None:
+    mapped = Mapped(folder, tmp_path / "cache", "f32")
+    expected = [mapped.token(7), mapped.token(8)]
+    if mapped.inventory.table is None:
+        entry, nbytes = mapped.entries["goi", "model.embed_tokens.weight"], 4 * 40
+    else:
+        entry = mapped.entries["rows", "model.embed_tokens.weight"]
+        nbytes = packers.record_nbytes(entry.key)
+    for at in (entry.offset + 7 * nbytes, entry.offset + 8 * nbytes - 1):
+        change(mapped.path, at)
+        with pytest.raises(DamagedWeightsError, match=r"model\.embed_tokens\.weight.*does not agree"):
+            mapped.token(7)
+        with pytest.raises(DamagedWeightsError):
+            mapped.source.embed_tokens.rows(np.array([7]))
+        if mapped.inventory.table:  # a tied table is used whole for each token, rows of another are checked alone
+            np.testing.assert_array_equal(mapped.token(8), expected[1])
+        change(mapped.path, at)
+    np.testing.assert_array_equal(mapped.token(7), expected[0])
+
+
+class WritingBetweenLayers:
+    """A source during whose pass somebody does something, just before the layer of a number is given out."""
+
+    def __init__(self, source: WeightSource, layer: int, act: Callable[[], None]) -> None:
+        self.source = source
+        self.config, self.embed_tokens = source.config, source.embed_tokens
+        self.norm, self.lm_head = source.norm, source.lm_head
+        self._layer, self._act = layer, act
+
+    def layers(self) -> Iterator[LayerWeights]:
+        for number, layer in enumerate(self.source.layers()):
+            if number == self._layer:
+                self._act()
+            yield layer
+
+    def close(self) -> None:
+        self.source.close()
+
+
+@pytest.mark.spec("OFFLOAD-4")
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_byte_written_during_a_token_is_found_before_that_token_is_shown(mapped: Mapped, layer: int) -> None:
+    """Also in a chunk that this token has used before, or that was checked before and is used after."""
+    expected = mapped.token()
+    some = [offset for _, _, offset, _ in mapped.chunks()]
+    for at in [*some, mapped.vectors.offset]:
+        writing = WritingBetweenLayers(mapped.source, layer, lambda at=at: change(mapped.path, at))  # type: ignore[misc]
+        with pytest.raises(DamagedWeightsError):
+            Transformer(writing, POSITIONS).decode([7])
+        change(mapped.path, at)
+        np.testing.assert_array_equal(mapped.token(), expected)
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_a_byte_written_between_two_blocks_of_a_prompt_is_found(mapped: Mapped) -> None:
+    calls = [0]
+
+    def write_in_the_second_block() -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            change(mapped.path, next(iter(mapped.chunks()))[2])
+
+    writing = WritingBetweenLayers(mapped.source, 0, write_in_the_second_block)
+    transformer = Transformer(writing, POSITIONS)
+    assert transformer.block < 40
+    with pytest.raises(DamagedWeightsError):
+        transformer.prefill(list(range(40)))
+    assert calls[0] == 2
+
+
+def rewrite(path: Path) -> None:
+    content = path.read_bytes()
+    with path.open("r+b") as file:
+        file.write(content)
+
+
+def through_a_mapping(path: Path) -> None:
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+        mapping[PAGE_BYTES + 3] ^= 1
+        mapping.flush()
+
+
+def extend(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+@pytest.mark.spec("OFFLOAD-4")
+@pytest.mark.parametrize("act", [rewrite, extend, os.utime, lambda path: path.chmod(0o600)])
+def test_whoever_touches_the_file_and_leaves_its_weights_alone_changes_nothing(
+    mapped: Mapped, act: Callable[[Path], None]
+) -> None:
+    expected = mapped.token()
+    act(mapped.path)
+    np.testing.assert_array_equal(mapped.token(), expected)
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_what_is_written_through_a_mapping_and_flushed_is_found(mapped: Mapped) -> None:
+    mapped.token()
+    through_a_mapping(mapped.path)
+    with pytest.raises(DamagedWeightsError):
+        mapped.token()
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_times_put_back_hide_nothing(mapped: Mapped) -> None:
+    mapped.token()
+    before = mapped.path.stat()
+    change(mapped.path, next(iter(mapped.chunks()))[2])
+    os.utime(mapped.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DamagedWeightsError):
+        mapped.token()
+
+
+@pytest.mark.spec("OFFLOAD-4", "PUBLISH-5")
+def test_a_file_that_takes_the_place_of_the_mapped_one_changes_nothing(mapped: Mapped) -> None:
+    expected = mapped.token()
+    other = mapped.path.with_name("other")
+    other.write_bytes(bytes(mapped.path.stat().st_size))
+    other.replace(mapped.path)
+    np.testing.assert_array_equal(mapped.token(), expected)
+    mapped.path.unlink()
+    np.testing.assert_array_equal(mapped.token(), expected)
+
+
+class StoppedClock:
+    """A clock that stands still until somebody sets it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def now(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_nothing_is_checked_twice_unless_somebody_wrote_lately(mapped: Mapped, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checking everything at each token would cost more than multiplying."""
+    checked, real, clock = [], MappedFile.is_sound, StoppedClock()
+
+    def is_sound(file: MappedFile, chunk: StoredChunk) -> bool:
+        checked.append(chunk.offset)
+        return real(file, chunk)
+
+    monkeypatch.setattr(MappedFile, "is_sound", is_sound)
+    everything = {mapped.vectors.offset, *(offset for _, _, offset, _ in mapped.chunks())}
+    transformer = mapped.again(clock)
+
+    def checked_by_a_token(seconds_later: float) -> set[int]:
+        clock.seconds += seconds_later
+        checked.clear()
+        transformer.kv_cache.rewind(0)
+        transformer.decode([7])
+        return set(checked)
+
+    assert checked_by_a_token(0) == everything
+    checked_by_a_token(10)  # the file is at rest now, in any case
+    assert checked_by_a_token(0) == set()
+    assert checked_by_a_token(10) == set()
+    os.utime(mapped.path)
+    assert checked_by_a_token(10) == everything
+    checked_by_a_token(10)
+    assert checked_by_a_token(10) == set()
+
+
+@pytest.mark.spec("OFFLOAD-4")
+@settings(max_examples=40)
+@given(
+    writes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=3),
+    token_id=st.integers(0, 69),
+)
+def test_whatever_is_written_wherever_the_next_token_is_right_or_an_error(
+    writes: list[tuple[float, int]], token_id: int, shared: Mapped
+) -> None:
+    expected = shared.token(token_id)
+    whole = shared.path.read_bytes()
+    for share, by in writes:
+        change(shared.path, int(share * len(whole)), by)
+    try:
+        got = shared.token(token_id)
+    except DamagedWeightsError:
+        got = expected
+    with shared.path.open("r+b") as file:
+        file.write(whole)
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(shared.token(token_id), expected)
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapped:
+    return Mapped(folder, tmp_path_factory.mktemp("shared") / "cache")
+
+
+def in_a_child(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns in a process of its own, forked, which may die of it; a watchdog ends it."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # there are threads, of BLAS, and the child starts none
+        pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.alarm(WATCHDOG_S)
+            os.close(reader)
+            with os.fdopen(writer, "w") as answer:
+                json.dump(work(), answer)
+            status = 0
+        except BaseException:  # noqa: BLE001, RUF100 -- the child must not return into pytest
+            sys.stderr.write(traceback.format_exc())
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        text = answer.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == 0, f"the child ended with {status}"
+    return json.loads(text)
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, as POSIX has it")
+
+
+def mount_ramfs(folder: Path) -> None:
+    """Mount a file system whose times count ticks of some milliseconds, which only this process sees.
+
+    So do all file systems before Linux 6.13, and many after.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, recursive_private = 0x20000, 0x44000
+    failed = (
+        libc.unshare(new_namespace)
+        or libc.mount(b"none", b"/", None, recursive_private, None)
+        or libc.mount(b"none", bytes(folder), b"ramfs", 0, None)
+    )
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+@pytest.fixture(scope="module")
+def coarse_clock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Return what mounts a file system with a coarse clock, in a child."""
+
+    def try_it() -> bool:
+        try:
+            mount_ramfs(tmp_path_factory.getbasetemp())
+        except OSError:
+            return False
+        return True
+
+    if sys.platform != "linux" or os.geteuid() != 0 or not in_a_child(try_it):
+        pytest.skip("needs Linux, and the right to mount a file system")
+    return mount_ramfs
+
+
+@pytest.mark.spec("OFFLOAD-4")
+@pytest.mark.parametrize(
+    "since",
+    [
+        "the last token",
+        pytest.param(
+            "loading",
+            marks=pytest.mark.xfail(
+                raises=AssertionError, reason="a file that was just written is taken to be at rest"
+            ),
+        ),
+    ],
+)
+def test_of_two_writes_in_one_tick_of_the_clock_the_second_is_found_too(
+    folder: Path, tmp_path: Path, coarse_clock: Callable[[Path], None], since: str
+) -> None:
+    """The first writes what is there already; between them is a token, or the file is mapped and gives its first."""
+
+    def work() -> list[int]:
+        """Return how often two writes were in one tick, and how many of the tokens after them were wrong."""
+        coarse_clock(tmp_path)
+        mapped = Mapped(folder, tmp_path / "cache")
+        expected, coincidences, wrong = mapped.token(), 0, 0
+        at = next(offset for name, _, offset, _ in mapped.chunks() if "down_proj" in name)
+        deadline = time.monotonic() + WATCHDOG_S / 4
+        while coincidences < 2 and time.monotonic() < deadline:
+            change(mapped.path, at, by=0)
+            first = mapped.path.stat().st_ctime_ns
+            transformer = mapped.transformer if since == "the last token" else mapped.again()
+            transformer.kv_cache.rewind(0)
+            transformer.decode([7])
+            change(mapped.path, at, by=0x40)
+            coincidences += mapped.path.stat().st_ctime_ns == first
+            transformer.kv_cache.rewind(0)
+            try:
+                wrong += not np.array_equal(transformer.decode([7]).view(np.uint32), expected)
+            except DamagedWeightsError:
+                wrong += 0
+            change(mapped.path, at, by=0x40)
+            os.utime(mapped.path, ns=(0, 0))  # in any case seen
+            assert (mapped.token() == expected).all()
+        return [coincidences, wrong]
+
+    coincidences, wrong = in_a_child(work)
+    if not coincidences:
+        pytest.skip("this machine is too slow, or its clock too quick, for two writes in a tick")
+    assert wrong == 0
+
+
+@needs_fork
+@pytest.mark.spec("OFFLOAD-5")
+def test_a_file_cut_short_between_two_tokens_is_an_error_and_not_the_end_of_the_process(mapped: Mapped) -> None:
+    """Cut to nothing, to a page, within a chunk, by a single byte."""
+    whole = mapped.path.read_bytes()
+
+    def work() -> list[str]:
+        said = []
+        for size in (0, 1, PAGE_BYTES, len(whole) // 2, len(whole) - 1):
+            expected = mapped.token()
+            os.truncate(mapped.path, size)
+            for _ in range(2):
+                try:
+                    mapped.token()
+                    said.append("a token")
+                except DamagedWeightsError as error:
+                    said.append(str(error))
+            with mapped.path.open("r+b") as file:
+                file.write(whole)
+            assert (mapped.token() == expected).all()
+        return said
+
+    assert in_a_child(work) == [f"{mapped.path} was cut short while it was in use; start again"] * 10
+
+
+@needs_fork
+@pytest.mark.spec("OFFLOAD-5")
+@pytest.mark.parametrize("size", [0, PAGE_BYTES, 20 * PAGE_BYTES])
+def test_a_file_cut_short_after_it_was_mapped_and_before_the_first_token_is_an_error(mapped: Mapped, size: int) -> None:
+    def work() -> str:
+        os.truncate(mapped.path, size)
+        try:
+            mapped.token()
+        except DamagedWeightsError as error:
+            return str(error)
+        return "a token"
+
+    assert "was cut short while it was in use" in in_a_child(work)
+
+
+@needs_fork
+@pytest.mark.spec("OFFLOAD-5", "OFFLOAD-4")
+def test_a_file_cut_short_and_grown_again_is_found_damaged(mapped: Mapped) -> None:
+    def work() -> list[str]:
+        size, said = mapped.path.stat().st_size, []
+        mapped.token()
+        os.truncate(mapped.path, PAGE_BYTES)
+        os.truncate(mapped.path, size)
+        for _ in range(2):
+            try:
+                mapped.token()
+                said.append("a token")
+            except DamagedWeightsError as error:
+                said.append(str(error))
+        return said
+
+    assert all("does not agree with its checksum" in text for text in in_a_child(work))
+
+
+@pytest.mark.spec("OFFLOAD-6", "KEY-6")
+def test_rows_are_read_one_at_a_time(mapped: Mapped, folder: Path) -> None:
+    table = mapped.source.embed_tokens
+    ids = np.array([69, 0, 7, 7, 33])
+    rows = table.rows(ids)
+    assert (str(rows.dtype), rows.shape, table.shape) == ("float32", (5, 40), (70, 40))
+    if mapped.inventory.table is not None:
+        stored = open_checkpoint(folder).float32("model.embed_tokens.weight", (70, 40))
+        np.testing.assert_array_equal(rows, stored[ids])
+    for i, row in enumerate(ids):
+        np.testing.assert_array_equal(table.rows(np.array([row])), rows[i : i + 1])
+    rows[:] = 0
+    assert table.rows(np.array([7])).any()
+
+
+@pytest.mark.spec("OFFLOAD-6")
+@pytest.mark.parametrize("row", [70, -1])
+def test_a_row_that_does_not_exist_is_refused(mapped: Mapped, row: int) -> None:
+    with pytest.raises((PackingError, RefinferError)):
+        mapped.source.embed_tokens.rows(np.array([1, row]))
+
+
+@pytest.mark.spec("OFFLOAD-6")
+def test_another_row_that_is_damaged_is_nothing_to_a_look_up(tmp_path: Path, tiny_folder: Path) -> None:
+    mapped = Mapped(tiny_folder, tmp_path / "cache")
+    entry = mapped.entries["rows", "model.embed_tokens.weight"]
+    nbytes = packers.record_nbytes(entry.key)
+    expected = mapped.source.embed_tokens.rows(np.arange(261))
+    for row in (0, 130, 260):
+        change(mapped.path, entry.offset + row * nbytes + 5)
+        with pytest.raises(DamagedWeightsError, match="does not agree"):
+            mapped.source.embed_tokens.rows(np.array([row]))
+        others = np.delete(np.arange(261), row)
+        np.testing.assert_array_equal(mapped.source.embed_tokens.rows(others), expected[others])
+        change(mapped.path, entry.offset + row * nbytes + 5)
+
+
+@pytest.mark.spec("OFFLOAD-3")
+def test_closing_again_is_allowed(mapped: Mapped) -> None:
+    mapped.source.close()
+    mapped.source.close()

@@ -1,0 +1,421 @@
+"""Specifies `refinfer.offload.store`: the right bytes, straight from the disk, or one named error."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refinfer.arrays import PAGE_BYTES, aligned_empty
+from refinfer.errors import CacheFileError, DamagedWeightsError
+from refinfer.offload.store import FileStore
+from refinfer.packing.formats import Bytes
+
+N_PAGES = 64
+O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+def pages(n: int) -> Bytes:
+    """Return `n` pages of memory that hold no page of a file."""
+    memory = aligned_empty((n * PAGE_BYTES // 4,), PAGE_BYTES).reshape(-1).view(np.uint8)
+    memory[:] = 0xA5
+    return memory
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    return np.random.default_rng(0).bytes(N_PAGES * PAGE_BYTES)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> Path:
+    """A file whose bytes are on the disk; not to be written to."""
+    path = tmp_path_factory.mktemp("store") / "file"
+    write(path, content)
+    return path
+
+
+def write(path: Path, content: bytes) -> None:
+    with path.open("wb") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def refuse_direct_io(patch: pytest.MonkeyPatch, when: str, number: int = errno.EINVAL) -> None:
+    """Be a file system that has no direct I/O, and says so when a file is opened, or at its first read."""
+    real_open, real_preadv, direct = os.open, os.preadv, set()
+
+    def opening(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & O_DIRECT and when == "open":
+            raise OSError(number, os.strerror(number))
+        descriptor = real_open(path, flags, *rest, **more)
+        direct.discard(descriptor)
+        if flags & O_DIRECT:
+            direct.add(descriptor)
+        return descriptor
+
+    def reading(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if descriptor in direct:
+            raise OSError(number, os.strerror(number))
+        return real_preadv(descriptor, buffers, offset)
+
+    patch.setattr(os, "open", opening)
+    patch.setattr(os, "preadv", reading)
+
+
+def without(patch: pytest.MonkeyPatch, *names: str) -> None:
+    """Be a system that lacks some of the calls."""
+    for name in names:
+        patch.delattr(os, name)
+
+
+SYSTEMS = {
+    "as it is here": lambda patch: None,
+    "no O_DIRECT when opening": lambda patch: refuse_direct_io(patch, "open"),
+    "no O_DIRECT when reading": lambda patch: refuse_direct_io(patch, "read"),
+    "not supported": lambda patch: refuse_direct_io(patch, "open", errno.EOPNOTSUPP),
+    "no such flag, as on macOS": lambda patch: without(patch, "O_DIRECT", "posix_fadvise"),
+    "no such call, as on Windows": lambda patch: without(patch, "O_DIRECT", "posix_fadvise", "preadv"),
+}
+
+
+@pytest.fixture(params=list(SYSTEMS))
+def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kind of system in turn."""
+    SYSTEMS[request.param](monkeypatch)
+    return str(request.param)
+
+
+@pytest.fixture
+def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_direct_io(monkeypatch, "open")
+
+
+@pytest.mark.spec("STORE-1")
+def test_a_store_fills_a_buffer_with_the_bytes_at_an_offset(system: str, file: Path, content: bytes) -> None:
+    with FileStore(file) as store:
+        assert system == "as it is here" or not store.direct
+        total = 0
+        for first, n in ((0, 1), (0, N_PAGES), (5, 3), (N_PAGES - 1, 1), (17, 40), (5, 3)):
+            into = pages(n)
+            store.read(first * PAGE_BYTES, into)
+            assert into.tobytes() == content[first * PAGE_BYTES : (first + n) * PAGE_BYTES]
+            total += n * PAGE_BYTES
+            assert store.bytes_read == total
+
+
+@pytest.mark.spec("STORE-1")
+@settings(max_examples=30)
+@given(data=st.data())
+def test_any_pages_are_read_into_any_pages(data: st.DataObject, file: Path, content: bytes) -> None:
+    first = data.draw(st.integers(0, N_PAGES - 1))
+    n = data.draw(st.integers(1, N_PAGES - first))
+    before, behind = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
+    memory = pages(before + n + behind)
+    with FileStore(file) as store:
+        store.read(first * PAGE_BYTES, memory[before * PAGE_BYTES : (before + n) * PAGE_BYTES])
+    expected = content[first * PAGE_BYTES : (first + n) * PAGE_BYTES]
+    untouched = b"\xa5" * PAGE_BYTES
+    assert memory.tobytes() == before * untouched + expected + behind * untouched
+
+
+@pytest.mark.spec("STORE-1")
+def test_what_the_system_reads_piece_by_piece_is_put_together(
+    file: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.preadv, []
+
+    def reading_a_page(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        calls.append(offset)
+        return real(descriptor, [buffers[0][:PAGE_BYTES]], offset)
+
+    with FileStore(file) as store:
+        monkeypatch.setattr(os, "preadv", reading_a_page)
+        into = pages(5)
+        store.read(3 * PAGE_BYTES, into)
+        assert store.bytes_read == 5 * PAGE_BYTES
+    assert into.tobytes() == content[3 * PAGE_BYTES : 8 * PAGE_BYTES]
+    assert calls == [n * PAGE_BYTES for n in range(3, 8)]
+
+
+@pytest.mark.spec("STORE-1")
+def test_bytes_that_were_just_written_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3 * PAGE_BYTES))
+    with FileStore(path) as store, path.open("r+b", buffering=0) as writer:
+        for value in range(5):
+            writer.seek(PAGE_BYTES)
+            writer.write(bytes([value]) * PAGE_BYTES)  # not made durable
+            into = pages(1)
+            store.read(PAGE_BYTES, into)
+            assert (into == value).all()
+
+
+def resident(path: Path) -> list[bool]:
+    """Return for each page of a file whether it is in the page cache; looking brings none in."""
+    size = path.stat().st_size
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ) as mapping:
+        n = -(-size // mmap.PAGESIZE)
+        state = (ctypes.c_ubyte * n)()
+        view = np.frombuffer(mapping, np.uint8)
+        address, length = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(size)
+        failed = ctypes.CDLL(None, use_errno=True).mincore(address, length, state)
+        del view
+    if failed:
+        raise OSError(ctypes.get_errno(), "mincore")
+    return [bool(page & 1) for page in state]
+
+
+def forget(path: Path) -> None:
+    """Take a file out of the page cache; skip where that cannot be done."""
+    with path.open("rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if any(resident(path)):
+        pytest.skip("this file system keeps files in the page cache")
+
+
+linux_only = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise and mincore")
+
+
+@pytest.mark.skipif(not O_DIRECT, reason="this system has no direct I/O")
+@pytest.mark.spec("STORE-1", "STORE-2")
+def test_direct_io_is_used_where_it_works(file: Path) -> None:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | O_DIRECT)
+    except OSError:
+        pytest.skip("direct I/O does not work in the folder of this test")
+    try:
+        works = os.preadv(descriptor, [pages(1).data], 0) == PAGE_BYTES
+    except OSError:
+        works = False
+    finally:
+        os.close(descriptor)
+    with FileStore(file) as store:
+        assert store.direct == works
+
+
+@linux_only
+@pytest.mark.spec("STORE-2")
+def test_direct_reads_leave_no_page_in_the_page_cache(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file"
+    write(path, content)
+    with FileStore(path) as store:
+        if not store.direct:
+            pytest.skip("direct I/O does not work in the folder of this test")
+        forget(path)
+        for first, n in ((0, 8), (8, 8), (30, 1), (40, N_PAGES - 40), (0, N_PAGES)):
+            store.read(first * PAGE_BYTES, pages(n))
+            assert not any(resident(path))
+
+
+@linux_only
+@pytest.mark.spec("STORE-2")
+def test_direct_reads_leave_the_pages_that_others_had_read_where_they_are(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file"
+    write(path, content)
+    with FileStore(path) as store:
+        if not store.direct:
+            pytest.skip("direct I/O does not work in the folder of this test")
+        forget(path)
+        with path.open("rb", buffering=0) as other:
+            os.posix_fadvise(other.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
+            other.read(PAGE_BYTES)
+            before = resident(path)
+            assert 0 < sum(before) < N_PAGES
+            for first in range(before.index(False), N_PAGES):
+                store.read(first * PAGE_BYTES, pages(1))
+            assert resident(path) == before
+
+
+@linux_only
+@pytest.mark.spec("STORE-2")
+def test_looking_for_pages_in_memory_finds_those_that_were_read(file: Path) -> None:
+    """The instrument of the tests above: it can tell."""
+    forget(file)
+    file.read_bytes()
+    assert all(resident(file))
+
+
+@linux_only
+@pytest.mark.spec("STORE-2")
+def test_without_direct_io_the_page_cache_is_asked_to_forget_all_that_was_read(
+    buffered: None, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write(path, content)
+    asked, real = [], os.posix_fadvise
+
+    def advising(descriptor: int, offset: int, nbytes: int, advice: int) -> None:
+        asked.append((offset, nbytes, advice))
+        real(descriptor, offset, nbytes, advice)
+
+    forget(path)
+    monkeypatch.setattr(os, "posix_fadvise", advising)
+    with FileStore(path) as store:
+        for first, n in ((3, 4), (0, N_PAGES)):
+            store.read(first * PAGE_BYTES, pages(n))
+    assert asked == [
+        (3 * PAGE_BYTES, 4 * PAGE_BYTES, os.POSIX_FADV_DONTNEED),
+        (0, N_PAGES * PAGE_BYTES, os.POSIX_FADV_DONTNEED),
+    ]
+    assert not any(resident(path))  # the last read was of the whole file
+
+
+@pytest.mark.spec("STORE-3", "ERR-1")
+@pytest.mark.parametrize("nbytes", [0, 100, PAGE_BYTES, 3 * PAGE_BYTES - 512, 3 * PAGE_BYTES - 1])
+def test_a_file_that_ends_before_is_one_named_error(system: str, nbytes: int, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write(path, bytes(8 * PAGE_BYTES))
+    with FileStore(path) as store:
+        os.truncate(path, nbytes)
+        with pytest.raises(DamagedWeightsError, match="file") as caught:
+            store.read(PAGE_BYTES, pages(2))
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(DamagedWeightsError, match="was cut short while it was in use; start again"):
+            store.read(4 * PAGE_BYTES, pages(2))
+        assert store.bytes_read == 0
+
+
+@pytest.mark.spec("STORE-3")
+def test_a_file_that_ends_within_a_page_is_said_to_be_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write(path, bytes(8 * PAGE_BYTES))
+    with FileStore(path) as store:
+        os.truncate(path, 2 * PAGE_BYTES + 100)
+        with pytest.raises(DamagedWeightsError, match="was cut short while it was in use; start again"):
+            store.read(PAGE_BYTES, pages(2))
+
+
+@pytest.mark.spec("STORE-3", "ERR-1")
+def test_a_file_that_cannot_be_read_is_one_named_error(
+    system: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with FileStore(file) as store:
+        monkeypatch.setattr(os, "read" if "Windows" in system else "preadv", failing)
+        with pytest.raises(DamagedWeightsError, match="cannot be read: Input/output error"):
+            store.read(0, pages(1))
+
+
+def no_such_file(folder: Path) -> Path:
+    return folder / "none"
+
+
+def under_a_file(folder: Path) -> Path:
+    (folder / "file").write_bytes(b"")
+    return folder / "file" / "below"
+
+
+@pytest.mark.spec("STORE-3", "ERR-1")
+@pytest.mark.parametrize("path_in", [no_such_file, under_a_file])
+def test_what_cannot_be_opened_is_one_named_error(path_in: Any, tmp_path: Path) -> None:
+    path = path_in(tmp_path)
+    with pytest.raises(CacheFileError, match="cannot be read: ") as caught:
+        FileStore(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.spec("STORE-3", "ERR-1")
+def test_a_folder_is_one_named_error_at_the_first_read_at_the_latest(tmp_path: Path) -> None:
+    """Some file systems say of a folder that it has no direct I/O."""
+    with pytest.raises((CacheFileError, DamagedWeightsError), match="cannot be read: "), FileStore(tmp_path) as store:
+        store.read(0, pages(1))
+
+
+@pytest.mark.spec("STORE-3", "ERR-1")
+def test_a_missing_file_is_a_named_error_also_where_there_is_no_direct_io(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "O_DIRECT")
+    with pytest.raises(CacheFileError, match="cannot be read: "):
+        FileStore(tmp_path / "none")
+
+
+@pytest.mark.spec("STORE-3")
+def test_a_trouble_other_than_missing_direct_io_is_no_reason_to_read_without(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_direct_io(monkeypatch, "read", errno.EIO)
+    with pytest.raises(CacheFileError, match="cannot be read: Input/output error"):
+        FileStore(file)
+
+
+def descriptors() -> set[str]:
+    """Return the descriptors that this process has open."""
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.fixture
+def no_descriptor_more() -> Iterator[None]:
+    """Check that a test leaves no descriptor open."""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("this system does not list descriptors")
+    before = descriptors()
+    yield
+    assert descriptors() == before
+
+
+@pytest.mark.spec("STORE-4")
+@pytest.mark.usefixtures("no_descriptor_more")
+def test_closing_closes_and_again_is_allowed(system: str, file: Path) -> None:
+    before = descriptors()
+    store = FileStore(file)
+    assert len(descriptors() - before) == 1
+    store.close()
+    assert descriptors() == before
+    store.close()
+    with pytest.raises(DamagedWeightsError, match=r"is closed$"):
+        store.read(0, pages(1))
+
+
+@pytest.mark.spec("STORE-4")
+@pytest.mark.usefixtures("no_descriptor_more")
+def test_a_with_block_closes_also_after_an_error(system: str, file: Path) -> None:
+    with pytest.raises(DamagedWeightsError), FileStore(file) as store:
+        store.read(N_PAGES * PAGE_BYTES, pages(1))
+
+
+@pytest.mark.spec("STORE-4")
+@pytest.mark.usefixtures("no_descriptor_more")
+@pytest.mark.parametrize("path_in", [no_such_file, under_a_file])
+def test_an_opening_that_fails_leaves_no_descriptor(path_in: Any, tmp_path: Path) -> None:
+    with pytest.raises(CacheFileError):
+        FileStore(path_in(tmp_path))
+
+
+@pytest.mark.spec("STORE-4")
+@pytest.mark.usefixtures("no_descriptor_more")
+def test_a_first_direct_read_that_fails_leaves_no_descriptor(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_direct_io(monkeypatch, "read", errno.EIO)
+    with pytest.raises(CacheFileError):
+        FileStore(file)
+
+
+@pytest.mark.spec("OPEN-7")
+def test_a_store_knows_whether_a_path_is_still_its_file(file: Path, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file"
+    write(path, content)
+    with FileStore(path) as store:
+        assert store.is_at(path)
+        assert not store.is_at(file)
+        path.rename(tmp_path / "elsewhere")
+        assert not store.is_at(path)
+        assert store.is_at(tmp_path / "elsewhere")
+        write(path, content)
+        assert not store.is_at(path)
+        into = pages(N_PAGES)
+        store.read(0, into)
+        assert into.tobytes() == content
