@@ -305,8 +305,13 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
         if isinstance(error, DamagedWeightsError):
             discard(path, store.is_at)
         raise
+    try:
+        transformer = Transformer(source, positions)
+    except BaseException:
+        source.close()
+        raise
     return Engine(
-        Transformer(source, positions),
+        transformer,
         stats,
         use,
         discard=lambda: discard(path, store.is_at),

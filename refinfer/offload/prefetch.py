@@ -48,6 +48,7 @@ class Prefetcher:
         self._changed = threading.Condition()
         self._to_read = self._to_take = self._released = self._under_way = 0
         self._ready: dict[int, Bytes] = {}
+        self._held: Bytes | None = None
         self._error: tuple[int, BaseException] | None = None
         self._seeking = self._closed = False
         self._threads = [
@@ -74,13 +75,16 @@ class Prefetcher:
                 assert self._error is not None
                 raise self._error[1]
             self._to_take += 1
-            return self._ready.pop(number)
+            self._held = self._ready.pop(number)
+            return self._held
 
-    def release(self) -> None:
-        """Give back the chunk that was taken last: its slot may be read into again."""
+    def release(self, taken: Bytes) -> None:
+        """Give back what was taken last: its slot may be read into again. Anything else was given up long ago."""
         with self._changed:
-            self._released = self._to_take
-            self._changed.notify_all()
+            if taken is self._held:
+                self._held = None
+                self._released = self._to_take
+                self._changed.notify_all()
 
     def close(self) -> None:
         """End every thread; again is allowed."""

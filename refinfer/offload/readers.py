@@ -23,8 +23,8 @@ class Reader(Protocol):
         """Return a chunk, by its number in the cycle."""
         ...
 
-    def release(self) -> None:
-        """Give the chunk back that was taken last."""
+    def release(self, taken: Bytes) -> None:
+        """Give back what was taken last."""
         ...
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class OnDemand:
         """Read a chunk."""
         return self._read(chunk, self._slot, 0)
 
-    def release(self) -> None:
+    def release(self, taken: Bytes) -> None:
         """Do nothing: the next chunk takes its place."""
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class LruPages:
             raise
         return self._held[chunk][1]
 
-    def release(self) -> None:
+    def release(self, taken: Bytes) -> None:
         """Do nothing: chunks stay until they are the oldest."""
 
     def close(self) -> None:

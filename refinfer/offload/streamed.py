@@ -141,17 +141,8 @@ class StreamedSource:
         vectors = vectors_of(self._checked(block, 0, _pages(block.nbytes)).view(np.float32), inventory)
         self._locked: dict[int, Bytes] = {}
         self._staging = _pages(_table_chunk_nbytes(inventory) if inventory.table is None else 0)
-        if paged:
-            n_slots = max(1, (account.locked + account.ring) // plan.slot_nbytes)
-            self._reader: Reader = LruPages(_slots(n_slots, plan.slot_nbytes), self._read)
-        else:
+        if not paged:
             self._lock(sorted(plan.locked), _pages(account.locked))
-            order = [number for number in range(len(self._chunks)) if number not in self._locked]
-            slots = _slots(plan.ring_slots, plan.slot_nbytes)
-            if threads and order:
-                self._reader = Prefetcher(order, slots, self._read, threads)
-            else:
-                self._reader = OnDemand(slots or [self._staging], self._read)
         firsts: dict[str, int] = {}
         for number, chunk in enumerate(inventory.cycle):
             firsts.setdefault(inventory.matrices[chunk.matrix].name, number)
@@ -166,6 +157,17 @@ class StreamedSource:
         self.embed_tokens, self._layers, self.norm, self.lm_head = assemble(
             self.config, matrix=matrix, table=table, vector=vectors.__getitem__
         )
+        self._reader = self._reader_of(plan, threads, paged=paged)  # last: what fails before leaves no thread
+
+    def _reader_of(self, plan: Plan, threads: int, *, paged: bool) -> Reader:
+        if paged:
+            n_slots = max(1, (plan.account.locked + plan.account.ring) // plan.slot_nbytes)
+            return LruPages(_slots(n_slots, plan.slot_nbytes), self._read)
+        order = [number for number in range(len(self._chunks)) if number not in self._locked]
+        slots = _slots(plan.ring_slots, plan.slot_nbytes)
+        if threads and order:
+            return Prefetcher(order, slots, self._read, threads)
+        return OnDemand(slots or [self._staging], self._read)
 
     @property
     def trace(self) -> Trace:
@@ -193,7 +195,7 @@ class StreamedSource:
                 if self._spans is not None:
                     self._note("compute", "compute", number, started)
                 if locked is None:
-                    self._reader.release()
+                    self._reader.release(chunk)
 
     def out_of_turn(self, number: int) -> Bytes:
         """Return a chunk of the tied table for the rows in it, valid until the next such call.

@@ -358,6 +358,7 @@ class FileWeightCacheProvider(DictFace):
         self._draft.settle(end + len(index))
         mapped = MappedFile(self.path, self._draft.temporary)  # once published, the name may already be another's
         self._draft.publish()
+        mapped.changed()  # renaming changes a file's times
         self._draft = self._reserved = None
         self._use(mapped, State.FINALIZED)
 

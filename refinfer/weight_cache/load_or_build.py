@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -128,9 +129,9 @@ def load_or_build(
         packed = _pack(provider, contents, partial, listener)
         if not unchanged(sources, records):
             raise WeightsError(f"the files in {sources[0].parent} changed while they were packed; start again")
-        provider.finalize()
         packing_s = clock.now() - started
-        _note(path, SideFile(records, packing_s))
+        with _noted(path, SideFile(records, packing_s)):  # under the lock: who waits for it must not hash again
+            provider.finalize()
         return Opened(provider, reason or why, len(packed), sum(map(nbytes_of, packed)), packing_s)
     except OSError as error:
         raise WeightCacheError(f"{path} cannot be written: {error.strerror}") from None
@@ -195,6 +196,19 @@ def _copy_of(partial: FileWeightCacheProvider, entry: Entry) -> Pack | None:
             yield start + chunk.padded_nbytes
 
     return copy
+
+
+@contextmanager
+def _noted(path: Path, side: SideFile) -> Iterator[None]:
+    """Write the side file; take it back where what it stands beside fails, and there was none before."""
+    new = not side_path(path).exists()
+    _note(path, side)
+    try:
+        yield
+    except BaseException:
+        if new:
+            side_path(path).unlink(missing_ok=True)
+        raise
 
 
 def _note(path: Path, side: SideFile) -> None:

@@ -20,6 +20,7 @@ last one to publish wins.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -140,7 +141,7 @@ def _open_locked(path: Path, on_wait: Callable[[], None]) -> IO[bytes]:
         try:
             path.touch()
         except PermissionError:
-            if not path.exists():
+            if not path.exists() and not os.access(path.parent, os.W_OK | os.X_OK):
                 raise
         try:
             file = path.open("r+b", buffering=0)
@@ -161,7 +162,7 @@ def _open_locked(path: Path, on_wait: Callable[[], None]) -> IO[bytes]:
 def _remove_when_unlocked(path: Path, on_wait: Callable[[], None]) -> None:
     if fcntl is None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-    with path.open("rb", buffering=0) as file:
+    with contextlib.suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
         if _lock(file, on_wait) and _is_at(path, file):
             path.unlink()
 
@@ -192,6 +193,9 @@ def _sync_folder(folder: Path) -> None:
             return
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some file systems do not sync folders
+                raise
         finally:
             os.close(descriptor)
 
