@@ -35,3 +35,35 @@ def test_the_gain_over_naive_int8_is_what_the_bench_printed() -> None:
     packed, naive = ratios("int8", 1), ratios("int8-naive", 1)
     gains = {n: f"{packed[n] / naive[n]:.1f}" for n in packed}
     assert f"is {gains[4096]} times as fast; at 1024 and 2048 only {gains[1024]} and {gains[2048]} times" in PAGE
+
+
+START: dict[str, Any] = json.loads((DOCS / "figures" / "start.json").read_text())
+SHARE: dict[str, Any] = json.loads((DOCS / "figures" / "share.json").read_text())
+
+
+@pytest.mark.spec("BENCH-8")
+def test_the_table_of_starts_is_what_the_bench_printed() -> None:
+    for row in START["rows"]:
+        cells = (
+            row["format"],
+            row["mode"],
+            row["page_cache"],
+            "yes" if row["verify"] else "no",
+            f"{row['open_s'] * 1e3:,.1f} ms",
+            f"{row['time_to_first_token_s'] * 1e3:,.0f} ms",
+            f"{row['ratio_to_none']:.1f}",
+            f"{row['peak_rss_bytes'] / 1e6:,.0f} MB",
+        )
+        assert f"| {' | '.join(cells)} |" in PAGE
+    assert f"peaks at {START['base_rss_bytes'] / 1e6:.0f} MB" in PAGE
+
+
+@pytest.mark.spec("BENCH-8")
+def test_the_table_of_shared_memory_is_what_the_bench_printed() -> None:
+    pss = {(row["format"], row["mapped"], row["processes"]): row["pss_bytes"] for row in SHARE["rows"]}
+    for name, mapped, n in pss:
+        if mapped:
+            own = pss[name, False, n]
+            shared = pss[name, True, n]
+            cells = (name, str(n), f"{shared / 1e6:,.0f} MB", f"{own / 1e6:,.0f} MB", f"{shared / own:.2f}")
+            assert f"| {' | '.join(cells)} |" in PAGE

@@ -272,7 +272,7 @@ def a_link_to_a_folder(model: Path) -> Path:
     "place_in",
     [a_folder, a_link_to_a_folder, the_weights, a_link_to_the_weights, the_weights_by_another_way,
      the_config, a_config_to_be, a_shard_to_be, a_pipe, a_device,
-     pytest.param(what_the_weights_link_to, marks=pytest.mark.xfail(reason="the folder of a link is not the model's"))],
+     what_the_weights_link_to],
 )  # fmt: skip
 def test_a_cache_file_never_takes_the_place_of(place_in: Callable[[Path], Path], model: Path, tmp_path: Path) -> None:
     place = place_in(model)

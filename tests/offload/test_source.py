@@ -467,12 +467,7 @@ def coarse_clock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], N
     "since",
     [
         "the last token",
-        pytest.param(
-            "loading",
-            marks=pytest.mark.xfail(
-                raises=AssertionError, reason="a file that was just written is taken to be at rest"
-            ),
-        ),
+        "loading",
     ],
 )
 def test_of_two_writes_in_one_tick_of_the_clock_the_second_is_found_too(

@@ -1,0 +1,442 @@
+"""Specifies `refinfer.offload.readers`, throttled stores, and the bench that compares every way to read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refinfer.bench import offload
+from refinfer.bench.offload import MODEL, POSITIONS, Arm, arms, can_limit_memory, offload_bench
+from refinfer.engine import fixed_of
+from refinfer.errors import DamagedWeightsError, GenerationError
+from refinfer.model.synth import write_checkpoint
+from refinfer.offload.inventory import Inventory
+from refinfer.offload.plan import PLANS, smallest_budget
+from refinfer.offload.readers import LruPages, OnDemand
+from refinfer.offload.store import ThrottledStore
+from refinfer.packing.formats import Bytes
+
+WATCHDOG_S: Final = 30.0
+
+
+class Disk:
+    """A `read` that writes down its calls; each brings other bytes, and those in `broken` fail."""
+
+    def __init__(self) -> None:
+        self.reads: list[int] = []
+        self.broken: set[int] = set()
+
+    def read(self, chunk: int, slot: Bytes, thread: int) -> Bytes:
+        assert thread == 0
+        self.reads.append(chunk)
+        slot[:] = 0xEE
+        if chunk in self.broken:
+            raise DamagedWeightsError(f"chunk {chunk}")
+        slot[: 4 + chunk % 3] = chunk
+        return slot[: 4 + chunk % 3]
+
+    def taken(self) -> list[int]:
+        """Return what was read since this was last asked."""
+        reads, self.reads = self.reads, []
+        return reads
+
+
+def slots(n: int) -> list[Bytes]:
+    return [np.zeros(8, np.uint8) for _ in range(n)]
+
+
+def content(chunk: int) -> list[int]:
+    return [chunk] * (4 + chunk % 3)
+
+
+@pytest.mark.spec("READ-1")
+def test_on_demand_a_chunk_is_read_when_it_is_taken_and_only_then() -> None:
+    disk = Disk()
+    reader = OnDemand(slots(2), disk.read)
+    assert disk.taken() == []
+    for chunk in (0, 1, 2, 0, 0, 2):
+        view = reader.take(chunk)
+        assert view.tolist() == content(chunk)
+        assert disk.taken() == [chunk]
+        reader.release(view)
+        assert disk.taken() == []
+    reader.close()
+    reader.close()
+    assert disk.taken() == []
+
+
+@pytest.mark.spec("READ-1")
+def test_on_demand_a_read_that_fails_fails_the_take_and_the_next_may_work() -> None:
+    disk = Disk()
+    reader = OnDemand(slots(1), disk.read)
+    disk.broken = {1}
+    assert reader.take(0).tolist() == content(0)
+    with pytest.raises(DamagedWeightsError, match="chunk 1"):
+        reader.take(1)
+    disk.broken = set()
+    assert reader.take(1).tolist() == content(1)
+
+
+@pytest.mark.spec("READ-1", "READ-2")
+@pytest.mark.parametrize(
+    "make", [lambda d: OnDemand(slots(1), d.read), lambda d: LruPages(slots(2), d.read)], ids=["demand", "lru"]
+)
+def test_without_threads_there_are_none(make: Callable[[Disk], OnDemand | LruPages]) -> None:
+    before = threading.active_count()
+    reader = make(Disk())
+    reader.take(0)
+    assert threading.active_count() == before
+
+
+@pytest.mark.spec("READ-2")
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+@pytest.mark.parametrize("n_slots", [1, 2, 3, 5])
+def test_a_cyclic_scan_that_does_not_fit_reads_everything_and_one_that_fits_nothing_again(n: int, n_slots: int) -> None:
+    disk = Disk()
+    reader = LruPages(slots(n_slots), disk.read)
+    for scan in range(4):
+        for chunk in range(n):
+            view = reader.take(chunk)
+            assert view.tolist() == content(chunk)
+            reader.release(view)
+        assert disk.taken() == (list(range(n)) if n > n_slots or scan == 0 else [])
+    reader.close()
+    reader.close()
+
+
+@pytest.mark.spec("READ-2")
+@given(
+    n_slots=st.integers(1, 5),
+    wanted=st.lists(st.tuples(st.integers(0, 6), st.sets(st.integers(0, 6), max_size=2)), max_size=60),
+)
+def test_lru_pages_keep_as_many_as_there_are_slots_and_forget_what_was_not_used_longest(
+    n_slots: int, wanted: list[tuple[int, set[int]]]
+) -> None:
+    """Also when reads fail: a slot is never lost, and what failed is not held."""
+    disk, memory = Disk(), slots(n_slots)
+    reader = LruPages(memory, disk.read)
+    held: OrderedDict[int, Bytes] = OrderedDict()
+    for chunk, broken in wanted:
+        disk.broken = broken
+        if chunk not in held:
+            if len(held) == n_slots:
+                held.popitem(last=False)
+            if chunk in broken:
+                with pytest.raises(DamagedWeightsError, match=f"chunk {chunk}"):
+                    reader.take(chunk)
+                assert disk.taken() == [chunk]
+                continue
+        expected = [] if chunk in held else [chunk]
+        held[chunk] = reader.take(chunk)
+        held.move_to_end(chunk)
+        assert disk.taken() == expected
+        reader.release(held[chunk])
+        assert all(view.tolist() == content(number) for number, view in held.items())  # none overwrites another
+        assert len({view.ctypes.data for view in held.values()}) == len(held)
+
+
+# Throttled stores, on a clock of their own.
+
+
+class FakeClock:
+    """A clock that moves when everybody sleeps: to the first instant at which somebody wakes."""
+
+    def __init__(self, sleepers: int = 1) -> None:
+        self.time = 0.0
+        self._moved = threading.Condition()
+        self._running = sleepers
+        self._wakes: list[float] = []
+
+    def now(self) -> float:
+        with self._moved:
+            return self.time
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        with self._moved:
+            wakes = self.time + seconds
+            self._wakes.append(wakes)
+            self._running -= 1
+            self._advance()
+            assert self._moved.wait_for(lambda: wakes <= self.time and wakes not in self._wakes, WATCHDOG_S)
+
+    def leave(self) -> None:
+        """Be no sleeper any more."""
+        with self._moved:
+            self._running -= 1
+            self._advance()
+
+    def _advance(self) -> None:
+        if self._running == 0 and self._wakes:
+            self.time = min(self._wakes)
+            self._running = sum(wakes <= self.time for wakes in self._wakes)
+            self._wakes = [wakes for wakes in self._wakes if wakes > self.time]
+            self._moved.notify_all()
+
+
+class Memory:
+    """A store that takes `seconds` for each read on the clock, and fails at the offsets `broken`."""
+
+    def __init__(self, clock: FakeClock, seconds: float = 0.0, broken: frozenset[int] = frozenset()) -> None:
+        self.reads: list[tuple[int, int]] = []
+        self.closed = 0
+        self._clock, self._seconds, self._broken = clock, seconds, broken
+
+    def read(self, offset: int, into: Bytes) -> None:
+        self.reads.append((offset, into.size))
+        if self._seconds:
+            self._clock.sleep(self._seconds)
+        if offset in self._broken:
+            raise DamagedWeightsError("broken")
+        into[:] = offset % 251
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+RATE: Final = 1024.0  # powers of two, so that times are exact
+
+
+@pytest.mark.spec("STORE-5")
+def test_a_throttled_store_takes_the_time_of_its_bytes_and_reads_the_same() -> None:
+    clock = FakeClock()
+    memory = Memory(clock)
+    store = ThrottledStore(memory, RATE, clock)
+    ends = []
+    for offset, nbytes in ((3, 1024), (4, 512), (5, 4096)):
+        into = np.zeros(nbytes, np.uint8)
+        store.read(offset, into)
+        assert (into == offset).all()
+        ends.append(clock.now())
+    assert ends == [1.0, 1.5, 5.5]
+    assert memory.reads == [(3, 1024), (4, 512), (5, 4096)]
+    store.close()
+    store.close()
+    assert memory.closed == 2
+
+
+@pytest.mark.spec("STORE-5")
+def test_an_idle_throttled_store_saves_nothing_up_for_later() -> None:
+    clock = FakeClock()
+    store = ThrottledStore(Memory(clock), RATE, clock)
+    clock.sleep(100)
+    for i in range(1, 4):
+        store.read(0, np.zeros(2048, np.uint8))
+        assert clock.now() == 100 + 2 * i
+
+
+@pytest.mark.spec("STORE-5")
+def test_a_store_that_is_slower_than_its_rate_is_not_made_slower() -> None:
+    clock = FakeClock()
+    store = ThrottledStore(Memory(clock, seconds=4.0), RATE, clock)
+    for i in range(1, 4):
+        store.read(0, np.zeros(1024, np.uint8))
+        assert clock.now() == 4.0 * i
+
+
+@pytest.mark.spec("STORE-5")
+def test_a_read_that_fails_fails_as_without_a_rate() -> None:
+    clock = FakeClock()
+    store = ThrottledStore(Memory(clock, broken=frozenset({4096})), RATE, clock)
+    with pytest.raises(DamagedWeightsError, match="broken"):
+        store.read(4096, np.zeros(64, np.uint8))
+    store.read(0, np.zeros(64, np.uint8))
+    assert clock.now() > 0
+
+
+@pytest.mark.spec("STORE-5")
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("seconds", [0.0, 0.25, 3.0])
+def test_the_rate_holds_for_all_threads_together(threads: int, seconds: float) -> None:
+    clock = FakeClock(threads)
+    store = ThrottledStore(Memory(clock, seconds), RATE, clock)
+    rng = np.random.default_rng(threads)
+    sizes = [[int(n) for n in 256 * rng.integers(1, 9, 20)] for _ in range(threads)]
+    ends: list[tuple[float, int]] = []
+
+    def reads(mine: list[int]) -> None:
+        for nbytes in mine:
+            store.read(0, np.zeros(nbytes, np.uint8))
+            ends.append((clock.now(), nbytes))
+        clock.leave()
+
+    workers = [threading.Thread(target=reads, args=(mine,), daemon=True) for mine in sizes]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(WATCHDOG_S)
+        assert not worker.is_alive()
+    total = sum(map(sum, sizes))
+    ends.sort()
+    read = 0
+    for end, nbytes in ends:
+        read += nbytes
+        assert read <= RATE * end
+    assert len(ends) == 20 * threads
+    if seconds == 0.0:
+        assert ends[-1][0] == total / RATE  # the rate is also reached
+
+
+# The bench.
+
+
+TINY: Final = replace(
+    MODEL,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    vocab_size=2048,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=32,
+)
+
+KEYS: Final = {
+    "format", "budget_share", "arm", "prefetch_threads", "tokens_per_s", "ideal_tokens_per_s", "efficiency", "overlap",
+    "byte_efficiency", "read_bytes_per_token", "planned_bytes_per_token", "peak_bytes",
+}  # fmt: skip
+
+
+@pytest.mark.spec("BENCH-11")
+def test_the_arms_are_every_plan_no_threads_lru_pages_and_mmap_in_every_format() -> None:
+    quick, all_arms = arms(quick=True), arms()
+    assert {arm.arm for arm in quick} == {*PLANS, "lru-paged", "synchronous", "mmap"}
+    assert {(arm.format, arm.budget_share) for arm in quick} == {("f32", 0.5)}
+    assert {arm.format for arm in all_arms} == {"f32", "bf16", "int8", "int4"}
+    assert set(quick) <= set(all_arms)
+    assert len(set(all_arms)) == len(all_arms)
+    assert all((arm.prefetch_threads > 0) == (arm.arm in PLANS) for arm in all_arms)
+
+
+@pytest.mark.spec("BENCH-11")
+def test_bench_offload_runs_every_arm_in_a_fresh_process_and_tells_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    inventory = Inventory(TINY, "f32")
+    assert smallest_budget(inventory, fixed_of(inventory, POSITIONS)) < inventory.streamable_nbytes // 2
+    started: list[list[str]] = []
+    runs: list[tuple[Arm, int | None]] = []
+    real_run, real_arm = subprocess.run, offload.run_arm
+
+    def run(command: list[str], **options: Any) -> Any:
+        started.append(command)
+        return real_run(command, timeout=4 * WATCHDOG_S, **options)
+
+    def run_arm(model: Path, weight_cache: Path, arm: Arm, limit: int | None = None) -> dict[str, Any]:
+        runs.append((arm, limit))
+        return real_arm(model, weight_cache, arm, limit)
+
+    monkeypatch.setattr(offload, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(offload, "run_arm", run_arm)
+    steps: list[int] = []
+    result = offload_bench(TINY, rounds=1, quick=True, progress=lambda: steps.append(1))
+    wanted = [arm for arm in arms(quick=True) if arm.arm != "mmap" or can_limit_memory()]
+    resident = Arm("f32", 1.0, "resident")
+    assert [arm for arm, _ in runs] == [resident, resident, *wanted]  # builds the file; then a leg, then its arms
+    assert len(started) == len(runs) + 1  # and one that finds what a run takes besides weights
+    assert len(steps) == len(wanted)
+    rows = {row["arm"]: row for row in result["rows"]}
+    assert [row["arm"] for row in result["rows"]] == [arm.arm for arm in wanted]
+    assert all(row.keys() >= KEYS for row in rows.values())
+    assert all(row["tokens_per_s"] > 0 and row["read_bytes_per_token"] >= 0 for row in rows.values())
+    for arm, row in rows.items():
+        assert (row["format"], row["budget_share"]) == ("f32", 0.5)
+        assert row["prefetch_threads"] == (2 if arm in PLANS else 0)
+        if arm != "mmap":
+            assert 0 < row["planned_bytes_per_token"] <= inventory.streamable_nbytes
+            assert 0 < row["peak_bytes"] <= inventory.streamable_nbytes // 2
+            assert 0 < row["byte_efficiency"] <= 1
+            assert min(row["overlap"], row["ideal_tokens_per_s"], row["read_only_tokens_per_s"]) > 0
+            assert row["efficiency"] == pytest.approx(row["tokens_per_s"] / row["ideal_tokens_per_s"])
+    assert rows["none"]["planned_bytes_per_token"] == inventory.streamable_nbytes
+    assert rows["optimal"]["planned_bytes_per_token"] < inventory.streamable_nbytes
+    limits = {arm.arm: limit for arm, limit in runs if limit is not None}
+    if can_limit_memory():
+        assert limits == {"mmap": result["base_bytes"] + inventory.streamable_nbytes // 2}
+        nothing = ("ideal_tokens_per_s", "efficiency", "overlap", "byte_efficiency", "planned_bytes_per_token")
+        assert [rows["mmap"][key] for key in nothing] == [None] * 5
+    else:
+        assert limits == {}
+    assert not list(Path("/sys/fs/cgroup/memory").glob("refinfer-bench-*"))
+
+
+@pytest.mark.skipif(not can_limit_memory(), reason="needs control groups, version 1, that can be written")
+@pytest.mark.spec("BENCH-11")
+def test_a_memory_limit_is_real_and_its_group_is_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "m", TINY, dtype="f32")
+    commands: list[list[str]] = []
+    seen: list[str] = []
+    real = subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        group = Path("/sys/fs/cgroup/memory") / f"refinfer-bench-{os.getpid()}"
+        seen.append((group / "memory.limit_in_bytes").read_text().strip())
+        look = "import sys; sys.exit(3 * ('refinfer-bench' in open('/proc/self/cgroup').read()))"
+        inside = real([*command[:4], "-c", look], timeout=WATCHDOG_S, check=False)
+        seen.append(str(inside.returncode))
+        return real(command, timeout=WATCHDOG_S, **options)
+
+    monkeypatch.setattr(offload, "subprocess", SimpleNamespace(run=run))
+    with pytest.raises(GenerationError, match=r"a run of .* failed"):
+        offload.run_arm(tmp_path / "m", tmp_path / "cache", Arm("f32", 1.0, "resident"), 24 << 20)
+    assert seen == [str(24 << 20), "3"]
+    assert not list(Path("/sys/fs/cgroup/memory").glob("refinfer-bench-*"))
+
+
+@pytest.mark.spec("BENCH-11")
+def test_bench_offload_compares_each_run_with_the_legs_of_its_own_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With runs that take what this test says: each round is twice as slow as the one before it."""
+    inventory = Inventory(TINY, "f32")
+    fixed, budget = fixed_of(inventory, POSITIONS).total, inventory.streamable_nbytes // 2
+    ring, streamed = 2_000_000, 10_000_000
+    speed = {"round": 0.5}
+
+    def run_arm(model: Path, weight_cache: Path, arm: Arm, limit: int | None = None) -> dict[str, Any]:
+        if arm.arm == "resident":
+            speed["round"] *= 2
+            return {"token_s": 0.25 * speed["round"]}
+        told = {"streamed_bytes_per_token": streamed, "ring_bytes": ring, "peak_bytes": int(7 * speed["round"])}
+        return {
+            "token_s": 0.75 * speed["round"],
+            "offload": told | {"predicted_tokens_per_s": 3.0},
+            "read_bytes_per_token": streamed,
+            "read_s": 0.5 * speed["round"],
+        }
+
+    monkeypatch.setattr(offload, "run_arm", run_arm)
+    monkeypatch.setattr(offload, "_base_bytes", lambda: 1)
+    monkeypatch.setattr(offload, "can_limit_memory", lambda: False)
+    rows = offload_bench(TINY, rounds=3, quick=True)["rows"]
+    assert "mmap" not in {row["arm"] for row in rows}
+    must = inventory.streamable_nbytes - (budget - fixed - ring)
+    for row in rows:  # the first resident run builds: rounds are slower by 2, 4 and 8
+        assert row["tokens_per_s"] == 1 / (0.75 * 2 * 2)
+        assert row["overlap"] == pytest.approx(0.5 / 0.75)
+        assert row["byte_efficiency"] == pytest.approx(must / streamed)
+        ideal = 1 / max(0.25, 0.5 * must / streamed)
+        assert row["ideal_tokens_per_s"] == pytest.approx(ideal / 4)
+        assert row["efficiency"] == pytest.approx(1 / 0.75 / ideal)
+        assert row["peak_bytes"] == 7 * 8  # of all rounds
+        assert (row["planned_bytes_per_token"], row["read_bytes_per_token"]) == (streamed, streamed)
+        assert row["compute_only_tokens_per_s"] == 1 / (0.25 * 4)
+
+
+@pytest.mark.spec("BENCH-11")
+def test_an_arm_that_fails_is_one_named_error(tmp_path: Path) -> None:
+    arm = Arm("f32", 0.5, "optimal")
+    with pytest.raises(GenerationError, match=r"a run of .*optimal.* failed"):
+        offload.run_arm(tmp_path / "nothing here", tmp_path / "cache", arm)
+    assert asdict(arm)["prefetch_threads"] == 2
