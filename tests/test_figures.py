@@ -23,7 +23,8 @@ def ratios(name: str, m: int) -> dict[int, float]:
 
 @pytest.mark.spec("BENCH-8")
 def test_the_matmul_table_is_what_the_bench_printed() -> None:
-    table = re.findall(r"^\| ((?:f32|bf16|int)[\w-]*) \| (.*) \|$", PAGE, flags=re.MULTILINE)
+    section = PAGE[: PAGE.index("## The first token")]
+    table = re.findall(r"^\| ((?:f32|bf16|int)[\w-]*) \| (.*) \|$", section, flags=re.MULTILINE)
     assert len(table) == 9
     for name, cells in table:
         medians = [f"{statistics.median(found.values()):.2f}" if (found := ratios(name, m)) else "" for m in ROWS_OF_X]
