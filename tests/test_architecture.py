@@ -92,7 +92,6 @@ EVENING_PATH = (
     "weight_cache/provider.py",
     "weight_cache/format.py",
     "weight_cache/file.py",
-    "weight_cache/load_or_build.py",
     "offload/plan.py",
     "offload/prefetch.py",
     "offload/source.py",

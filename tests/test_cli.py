@@ -116,7 +116,7 @@ def test_weight_formats_are_chosen_on_the_command_line(run: Run, options: list[s
     [
         ["generate", "--bud", "40%"],
         ["generate", "--max-tok", "4"],
-        ["generate", "--budget", "60%", "--plan", "optimal"],
+        ["generate", "--budget", "60%", "--plan", "best"],
         ["generate", "a", "b"],
         ["bench", "offload"],
         ["pack", "--format", "int8"],
@@ -155,7 +155,7 @@ def test_what_does_not_exist_is_refused(run: Run, argv: list[str]) -> None:
         (["generate", "--budget", "lots"], "is not a size"),
         (["generate", "--budget", "1kB"], "the smallest that works"),
         (["generate", "--budget", "60%", "--weight-cache", "off"], "a budget needs a cache file"),
-        (["generate", "--budget", "60%", "--prefetch-threads", "-1"], "invalid choice"),
+        (["generate", "--budget", "60%", "--prefetch-threads", "-1"], "must be at least 0"),
         (["generate", "--threads", "9" * 30], "threads must be from 1 to 1024"),
         (["generate", "--model", "m" * 300], "cannot be read"),
         (["synth", "m" * 300, "--shape", "tiny"], "cannot be made"),

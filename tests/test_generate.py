@@ -511,7 +511,7 @@ class SteppingClock:
 
 @pytest.mark.spec("ERR-3", "GEN-1")
 def test_times_come_from_the_clock_that_load_was_handed() -> None:
-    with load(clock=SteppingClock()) as session:
+    with load(clock=SteppingClock(), weight_cache=":memory") as session:
         first, second = (stats_of(session, "ROMEO:", max_tokens=6) for _ in range(2))
     assert first.tokens_per_s == second.tokens_per_s == 1.0
     assert first.time_to_first_token_s > second.time_to_first_token_s == 1.0

@@ -7,8 +7,7 @@ Spec: MODEL-7 to MODEL-12. Tutorial: 07.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -124,11 +123,15 @@ class Transformer:
         Raises:
             RequestError: no tokens, an id out of range, or more than the KV cache has room for.
         """
-        ids = self._checked(token_ids)
-        with self._undone_on_failure():
-            for start in range(0, len(ids), self.block):
-                a = self._forward(ids[start : start + self.block])
-            last: Float32Array = self._logits(a.x[-1:], a.normed[-1:])[0]
+        ids, length = self._checked(token_ids), self.kv_cache.length
+        try:
+            with np.errstate(all="ignore"):
+                for start in range(0, len(ids), self.block):
+                    a = self._forward(ids[start : start + self.block])
+                last: Float32Array = self._logits(a.x[-1:], a.normed[-1:])[0]
+        except BaseException:
+            self.kv_cache.rewind(length)
+            raise
         return last
 
     def decode(self, token_ids: Sequence[int]) -> Float32Array:
@@ -137,24 +140,17 @@ class Transformer:
         Raises:
             RequestError: as `prefill`.
         """
-        ids = self._checked(token_ids)
-        with self._undone_on_failure():
-            blocks = []
-            for start in range(0, len(ids), self.block):
-                a = self._forward(ids[start : start + self.block])
-                blocks.append(self._logits(a.x, a.normed))
-        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-
-    @contextmanager
-    def _undone_on_failure(self) -> Iterator[None]:
-        """Leave the KV cache as it was where something fails; numpy keeps quiet about what is not finite."""
-        length = self.kv_cache.length
+        ids, length = self._checked(token_ids), self.kv_cache.length
+        blocks = []
         try:
             with np.errstate(all="ignore"):
-                yield
+                for start in range(0, len(ids), self.block):
+                    a = self._forward(ids[start : start + self.block])
+                    blocks.append(self._logits(a.x, a.normed))
         except BaseException:
             self.kv_cache.rewind(length)
             raise
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
     def _checked(self, token_ids: Sequence[int]) -> IntArray:
         ids = np.asarray(token_ids, dtype=np.int64)

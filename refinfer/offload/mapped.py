@@ -49,8 +49,10 @@ class Watch:
         if self.mapped.changed():
             self._restless_until = self._clock.now() + self.mapped.tick_s
             self.epoch += 1
-        elif self._clock.now() < self._restless_until:
+        elif self._restless_until > 0:
             self.epoch += 1
+            if self._clock.now() >= self._restless_until:  # checked once more, and then at rest
+                self._restless_until = -math.inf
         if self._vectors_checked_in != self.epoch:
             if not self.mapped.is_sound(self._vectors.chunks[0]):
                 raise damaged(str(self.mapped.path), self._vectors.key)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -130,8 +129,8 @@ def load_or_build(
         if not unchanged(sources, records):
             raise WeightsError(f"the files in {sources[0].parent} changed while they were packed; start again")
         packing_s = clock.now() - started
-        with _noted(path, SideFile(records, packing_s)):  # under the lock: who waits for it must not hash again
-            provider.finalize()
+        draft.then = lambda: _note(path, SideFile(records, packing_s))  # who waits for the lock must not hash again
+        provider.finalize()
         return Opened(provider, reason or why, len(packed), sum(map(nbytes_of, packed)), packing_s)
     except OSError as error:
         raise WeightCacheError(f"{path} cannot be written: {error.strerror}") from None
@@ -196,19 +195,6 @@ def _copy_of(partial: FileWeightCacheProvider, entry: Entry) -> Pack | None:
             yield start + chunk.padded_nbytes
 
     return copy
-
-
-@contextmanager
-def _noted(path: Path, side: SideFile) -> Iterator[None]:
-    """Write the side file; take it back where what it stands beside fails, and there was none before."""
-    new = not side_path(path).exists()
-    _note(path, side)
-    try:
-        yield
-    except BaseException:
-        if new:
-            side_path(path).unlink(missing_ok=True)
-        raise
 
 
 def _note(path: Path, side: SideFile) -> None:

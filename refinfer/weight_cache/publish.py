@@ -58,6 +58,7 @@ class Draft:
 
     def __init__(self, path: Path, on_wait: Callable[[], None] = lambda: None) -> None:
         self.path = path
+        self.then: Callable[[], None] = lambda: None  # what others who wait for the lock must find done
         self.temporary = draft_path(path)
         self._file = _open_locked(self.temporary, on_wait)
         self._file.truncate(0)
@@ -109,9 +110,10 @@ class Draft:
         os.fsync(self._file.fileno())
 
     def publish(self) -> None:
-        """Give the settled file its name, durably; the draft is closed."""
+        """Give the settled file its name, durably, and call `then`; the draft is closed."""
         self.temporary.replace(self.path)
         _sync_folder(self.path.parent)
+        self.then()
         self._close()
 
     def abandon(self) -> None:
