@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from refinfer.offload.paper import paper_rows
+
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "figures.md").read_text()
 ROWS: list[dict[str, Any]] = json.loads((DOCS / "figures" / "matmul.json").read_text())["rows"]
@@ -68,3 +70,23 @@ def test_the_table_of_shared_memory_is_what_the_bench_printed() -> None:
             shared = pss[name, True, n]
             cells = (name, str(n), f"{shared / 1e6:,.0f} MB", f"{own / 1e6:,.0f} MB", f"{shared / own:.2f}")
             assert f"| {' | '.join(cells)} |" in PAGE
+
+
+@pytest.mark.spec("BENCH-8", "PAPER-2")
+def test_the_table_of_the_papers_gains_is_what_the_simulation_printed() -> None:
+    paper = json.loads((DOCS / "figures" / "paper.json").read_text())
+    shares = sorted({row["compute_share"] for row in paper["rows"]})
+    for shape in {row["shape"] for row in paper["rows"]}:
+        for gain, published in paper["published"].items():
+            cells = [shape, gain]
+            for share in shares:
+                of_cell = [r[gain] for r in paper["rows"] if (r["shape"], r["compute_share"]) == (shape, share)]
+                cells.append(f"{min(of_cell):.2f} to {max(of_cell):.2f}")
+            assert f"| {' | '.join([*cells, published])} |" in PAGE
+
+
+@pytest.mark.spec("BENCH-8")
+def test_the_papers_experiment_still_gives_the_committed_figures() -> None:
+    committed = json.loads((DOCS / "figures" / "paper.json").read_text())["rows"]
+    again = list(paper_rows(compute_shares=(0.25,)))
+    assert again == [row for row in committed if row["compute_share"] == 0.25]
