@@ -367,6 +367,16 @@ class FileWeightCacheProvider(DictFace):
         self._reserved = None
         return any(given.start >= self._end for given in self._given.values())
 
+    def check(self) -> None:
+        """Walk every invariant of a complete cache; reads every byte.
+
+        Raises:
+            DamagedWeightsError: one is broken; the text says which.
+            WeightCacheStateError: it is being built, or deleted.
+        """
+        for problem in self.mapped.problems():
+            raise DamagedWeightsError(f"{self.path}: {problem}")
+
     def delete_cache(self) -> None:
         """Release mapping and memory; an unfinished draft goes, a published file stays."""
         if self._draft is not None:

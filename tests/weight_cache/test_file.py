@@ -765,3 +765,19 @@ def test_a_file_that_cannot_be_locked_in_memory_says_why(path: Path, limit: int,
 def test_a_mapped_file_is_locked_in_memory_as_a_whole(path: Path, whole: bytes) -> None:
     before, after = map(int, run(LOCK, path).split())
     assert (before, after) == (0, -(-len(whole) // PAGE) * PAGE)
+
+
+@pytest.mark.spec("FILE-13", "CACHE-7")
+def test_checking_a_provider_names_the_first_problem_of_its_file(path: Path) -> None:
+    provider = FileWeightCacheProvider.load(path)
+    provider.check()
+    with path.open("r+b") as file:
+        file.seek(PAGE + 1)
+        byte = file.read(1)[0]
+        file.seek(PAGE + 1)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(DamagedWeightsError, match="does not agree with its"):
+        provider.check()
+    provider.delete_cache()
+    with pytest.raises(WeightCacheStateError, match="is not mapped"):
+        provider.check()
