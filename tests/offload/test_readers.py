@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,7 +23,6 @@ from refinfer.bench import offload
 from refinfer.bench.offload import MODEL, POSITIONS, Arm, arms, can_limit_memory, offload_bench
 from refinfer.engine import fixed_of
 from refinfer.errors import DamagedWeightsError, GenerationError
-from refinfer.model.synth import write_checkpoint
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.plan import PLANS, smallest_budget
 from refinfer.offload.readers import LruPages, OnDemand
@@ -375,25 +376,26 @@ def test_bench_offload_runs_every_arm_in_a_fresh_process_and_tells_all_of_it(mon
 def test_a_memory_limit_is_real_and_its_group_is_gone_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_checkpoint(tmp_path / "m", TINY, dtype="f32")
-    commands: list[list[str]] = []
-    seen: list[str] = []
+    """In the place of an arm, a program that says which group it is in, and takes more than it may."""
+    groups = Path("/sys/fs/cgroup/memory")
+    code = "print(open('/proc/self/cgroup').read(), flush=True); bytearray(b'1' * (512 << 20))"
+    limits: list[str] = []
+    done: list[subprocess.CompletedProcess[str]] = []
     real = subprocess.run
 
     def run(command: list[str], **options: Any) -> Any:
-        commands.append(command)
-        group = Path("/sys/fs/cgroup/memory") / f"refinfer-bench-{os.getpid()}"
-        seen.append((group / "memory.limit_in_bytes").read_text().strip())
-        look = "import sys; sys.exit(3 * ('refinfer-bench' in open('/proc/self/cgroup').read()))"
-        inside = real([*command[:4], "-c", look], timeout=WATCHDOG_S, check=False)
-        seen.append(str(inside.returncode))
-        return real(command, timeout=WATCHDOG_S, **options)
+        limits.append((groups / f"refinfer-bench-{os.getpid()}" / "memory.limit_in_bytes").read_text().strip())
+        assert command[3] == sys.executable  # the first three join the group
+        done.append(real([*command[:4], "-c", code], timeout=WATCHDOG_S, **options))
+        return done[-1]
 
     monkeypatch.setattr(offload, "subprocess", SimpleNamespace(run=run))
     with pytest.raises(GenerationError, match=r"a run of .* failed"):
-        offload.run_arm(tmp_path / "m", tmp_path / "cache", Arm("f32", 1.0, "resident"), 24 << 20)
-    assert seen == [str(24 << 20), "3"]
-    assert not list(Path("/sys/fs/cgroup/memory").glob("refinfer-bench-*"))
+        offload.run_arm(tmp_path / "m", tmp_path / "cache", Arm("f32", 0.5, "mmap", 0), 128 << 20)
+    assert limits == [str(128 << 20)]
+    assert f"refinfer-bench-{os.getpid()}" in done[0].stdout
+    assert done[0].returncode == -signal.SIGKILL
+    assert not list(groups.glob("refinfer-bench-*"))
 
 
 @pytest.mark.spec("BENCH-11")
