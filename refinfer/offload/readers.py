@@ -10,10 +10,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
 
+from refinfer.errors import GenerationError
 from refinfer.offload.prefetch import Read
 from refinfer.packing.formats import Bytes
 
-__all__ = ["LruPages", "OnDemand", "Reader"]
+__all__ = ["Closed", "LruPages", "OnDemand", "Reader"]
 
 
 class Reader(Protocol):
@@ -30,6 +31,24 @@ class Reader(Protocol):
     def close(self) -> None:
         """Stop reading; again is allowed."""
         ...
+
+
+class Closed:
+    """What a closed source reads with: nothing."""
+
+    def take(self, chunk: int) -> Bytes:
+        """Say that the source is closed.
+
+        Raises:
+            GenerationError: always.
+        """
+        raise GenerationError("the weights were closed while they were in use")
+
+    def release(self, taken: Bytes) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 class OnDemand:

@@ -25,7 +25,7 @@ from refinfer.offload.inventory import Inventory
 from refinfer.offload.matrices import RecordTable, Scratch, damaged, product_of_chunks, vectors_of
 from refinfer.offload.plan import Plan
 from refinfer.offload.prefetch import Prefetcher
-from refinfer.offload.readers import LruPages, OnDemand, Reader
+from refinfer.offload.readers import Closed, LruPages, OnDemand, Reader
 from refinfer.offload.store import Store
 from refinfer.packing.formats import Bytes, PackedLayout
 from refinfer.packing.gemm import require_rows
@@ -205,6 +205,8 @@ class StreamedSource:
         """
         if (locked := self._locked.get(number)) is not None:
             return locked
+        if isinstance(self._reader, Closed):
+            self._reader.take(number)
         started = self._clock.now()
         chunk = self._checked(*self._chunks[number], self._staging)
         self._waited(number, started)
@@ -255,7 +257,7 @@ class StreamedSource:
         self._reader.close()
         self._store.close()
         self._layers, self._locked = (), {}
-        self._reader, self._staging = OnDemand([_pages(0)], self._read), _pages(0)
+        self._reader, self._staging = Closed(), _pages(0)
 
 
 class _RecordReader:

@@ -23,10 +23,12 @@ from refinfer.bench import offload
 from refinfer.bench.offload import MODEL, POSITIONS, Arm, arms, can_limit_memory, offload_bench
 from refinfer.engine import fixed_of
 from refinfer.errors import DamagedWeightsError, GenerationError
+from refinfer.generate import load
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.plan import PLANS, smallest_budget
 from refinfer.offload.readers import LruPages, OnDemand
 from refinfer.offload.store import ThrottledStore
+from refinfer.offload.streamed import StreamedSource
 from refinfer.packing.formats import Bytes
 
 WATCHDOG_S: Final = 30.0
@@ -442,3 +444,17 @@ def test_an_arm_that_fails_is_one_named_error(tmp_path: Path) -> None:
     with pytest.raises(GenerationError, match=r"a run of .*optimal.* failed"):
         offload.run_arm(tmp_path / "nothing here", tmp_path / "cache", arm)
     assert asdict(arm)["prefetch_threads"] == 2
+
+
+@pytest.mark.spec("FETCH-7", "GEN-8")
+def test_a_closed_source_says_so_and_does_not_suspect_its_file(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with load(budget="90%", weight_cache=cache) as session:
+        source = session._transformer.source
+        assert isinstance(source, StreamedSource)
+        source.close()
+        with pytest.raises(GenerationError, match="were closed"):
+            next(source.chunks(source.n_chunks - 1, 1))
+        with pytest.raises(GenerationError, match="were closed"):
+            source.embed_tokens.rows(np.array([0]))
+    assert cache.exists()
