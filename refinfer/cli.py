@@ -233,18 +233,6 @@ def _rate(text: str) -> int:
     return _nbytes(text.strip().removesuffix("/s"))
 
 
-def write_file(path: str, text: str) -> None:
-    """Write a text that was asked for.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-
-
 def _generate(args: argparse.Namespace) -> None:
     clock = RealClock()
     started = clock.now()
@@ -297,6 +285,8 @@ def _generate(args: argparse.Namespace) -> None:
                 print()  # what comes next begins on a line of its own
             raise
         if args.trace is not None:
+            from refinfer.cli_offload import write_file
+
             write_file(args.trace, json.dumps(to_chrome(session.trace)))
         stats, cache = (
             session.stats,

@@ -29,7 +29,7 @@ from refinfer.prepare import choose_format
 from refinfer.process import format_nbytes
 from refinfer.trace import Trace, to_rows, to_svg
 
-__all__ = ["run_plan", "run_simulate"]
+__all__ = ["run_plan", "run_simulate", "write_file"]
 
 _SWEEP: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 _DEFAULT_POSITIONS: Final = 512
@@ -70,7 +70,12 @@ def _budget(args: argparse.Namespace, inventory: Inventory, fixed: Fixed) -> int
     return max(inventory.streamable_nbytes // 2, smallest_budget(inventory, fixed))
 
 
-def _write(path: str, text: str) -> None:
+def write_file(path: str, text: str) -> None:
+    """Write a text that was asked for.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     try:
         Path(path).write_text(text, encoding="utf-8", errors="replace")
     except OSError as error:
@@ -112,7 +117,7 @@ def run_plan(args: argparse.Namespace) -> None:
     plans = {p: make_plan(p, inventory, fixed, budget, costs=costs, **options) for p in PLANS}
     chosen = plans[args.plan]
     if args.svg is not None:
-        _write(args.svg, plan_svg(inventory, chosen))
+        write_file(args.svg, plan_svg(inventory, chosen))
     rows = [plan_row(inventory, plan) for plan in plans.values()]
     if args.json:
         about = _about(name, inventory, positions, calibration, args.prefetch_threads)
@@ -197,7 +202,7 @@ def run_simulate(args: argparse.Namespace) -> None:
     run = simulate_plan(inventory, plan, costs, readers, traced=True)
     title = f"{name}, {inventory.format}, {plan.name} within {format_nbytes(budget)}: two tokens"
     if args.svg is not None:
-        _write(args.svg, to_svg(run.trace, title))
+        write_file(args.svg, to_svg(run.trace, title))
     least, most = smallest_budget(inventory, fixed), fixed.total + total
     budgets = [least, *(int(share * total) for share in _SWEEP if least < share * total < most), most]
     sweep = list(sweep_rows(inventory, fixed, budgets, calibration, readers))

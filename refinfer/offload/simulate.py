@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from refinfer.errors import RequestError
@@ -185,6 +185,7 @@ class _Run:
         self.now += unit.compute_s
 
     def end_token(self) -> None:
+        """Note when a token ended, and how long had been waited by then."""
         self.ends.append(self.now)
         self.waits.append(self.waited)
 
@@ -281,24 +282,8 @@ def lru_misses(sizes: Sequence[int], capacity: int) -> int:
         >>> lru_misses([4, 4, 4, 4], capacity=15), lru_misses([4, 4, 4, 4], capacity=16)
         (16, 0)
     """
-    held: OrderedDict[int, int] = OrderedDict()
-    in_use = missed = 0
-    for token in range(3):
-        missed = 0
-        for number, size in enumerate(sizes):
-            if number in held:
-                held.move_to_end(number)
-                continue
-            missed += size
-            if size > capacity:
-                continue
-            while in_use + size > capacity:
-                in_use -= held.popitem(last=False)[1]
-            held[number] = size
-            in_use += size
-        if token and not missed:
-            break
-    return missed
+    *_, steady = _misses(sizes, capacity, tokens=3, forget_last_used=False)
+    return steady
 
 
 def belady_misses(sizes: Sequence[int], capacity: int) -> int:
@@ -311,10 +296,16 @@ def belady_misses(sizes: Sequence[int], capacity: int) -> int:
         >>> belady_misses([4, 4, 4, 4], capacity=8)
         11
     """
-    held: OrderedDict[int, int] = OrderedDict()
-    in_use, history = 0, []
     turn = max(1, len(sizes) - 1)
-    for _ in range(len(sizes) + turn):
+    history = list(_misses(sizes, capacity, tokens=len(sizes) + turn, forget_last_used=True))
+    return round(sum(history[-turn:]) / turn)
+
+
+def _misses(sizes: Sequence[int], capacity: int, *, tokens: int, forget_last_used: bool) -> Iterator[int]:
+    """Yield the bytes that a page cache misses in each token of a cyclic scan."""
+    held: OrderedDict[int, int] = OrderedDict()
+    in_use = 0
+    for _ in range(tokens):
         missed = 0
         for number, size in enumerate(sizes):
             if number in held:
@@ -324,8 +315,7 @@ def belady_misses(sizes: Sequence[int], capacity: int) -> int:
             if size > capacity:
                 continue
             while in_use + size > capacity:
-                in_use -= held.popitem(last=True)[1]
+                in_use -= held.popitem(last=forget_last_used)[1]
             held[number] = size
             in_use += size
-        history.append(missed)
-    return round(sum(history[-turn:]) / turn)
+        yield missed

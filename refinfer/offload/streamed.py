@@ -192,8 +192,7 @@ class StreamedSource:
             try:
                 yield chunk
             finally:
-                if self._spans is not None:
-                    self._note("compute", "compute", number, started)
+                self._note("compute", "compute", number, started)
                 if locked is None:
                     self._reader.release(chunk)
 
@@ -220,8 +219,7 @@ class StreamedSource:
 
     def _waited(self, number: int, started: float) -> None:
         self.wait_s += self._clock.now() - started
-        if self._spans is not None:
-            self._note("compute", "wait", number, started)
+        self._note("compute", "wait", number, started)
 
     def _note(self, lane: str, kind: str, number: int, started: float) -> None:
         if self._spans is not None:
@@ -268,6 +266,7 @@ class _RecordReader:
         self._store = store
 
     def read(self, start: int, nbytes: int) -> Bytes:
+        """Return `nbytes` from `start` of the table."""
         before = start % PAGE_BYTES
         pages = _pages(-(-(before + nbytes) // PAGE_BYTES) * PAGE_BYTES)
         self._store.read(self._start + start - before, pages)
