@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,11 @@ from refinfer.model.synth import write_checkpoint
 from refinfer.model.weights import RowMajorSource
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# Where these say that a build server runs the tests, pytest writes every comparison that fails out in full. Of two
+# packed buffers that takes minutes, and more where a test looks for a provider's mistake again and again.
+for _name in ("CI", "BUILD_NUMBER"):
+    os.environ.pop(_name, None)
 
 # Property tests draw the same examples each time, and none is timed: a shared machine would make them flicker.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
