@@ -26,6 +26,7 @@ from refinfer.model.folder import DEFAULT_MAX_TOKENS, open_folder
 from refinfer.model.synth import DTYPES, checkpoint_nbytes, write_checkpoint
 from refinfer.offload.cost import DEVICES
 from refinfer.offload.plan import PLANS
+from refinfer.offload.prefetch import PREFETCH_THREADS
 from refinfer.packing.formats import FORMATS
 from refinfer.process import format_nbytes, parse_nbytes
 from refinfer.trace import RealClock, to_chrome
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", metavar="B", help="run in so much memory: 300MB, 1.5GiB, 40%% of the packed weights, or auto"
     )
     generate.add_argument("--plan", choices=tuple(PLANS), help="what stays in memory under a budget (optimal)")
-    generate.add_argument("--prefetch-threads", metavar="N", type=_integer(0, 64), help="that read ahead; 0: none (1)")
+    generate.add_argument("--prefetch-threads", metavar="N", type=_integer(0, 64), help="that read ahead; 0: none (2)")
     generate.add_argument("--prefetch-ring", metavar="BYTES", type=_nbytes, help="they read into (the plan chooses)")
     generate.add_argument("--disk-bandwidth", metavar="RATE", type=_rate, help="read no faster than this, as 300MB/s")
     generate.add_argument("--trace", metavar="FILE", help="write what was read, computed and waited for: for Perfetto")
@@ -184,7 +185,9 @@ def _add_planning(parser: argparse.ArgumentParser, *, paper: bool) -> None:
     parser.add_argument("--budget", metavar="B", help="300MB, 1.5GiB, 40%% of the packed weights, or auto (50%%)")
     parser.add_argument("--positions", metavar="N", type=_integer(1), help="that the KV cache has room for (512)")
     parser.add_argument("--plan", choices=PLANS, default="optimal", help="the plan to look at (optimal)")
-    parser.add_argument("--prefetch-threads", metavar="N", type=_integer(0, 64), default=1, help="that read ahead (1)")
+    parser.add_argument(
+        "--prefetch-threads", metavar="N", type=_integer(0, 64), default=PREFETCH_THREADS, help="that read ahead (2)"
+    )
     parser.add_argument("--prefetch-ring", metavar="BYTES", type=_nbytes, help="they read into (by the budget)")
     parser.add_argument("--device", metavar="NAME", choices=DEVICES, help=f"the disk: {', '.join(DEVICES)}")
     parser.add_argument("--svg", metavar="FILE", help="draw a picture")
@@ -253,7 +256,7 @@ def _generate(args: argparse.Namespace) -> None:
             weights=args.weights,
             budget=args.budget,
             plan=args.plan or "optimal",
-            prefetch_threads=1 if args.prefetch_threads is None else args.prefetch_threads,
+            prefetch_threads=PREFETCH_THREADS if args.prefetch_threads is None else args.prefetch_threads,
             prefetch_ring=args.prefetch_ring,
             disk_bandwidth=args.disk_bandwidth,
             trace=args.trace is not None,

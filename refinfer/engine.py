@@ -25,6 +25,7 @@ from refinfer.offload.budget import Budget, parse_budget
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.matrices import gemm_scratch_nbytes
 from refinfer.offload.plan import Fixed, Plan, make_plan
+from refinfer.offload.prefetch import PREFETCH_THREADS
 from refinfer.offload.source import PackedSource
 from refinfer.offload.store import FileStore, ThrottledStore
 from refinfer.offload.streamed import StreamedSource, staging_nbytes
@@ -110,7 +111,7 @@ class Streaming:
     `paged` puts an explicit LRU page cache in the place of locks and ring; `traced` keeps what happened.
     """
 
-    prefetch_threads: int = 1
+    prefetch_threads: int = PREFETCH_THREADS
     prefetch_ring: int | None = None
     disk_bandwidth: float | None = None
     paged: bool = False

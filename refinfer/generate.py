@@ -37,6 +37,7 @@ from refinfer.model.sampler import Sampling, sample
 from refinfer.model.tokenizer import TextStream
 from refinfer.model.transformer import Transformer
 from refinfer.offload.plan import PLANS
+from refinfer.offload.prefetch import PREFETCH_THREADS
 from refinfer.prepare import IN_MEMORY
 from refinfer.process import peak_rss_bytes, usable_cores
 from refinfer.trace import Clock, RealClock, Trace
@@ -93,7 +94,7 @@ def load(
     weights: str = "auto",
     budget: int | str | None = None,
     plan: str = "optimal",
-    prefetch_threads: int = 1,
+    prefetch_threads: int = PREFETCH_THREADS,
     prefetch_ring: int | None = None,
     disk_bandwidth: float | None = None,
     paged: bool = False,

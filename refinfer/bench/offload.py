@@ -40,6 +40,7 @@ from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.synth import write_checkpoint
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.plan import PLANS
+from refinfer.offload.prefetch import PREFETCH_THREADS
 from refinfer.offload.streamed import StreamedSource
 
 __all__ = ["MODEL", "Arm", "arms", "offload_bench", "run_arm"]
@@ -64,7 +65,7 @@ class Arm:
     format: str
     budget_share: float
     arm: str
-    prefetch_threads: int = 2
+    prefetch_threads: int = PREFETCH_THREADS
 
 
 def arms(*, quick: bool = False) -> tuple[Arm, ...]:

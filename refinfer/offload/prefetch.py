@@ -27,11 +27,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from refinfer.errors import GenerationError
 from refinfer.packing.formats import Bytes
 
-__all__ = ["Prefetcher", "Read"]
+__all__ = ["PREFETCH_THREADS", "Prefetcher", "Read"]
+
+PREFETCH_THREADS: Final = 2
+"""How many read ahead unless told otherwise: while one checks what it has read, the other keeps the disk busy."""
 
 Read = Callable[[int, Bytes, int], Bytes]
 """Reads a chunk, by its number in the cycle, into a slot, and returns its bytes; the last argument is the thread's."""
