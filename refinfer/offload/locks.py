@@ -33,6 +33,7 @@ _GOLDEN: Final = 0.6180339887498949  # sets off the turns of one size against th
 Lock = Callable[[Inventory, int], BoolArray]
 
 
+# --8<-- [start:spread]
 def _spread(sizes: IntArray, numbers: IntArray, room: int) -> IntArray:
     """Return those of `numbers` to lock that take at most `room` bytes and lie as evenly as possible.
 
@@ -51,6 +52,9 @@ def _spread(sizes: IntArray, numbers: IntArray, room: int) -> IntArray:
         largest = max(range(len(taken)), key=lambda i: int(sizes[taken[i]].sum()))
         taken[largest] = taken[largest][:-1]
     return np.concatenate(taken)
+
+
+# --8<-- [end:spread]
 
 
 def fill(inventory: Inventory, locked: BoolArray, room: int) -> BoolArray:
@@ -108,6 +112,7 @@ def _ffn_first(inventory: Inventory, room: int) -> BoolArray:
     return _columns(inventory, [*_FFN, *_attention(inventory), "lm_head"], room)
 
 
+# --8<-- [start:algorithm-1]
 def _flexinfer(inventory: Inventory, room: int) -> BoolArray:
     """Algorithm 1 of the paper.
 
@@ -147,6 +152,9 @@ def _flexinfer(inventory: Inventory, room: int) -> BoolArray:
     for kind in _attention(inventory):
         room -= keep(kind, min(layers, room // sizes[kind]))
     return locked
+
+
+# --8<-- [end:algorithm-1]
 
 
 LOCKS: Final[Mapping[str, Lock]] = MappingProxyType(

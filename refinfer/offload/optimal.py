@@ -69,6 +69,7 @@ def token_s(costs: Costs, locked: BoolArray, slots: int, readers: int) -> float:
     return simulate(units, Ring(slots), readers=readers).token_s
 
 
+# --8<-- [start:search]
 def search(inventory: Inventory, costs: Costs, members: Sequence[Member], readers: int) -> Member:
     """Return the best of `members`."""
     ranked = sorted(
@@ -85,3 +86,6 @@ def search(inventory: Inventory, costs: Costs, members: Sequence[Member], reader
         if best <= bound * _AS_GOOD:
             break
     return found
+
+
+# --8<-- [end:search]

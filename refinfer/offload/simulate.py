@@ -215,6 +215,7 @@ def _ring(run: _Run, units: Sequence[Unit], slots: int, tokens: int) -> None:
         run.end_token()
 
 
+# --8<-- [start:ring]
 def ring_token_s(read_s: Sequence[float], compute_s: Sequence[float], slots: int, tokens: int = 3) -> float:
     """Return what `simulate` says of a steady token with a ring and one reader, in a tenth of the time.
 
@@ -238,6 +239,9 @@ def ring_token_s(read_s: Sequence[float], compute_s: Sequence[float], slots: int
             else:
                 now += computing
     return now - before
+
+
+# --8<-- [end:ring]
 
 
 def _layers(run: _Run, units: Sequence[Unit], gate: LayerSlots | LayerDistance, tokens: int) -> None:
