@@ -128,6 +128,7 @@ def _bf16(product: Product, tiles: Tiles, out: Float32Array) -> None:
     np.add(out, more, out=out)
 
 
+# --8<-- [start:int8]
 def _int8(product: Product, tiles: Tiles, out: Float32Array) -> None:
     """Widen by one copy, multiply, and scale the outputs: a scale for each row leaves the sum."""
     q, nr, K, R = tiles.int8, tiles.nr, tiles.K, out.shape[1]
@@ -140,6 +141,9 @@ def _int8(product: Product, tiles: Tiles, out: Float32Array) -> None:
         start, end = t * nr, min(R, (t + len(part)) * nr)
         product.rows(rows if end - start == len(rows) else rows[: end - start], out[:, start:end])
     out *= tiles.int8_scales.reshape(-1)[:R]
+
+
+# --8<-- [end:int8]
 
 
 def _int4_parts(product: Product, K: int) -> tuple[Float32Array, Float32Array]:

@@ -96,6 +96,7 @@ class GoiLayout:
         t, j = divmod(n, self.tile.nr)
         return t * self.tile_elements + j
 
+    # --8<-- [start:weight_index]
     def weight_index(self, n: int, k: int) -> int:
         """Return where the weight of output `n` and input `k` lies; `k` may be a pad, up to `padded_k - 1`."""
         nr, kr, sr = self.tile.nr, self.tile.kr, self.tile.sr
@@ -104,6 +105,8 @@ class GoiLayout:
         block, offset = divmod(within, kr)
         step = group * sr + (block - j) % sr  # row j starts j blocks later, and wraps
         return t * self.tile_elements + nr * self.has_bias + (step * nr + j) * kr + offset
+
+    # --8<-- [end:weight_index]
 
     def labels(self) -> list[str]:
         """Return what lies at each index: `b3`, `w21`, `0` for a pad in K, `--` for the lanes of missing rows."""
@@ -176,6 +179,7 @@ def cut_into_chunks(N: int, nr: int, tile_nbytes: int, target_nbytes: int) -> tu
     return tuple(_cut(N, nr, tile_nbytes, target_nbytes))
 
 
+# --8<-- [start:cut]
 def _cut(N: int, nr: int, tile_nbytes: int, target_nbytes: int) -> Iterator[Chunk]:
     n_tiles = -(-N // nr)
     n_chunks = count_chunks(N, nr, tile_nbytes, target_nbytes)
@@ -185,3 +189,6 @@ def _cut(N: int, nr: int, tile_nbytes: int, target_nbytes: int) -> Iterator[Chun
         chunk = Chunk(first * nr, min(N, end * nr) - first * nr, offset, (end - first) * tile_nbytes)
         yield chunk
         offset += chunk.padded_nbytes
+
+
+# --8<-- [end:cut]

@@ -74,9 +74,13 @@ def start_product(x: Float32Array, layout: PackedLayout, scratch: GemmScratch) -
     return product
 
 
+# --8<-- [start:multiply_chunk]
 def multiply_chunk(product: Product, layout: PackedLayout, chunk: Chunk, buffer: Bytes, out: Float32Array) -> None:
     """Write the outputs of one chunk: columns `first_row` to `first_row + n_rows` of `out` `[M, N]`."""
     used = product.scratch.used
     columns = out[:, chunk.first_row : chunk.first_row + chunk.n_rows]
     KERNELS[layout.format.name](product, layout.tiles(buffer, chunk), columns)
     product.scratch.reset(used)
+
+
+# --8<-- [end:multiply_chunk]

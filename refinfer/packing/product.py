@@ -103,6 +103,7 @@ class Product:
         if self.M == 1:
             self.row = x[0]
 
+    # --8<-- [start:rows]
     def rows(self, w: Float32Array, out: Float32Array) -> None:
         """Multiply with some rows of float32 weights: `out` `[M, R]` becomes `x @ w.T`."""
         if self.call == "dot":
@@ -118,12 +119,15 @@ class Product:
             np.copyto(out, columns.T)
             self.scratch.reset(before)
 
+    # --8<-- [end:rows]
+
     def take_columns(self) -> None:
         """Transpose x once for all chunks, where weights go first."""
         if self.call == "weights-first":
             self.columns = self.scratch.take(self.x.shape[1], self.M)
             np.copyto(self.columns, self.x.T)
 
+    # --8<-- [start:by_tiles]
     def _by_tiles(self, w: Float32Array, out: Float32Array) -> None:
         (R, K), M = w.shape, self.M
         nr = tile_rows(M, K)
@@ -133,3 +137,5 @@ class Product:
         if rest < R:
             tiles = w.reshape(-1, nr, K).transpose(0, 2, 1)
             np.matmul(self.x, tiles, out=out.reshape(M, -1, nr).transpose(1, 0, 2))
+
+    # --8<-- [end:by_tiles]

@@ -53,6 +53,7 @@ BLOCK: Final = 32
 _SMALLEST_SCALE: Final = float(np.finfo(np.float32).tiny)
 
 
+# --8<-- [start:quantize_int8]
 def quantize_int8(w: Float32Array) -> tuple[Int8Array, Float32Array]:
     """Return `q` `[N, K]` from -127 to 127 and the scales `[N]` with `|w - q * s| <= s / 2`; zero rows get scale 1.
 
@@ -63,6 +64,9 @@ def quantize_int8(w: Float32Array) -> tuple[Int8Array, Float32Array]:
     largest = np.maximum.reduce(np.abs(w), axis=1)
     scales = _usable_scales(largest / np.float32(127), largest)
     return np.rint(w / scales[:, None]).astype(np.int8), scales
+
+
+# --8<-- [end:quantize_int8]
 
 
 def dequantize_int8(q: Int8Array, scales: Float32Array) -> Float32Array:
