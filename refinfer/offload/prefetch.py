@@ -12,7 +12,7 @@ Sequence numbers count the streamed chunks from the first one ever needed, over 
 
 Laws:
 
-1. Chunks are taken in order, each released before the next one is taken. `take` waits for that one chunk only.
+1. Chunks are taken in order; releasing one gives back those before it too. `take` waits for that one chunk only.
 2. A thread begins to read number k when number `k - slots` has been released, never before.
 3. Reading goes on past the end of the order into the next token.
 4. Asking for another chunk than the next one (a pass was left, or ended early) drops what was read ahead, waits for

@@ -13,7 +13,9 @@ The file is never mapped: what is not counted in the account is not in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import accumulate, pairwise
 from typing import Final
 
 import numpy as np
@@ -141,8 +143,9 @@ class StreamedSource:
         vectors = vectors_of(self._checked(block, 0, _pages(block.nbytes)).view(np.float32), inventory)
         self._locked: dict[int, Bytes] = {}
         self._staging = _pages(_table_chunk_nbytes(inventory) if inventory.table is None else 0)
+        self.lock_s = 0.0
         if not paged:
-            self._lock(sorted(plan.locked), _pages(account.locked))
+            self._lock(sorted(plan.locked), _pages(account.locked), threads)
         firsts: dict[str, int] = {}
         for number, chunk in enumerate(inventory.cycle):
             firsts.setdefault(inventory.matrices[chunk.matrix].name, number)
@@ -173,6 +176,11 @@ class StreamedSource:
     def trace(self) -> Trace:
         """What was read, computed and waited for so far, where that is traced."""
         return Trace(tuple(self._spans or ()))
+
+    @property
+    def locked(self) -> Mapping[int, Bytes]:
+        """The locked chunks, by their number in the cycle."""
+        return self._locked
 
     @property
     def n_chunks(self) -> int:
@@ -239,12 +247,21 @@ class StreamedSource:
             raise damaged(self._where, entry.key, number)
         return into[: chunk.nbytes]
 
-    def _lock(self, numbers: Sequence[int], memory: Bytes) -> None:
-        end = 0
-        for number in numbers:
-            nbytes = self._inventory.cycle[number].nbytes
-            self._locked[number] = self._checked(*self._chunks[number], memory[end : end + nbytes])
-            end += nbytes
+    def _lock(self, numbers: Sequence[int], memory: Bytes, threads: int) -> None:
+        """Read what is locked into its places, with as many threads as read ahead later; nothing is released."""
+        ends = accumulate((self._inventory.cycle[number].nbytes for number in numbers), initial=0)
+        slots = [memory[start:end] for start, end in pairwise(ends)]
+
+        def read(number: int, slot: Bytes, thread: int) -> Bytes:
+            return self._checked(*self._chunks[number], slot)
+
+        started = self._clock.now()
+        if threads and numbers:
+            with closing(Prefetcher(numbers, slots, read, threads)) as reader:
+                self._locked = {number: reader.take(number) for number in numbers}
+        else:
+            self._locked = {number: read(number, slot, 0) for number, slot in zip(numbers, slots, strict=True)}
+        self.lock_s = self._clock.now() - started
 
     def layers(self) -> Iterator[LayerWeights]:
         """Walk over the layers in execution order."""

@@ -55,6 +55,7 @@ class WeightId:
         require_name(self.name)
 
 
+# --8<-- [start:key]
 @dataclass(frozen=True, slots=True)
 class PackKey:
     """The pack identifier: which packer made which tensor into which layout.
@@ -86,3 +87,6 @@ class PackKey:
     def name(self) -> str:
         """The tensor's name."""
         return self.weights.name
+
+
+# --8<-- [end:key]

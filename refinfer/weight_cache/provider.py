@@ -114,6 +114,7 @@ class WeightCacheProvider(Protocol):
         ...
 
 
+# --8<-- [start:face]
 class DictFace(Mapping[PackKey, Bytes]):
     """The face of a dictionary, from the verbs; a provider adds its verbs, `__iter__` and `__len__`."""
 
@@ -145,6 +146,9 @@ class DictFace(Mapping[PackKey, Bytes]):
                 return buffer
             offset = self.look_up_or_insert(key, buffer)
         return self.offset_to_addr(offset)
+
+
+# --8<-- [end:face]
 
 
 def require(verb: str, state: State) -> None:

@@ -1,0 +1,177 @@
+"""What reads and products cost here, for every size, number of threads and format; kept for `plan` and `generate`.
+
+Knows: how to time reads and products, the folder of `calibration.json`. Does not know: plans.
+Spec: CAL-1, CAL-2. Tutorial: 11.
+
+Reads are checked reads, as the prefetch threads make them, of a file written for it in the cache directory; products
+are of chunks that are not in the processor's caches, with one BLAS thread.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from refinfer.arrays import PAGE_BYTES, aligned_empty
+from refinfer.errors import CacheFileError
+from refinfer.offload.calibration import CALIBRATION_FILE, read_json, to_json
+from refinfer.offload.cost import Device, Processor
+from refinfer.offload.prefetch import Prefetcher
+from refinfer.offload.store import FileStore, Store
+from refinfer.packing.formats import FORMATS, Bytes, PackedMatrix, layout_of, pack_matrix
+from refinfer.packing.matmul import matmul, scratch_floats
+from refinfer.packing.product import GemmScratch
+from refinfer.trace import Clock, RealClock
+from refinfer.weight_cache.checksum import checksum
+from refinfer.weight_cache.directory import cache_directory
+from refinfer.weight_cache.publish import write_small_file
+
+__all__ = ["CALIBRATE_STEPS", "calibrate", "fit_device", "processor_of", "product_rows", "read_rows"]
+
+CHUNK_SIZES: Final = (1 << 20, 2 << 20, 4 << 20)
+READERS: Final = (1, 2, 4)
+ROWS_OF_X: Final = (1, 8, 64, 256)
+CALIBRATE_STEPS: Final = len(CHUNK_SIZES) * len(READERS) + len(FORMATS) * len(ROWS_OF_X)
+
+_FILE_BYTES: Final = 256 << 20
+_RING: Final = 8
+_ROUNDS: Final = 3
+_SHAPE: Final = 512, 2048
+_COLD_BYTES: Final = 96 << 20  # more than the processor's caches hold
+_TINY: Final = 32, 32
+_CALLS: Final = 200
+
+
+def calibrate(
+    progress: Callable[[], None] = lambda: None, *, nbytes: int = _FILE_BYTES, clock: Clock | None = None
+) -> dict[str, Any]:
+    """Measure this disk and this processor, write `calibration.json`, and return the rows.
+
+    Raises:
+        CacheFileError: the cache directory cannot be written.
+    """
+    clock = clock or RealClock()
+    folder = cache_directory()
+    place = folder / CALIBRATION_FILE
+    rows = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="calibration-", suffix=".tmp") as file:
+            noise = np.random.default_rng(0).bytes(CHUNK_SIZES[-1])
+            for _ in range(nbytes // len(noise)):
+                file.write(noise)
+            file.flush()
+            with FileStore(Path(file.name)) as store:
+                for row in read_rows(store, nbytes, clock):
+                    rows.append(row)
+                    progress()
+        with threadpool_limits(limits=1, user_api="blas"):
+            one_call_s = _call_s(clock)
+            for row in product_rows(tuple(FORMATS), clock):
+                rows.append(row)
+                progress()
+        known = to_json(read_json(place), folder, fit_device(rows), processor_of(rows, one_call_s))
+        write_small_file(place, (json.dumps(known, indent=1) + "\n").encode())
+    except OSError as error:
+        raise CacheFileError(f"{folder} cannot be written: {error.strerror}") from None
+    return {"calibration_file": str(place), "call_us": 1e6 * one_call_s, "rows": rows}
+
+
+def read_rows(store: Store, nbytes: int, clock: Clock, rounds: int = _ROUNDS) -> Iterator[dict[str, Any]]:
+    """Yield bytes per second of checked reads of the first `nbytes`, by chunk size and number of threads."""
+    for size in CHUNK_SIZES:
+        memory = aligned_empty((_RING * size // 4,), PAGE_BYTES).view(np.uint8)
+        slots = [memory[i * size : (i + 1) * size] for i in range(_RING)]
+        order = range(nbytes // size)
+
+        def read(number: int, slot: Bytes, thread: int, size: int = size) -> Bytes:
+            store.read(number * size, slot)
+            checksum(slot)
+            return slot
+
+        for readers in READERS:
+            seconds = [_pass_s(Prefetcher(order, slots, read, readers), order, clock) for _ in range(rounds)]
+            rate = len(order) * size / statistics.median(seconds)
+            yield {"what": "read", "chunk_bytes": size, "prefetch_threads": readers, "gb_per_s": rate / 1e9}
+
+
+def _pass_s(prefetcher: Prefetcher, order: Sequence[int], clock: Clock) -> float:
+    started = clock.now()
+    with closing(prefetcher):
+        for number in order:
+            prefetcher.release(prefetcher.take(number))
+        return clock.now() - started
+
+
+def fit_device(rows: Sequence[Mapping[str, Any]]) -> Device:
+    """Return the device whose `read_s` comes nearest to `read_rows`: a line over the sizes, through one thread's times.
+
+    A read of some bytes takes latency + bytes * readers / bandwidth; other numbers of readers are fitted to the
+    largest size.
+    """
+    reads = [row for row in rows if row["what"] == "read"]
+    one = {
+        row["chunk_bytes"]: row["chunk_bytes"] / row["gb_per_s"] / 1e9 for row in reads if row["prefetch_threads"] == 1
+    }
+    _, start = np.polyfit(list(one), list(one.values()), 1)
+    latency_s = float(np.clip(start, 0, min(one.values()) / 2))
+    largest = max(one)
+    bandwidth = {}
+    for row in reads:
+        if row["chunk_bytes"] == largest:
+            in_flight = row["prefetch_threads"] * largest
+            bandwidth[row["prefetch_threads"]] = in_flight / (in_flight / row["gb_per_s"] / 1e9 - latency_s)
+    return Device("this disk", bandwidth, latency_s, "refinfer bench calibrate")
+
+
+def product_rows(names: Sequence[str], clock: Clock, rounds: int = _ROUNDS) -> Iterator[dict[str, Any]]:
+    """Yield nanoseconds per byte of products with chunks that come from memory, by format and rows of x."""
+    w = np.random.default_rng(0).standard_normal(_SHAPE, dtype=np.float32)
+    for name in names:
+        first = pack_matrix(w, name)
+        nbytes = sum(map(len, first.buffers))
+        copies = [
+            PackedMatrix(first.layout, [buffer.copy() for buffer in first.buffers])
+            for _ in range(_COLD_BYTES // nbytes)
+        ]
+        for M in ROWS_OF_X:
+            some = copies[: max(2, len(copies) // M)]
+            x, out = np.ones((M, w.shape[1]), np.float32), np.empty((M, w.shape[0]), np.float32)
+            scratch = GemmScratch(scratch_floats({first.layout}, M))
+            seconds = []
+            for _ in range(rounds):
+                started = clock.now()
+                for packed in some:
+                    matmul(x, packed, out, scratch)
+                seconds.append((clock.now() - started) / len(some))
+            taken = 1e9 * statistics.median(seconds) / nbytes
+            yield {"what": "product", "format": name, "m": M, "chunk_bytes": nbytes, "ns_per_byte": taken}
+
+
+def _call_s(clock: Clock) -> float:
+    """Return what the product of a chunk costs beside its bytes: that of a very small one."""
+    packed = pack_matrix(np.ones(_TINY, np.float32), "f32")
+    x, out = np.ones((1, _TINY[1]), np.float32), np.empty((1, _TINY[0]), np.float32)
+    scratch = GemmScratch(scratch_floats({layout_of("f32", *_TINY)}, 1))
+    started = clock.now()
+    for _ in range(_CALLS):
+        matmul(x, packed, out, scratch)
+    return (clock.now() - started) / _CALLS
+
+
+def processor_of(rows: Sequence[Mapping[str, Any]], call_s: float) -> Processor:
+    """Return the processor that `product_rows` tell of; what a call costs by itself is taken out of each."""
+    seconds: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["what"] == "product":
+            whole = row["ns_per_byte"] / 1e9
+            seconds.setdefault(row["format"], {})[row["m"]] = max(whole - call_s / row["chunk_bytes"], whole / 2)
+    return Processor("this processor", seconds, call_s, "refinfer bench calibrate")
