@@ -61,6 +61,7 @@ class Prefetcher:
         for thread in self._threads:
             thread.start()
 
+    # --8<-- [start:take]
     def take(self, chunk: int) -> Bytes:
         """Return a chunk of the order, waiting until it is there; it stays until `release`.
 
@@ -89,6 +90,7 @@ class Prefetcher:
                 self._held = None
                 self._released = self._to_take
                 self._changed.notify_all()
+    # --8<-- [end:take]
 
     def close(self) -> None:
         """End every thread; again is allowed."""
@@ -113,6 +115,7 @@ class Prefetcher:
         self._to_read = self._to_take = self._released = place
         self._changed.notify_all()
 
+    # --8<-- [start:run]
     def _may_read(self) -> bool:
         return not self._seeking and not self._error and self._to_read - self._released < len(self._slots)
 
@@ -140,3 +143,4 @@ class Prefetcher:
                 elif error is not None and (self._error is None or number < self._error[0]):
                     self._error = (number, error)
                 self._changed.notify_all()
+    # --8<-- [end:run]

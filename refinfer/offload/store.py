@@ -141,6 +141,7 @@ class FileStore:
         self.close()
 
 
+# --8<-- [start:direct]
 def _open_direct(path: Path) -> int | None:
     """Open for direct I/O; None where the file system has none, which some say only at the first read."""
     flag = getattr(os, "O_DIRECT", None)
@@ -157,3 +158,4 @@ def _open_direct(path: Path) -> int | None:
             return None
         raise
     return descriptor
+# --8<-- [end:direct]
