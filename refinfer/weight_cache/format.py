@@ -160,6 +160,7 @@ def unfinished(provenance: Provenance) -> Header:
     return Header(BEING_BUILT, provenance.model_digest, provenance.packers, PAGE_BYTES, 0, _NO_DIGEST)
 
 
+# --8<-- [start:header]
 def decode_header(page: bytes, file_nbytes: int) -> Header:
     """Return the header of a file of `file_nbytes` whose first page is `page`.
 
@@ -182,6 +183,9 @@ def decode_header(page: bytes, file_nbytes: int) -> Header:
     if offset % PAGE_BYTES or offset < PAGE_BYTES or offset + nbytes != size or nbytes > _LARGEST_INDEX:
         raise CacheFileError("its header contradicts itself")
     return Header(state, model, packers, offset, nbytes, index_digest)
+
+
+# --8<-- [end:header]
 
 
 def encode_file(index: Index, index_offset: int) -> tuple[bytes, bytes]:

@@ -142,6 +142,7 @@ def _identities(records: Sequence[Record]) -> tuple[SourceFile, ...]:
     return tuple(record.source for record in records)
 
 
+# --8<-- [start:load]
 def _load(path: Path, contents: Contents) -> tuple[FileWeightCacheProvider | None, FileWeightCacheProvider | None, str]:
     """Return a provider that has all of `contents`; or None, one that has part of it or None, and what is wrong."""
     try:
@@ -157,6 +158,9 @@ def _load(path: Path, contents: Contents) -> tuple[FileWeightCacheProvider | Non
     if missing:
         return None, provider, f"{missing} of {len(contents.packs)} buffers were missing"
     return provider, None, ""
+
+
+# --8<-- [end:load]
 
 
 def _pack(

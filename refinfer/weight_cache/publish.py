@@ -104,6 +104,7 @@ class Draft:
         while rest:
             rest = rest[self._file.write(rest) :]
 
+    # --8<-- [start:publish]
     def settle(self, nbytes: int) -> None:
         """Cut the file to `nbytes` and make them durable."""
         self._file.truncate(nbytes)
@@ -115,6 +116,8 @@ class Draft:
         _sync_folder(self.path.parent)
         self.then()
         self._close()
+
+    # --8<-- [end:publish]
 
     def abandon(self) -> None:
         """Remove the draft, unless it was published."""
