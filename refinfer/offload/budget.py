@@ -30,6 +30,7 @@ class Budget:
         self._in_use = self._peak = 0
         self._lock = threading.Lock()
 
+    # --8<-- [start:acquire]
     def acquire(self, nbytes: int, what: str) -> None:
         """Count `nbytes` as in use.
 
@@ -44,6 +45,8 @@ class Budget:
                 )
             self._in_use += nbytes
             self._peak = max(self._peak, self._in_use)
+
+    # --8<-- [end:acquire]
 
     def release(self, nbytes: int) -> None:
         """Count `nbytes` as free again."""

@@ -90,6 +90,7 @@ class Prefetcher:
                 self._held = None
                 self._released = self._to_take
                 self._changed.notify_all()
+
     # --8<-- [end:take]
 
     def close(self) -> None:
@@ -143,4 +144,5 @@ class Prefetcher:
                 elif error is not None and (self._error is None or number < self._error[0]):
                     self._error = (number, error)
                 self._changed.notify_all()
+
     # --8<-- [end:run]

@@ -37,6 +37,7 @@ class Store(Protocol):
         ...
 
 
+# --8<-- [start:throttled]
 class ThrottledStore:
     """Reads no faster than a rate: a phone's storage on a laptop.
 
@@ -63,6 +64,9 @@ class ThrottledStore:
     def close(self) -> None:
         """Close the store behind."""
         self._store.close()
+
+
+# --8<-- [end:throttled]
 
 
 class FileStore:
@@ -158,4 +162,6 @@ def _open_direct(path: Path) -> int | None:
             return None
         raise
     return descriptor
+
+
 # --8<-- [end:direct]
