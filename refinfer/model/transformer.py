@@ -179,6 +179,7 @@ class Transformer:
         self.kv_cache.advance(M)
         return a
 
+    # --8<-- [start:attend]
     def _attend(
         self,
         index: int,
@@ -204,6 +205,8 @@ class Transformer:
         attention(a.q_groups, keys, values, scores, mask, out=a.mixed_heads)
         layer.o_proj.matmul(a.mixed, a.o)
         np.add(a.x, a.o, out=a.x)
+
+    # --8<-- [end:attend]
 
     def _feed_forward(self, layer: LayerWeights, a: _Activations) -> None:
         """Add the feed-forward half of a layer to the residual stream."""

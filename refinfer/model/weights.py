@@ -82,6 +82,7 @@ class LayerWeights:
     k_norm: Float32Array | None = None
 
 
+# --8<-- [start:source]
 class WeightSource(Protocol):
     """Gives a transformer its weights; where they are, and when they get there, is the source's own business."""
 
@@ -112,6 +113,9 @@ class WeightSource(Protocol):
     def close(self) -> None:
         """Release what the source holds; it must not be used afterwards. Closing twice is allowed."""
         ...
+
+
+# --8<-- [end:source]
 
 
 class RowMajorMatrix:

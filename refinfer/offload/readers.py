@@ -69,6 +69,7 @@ class OnDemand:
         """Do nothing."""
 
 
+# --8<-- [start:pages]
 class LruPages:
     """An explicit page cache of all the memory a plan would have for locks and ring, which forgets what is oldest.
 
@@ -99,3 +100,6 @@ class LruPages:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+# --8<-- [end:pages]

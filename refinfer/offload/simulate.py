@@ -305,6 +305,7 @@ def belady_misses(sizes: Sequence[int], capacity: int) -> int:
     return round(sum(history[-turn:]) / turn)
 
 
+# --8<-- [start:misses]
 def _misses(sizes: Sequence[int], capacity: int, *, tokens: int, forget_last_used: bool) -> Iterator[int]:
     """Yield the bytes that a page cache misses in each token of a cyclic scan."""
     held: OrderedDict[int, int] = OrderedDict()
@@ -323,3 +324,6 @@ def _misses(sizes: Sequence[int], capacity: int, *, tokens: int, forget_last_use
             held[number] = size
             in_use += size
         yield missed
+
+
+# --8<-- [end:misses]
