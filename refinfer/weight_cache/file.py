@@ -95,6 +95,7 @@ class MappedFile:
         CacheFileError: it cannot be used; the text says why.
     """
 
+    # --8<-- [start:mapped]
     def __init__(self, path: Path, opened: Path | None = None) -> None:
         self.path = path
         with _open(opened or path) as file:
@@ -112,6 +113,8 @@ class MappedFile:
     def is_sound(self, chunk: StoredChunk) -> bool:
         """Tell whether a chunk agrees with its checksum; reads it."""
         return checksum(self.bytes(chunk.offset, chunk.nbytes)) == chunk.checksum
+
+    # --8<-- [end:mapped]
 
     def changed(self) -> bool:
         """Tell whether anybody wrote to the file since this was last asked; takes a microsecond.

@@ -114,6 +114,7 @@ def side_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sources.json")
 
 
+# --8<-- [start:believed]
 def believed(sources: Sequence[Path], side: SideFile) -> tuple[SourceFile, ...] | None:
     """Return the identities of `sources` where all records may be believed, else None; reads 64 KiB of each.
 
@@ -127,6 +128,9 @@ def believed(sources: Sequence[Path], side: SideFile) -> tuple[SourceFile, ...] 
 def _believed(path: Path, records: Mapping[str, Record]) -> Record | None:
     record = records.get(path.name)
     return record if record and record.at_rest and record.stat == Stat.of(path) else None
+
+
+# --8<-- [end:believed]
 
 
 def unchanged(sources: Sequence[Path], records: Sequence[Record]) -> bool:
