@@ -15,10 +15,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from refinfer import __version__
-from refinfer.engine import CacheUse, OffloadStats, WeightCacheStats, stats_of
+from refinfer.engine import CacheUse, Prediction, WeightCacheStats, stats_of
 from refinfer.errors import InputError, RefinferError, RequestError
 from refinfer.generate import DEFAULT_PROMPT, STORYTELLER, GenerationStats, load
 from refinfer.model.config import SHAPES
@@ -35,7 +35,15 @@ from refinfer.weight_cache.load_or_build import Listener
 
 __all__ = ["main"]
 
-_BENCHES: Final = ("decode", "matmul", "pack", "start", "share")  # a test holds them to `bench.report.BENCHES`
+_BENCHES: Final = (
+    "calibrate",
+    "decode",
+    "matmul",
+    "offload",
+    "pack",
+    "start",
+    "share",
+)  # a test holds them to `bench.report.BENCHES`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,7 +182,9 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", _bench, "Measure, interleaved, and print medians.")
     bench.add_argument("name", metavar="NAME", choices=_BENCHES, help=", ".join(_BENCHES))
-    bench.add_argument("--json", action="store_true", help="print one JSON object")
+    bench.add_argument("--quick", action="store_true", help="offload: one budget, one format, two rounds")
+    bench.add_argument("--compute-heavy", action="store_true", help="offload: products take as long as reads")
+    bench.add_argument("--json", action="store_true", help="print one JSON object, row by row")
     return parser
 
 
@@ -291,17 +301,15 @@ def _generate(args: argparse.Namespace) -> None:
             from refinfer.cli_offload import write_file
 
             write_file(args.trace, json.dumps(to_chrome(session.trace)))
-        stats, cache = (
-            session.stats,
-            _weight_cache_line(session.weight_cache, session.cache_use, mapped=args.budget is None),
-        )
+        stats, prediction = session.stats, session.prediction
+        cache = _weight_cache_line(session.weight_cache, session.cache_use, mapped=args.budget is None)
     assert stats is not None
     if args.json:
         print(json.dumps(stats.to_json()))
         return
     print("" if model.tokenizer else ",".join(map(str, stats.token_ids)))
     sys.stdout.flush()
-    print(_summary(stats), cache, *_offload_lines(stats.offload), sep="\n", file=sys.stderr)
+    print(_summary(stats), cache, *_offload_lines(stats, prediction), sep="\n", file=sys.stderr)
 
 
 def _summary(stats: GenerationStats) -> str:
@@ -312,8 +320,7 @@ def _summary(stats: GenerationStats) -> str:
         f"first after {_seconds(stats.time_to_first_token_s)}",
     ]
     if stats.tokens_per_s is not None:
-        parts.append(f"then {stats.tokens_per_s:,.0f} tokens/s" if stats.tokens_per_s >= 10 else
-                     f"then {stats.tokens_per_s:.2g} tokens/s")  # fmt: skip
+        parts.append(f"then {_rate_of(stats.tokens_per_s)} tokens/s")
     if stats.peak_rss_bytes is not None:
         parts.append(f"peak memory {format_nbytes(stats.peak_rss_bytes)}")
     return "\n" + " · ".join(parts)
@@ -341,9 +348,10 @@ def _buffers(n: int) -> str:
     return f"{n} buffer{'s' if n != 1 else ''}"
 
 
-def _offload_lines(stats: OffloadStats | None) -> list[str]:
-    """Say where a budget went, and what was read."""
-    if stats is None:
+def _offload_lines(done: GenerationStats, prediction: Prediction | None) -> list[str]:
+    """Say where a budget went, what was read, and how that compares with what disk and processor allow."""
+    stats = done.offload
+    if stats is None or prediction is None:
         return []
     parts = {
         "locked": stats.locked_bytes,
@@ -353,6 +361,12 @@ def _offload_lines(stats: OffloadStats | None) -> list[str]:
         "scratch": stats.scratch_bytes,
     }
     spent = ", ".join(f"{what} {format_nbytes(nbytes)}" for what, nbytes in parts.items())
+    rates = [
+        f"predicted {_rate_of(stats.predicted_tokens_per_s)}",
+        *([f"measured {_rate_of(done.tokens_per_s)}"] if done.tokens_per_s is not None else []),
+        f"ideal {_rate_of(stats.ideal_tokens_per_s)}",
+    ]
+    known = "as measured here" if prediction.calibration.measured else "as assumed: run refinfer bench calibrate"
     return [
         f"budget: {format_nbytes(stats.budget_bytes)}, at most {format_nbytes(stats.peak_bytes)} in use: {spent}",
         (
@@ -360,7 +374,12 @@ def _offload_lines(stats: OffloadStats | None) -> list[str]:
             f"{format_nbytes(stats.read_bytes_total)} in all; "
             f"waited {_seconds(stats.wait_s)} for it, computed {_seconds(stats.compute_s)}"
         ),
+        f"tokens/s: {', '.join(rates)} (disk and processor {known})",
     ]
+
+
+def _rate_of(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 10 else f"{tokens_per_s:.2g}"
 
 
 def _seconds(seconds: float) -> str:
@@ -463,13 +482,25 @@ def _doctor(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from refinfer.bench.machine import describe_machine
-    from refinfer.bench.report import BENCHES, print_bench
+    from refinfer.bench.report import bench_of, print_bench
 
-    bench = BENCHES[args.name]
+    bench = bench_of(args.name, quick=args.quick, compute_heavy=args.compute_heavy)
+    machine = describe_machine(Path.cwd())
     with _progress("measuring", bench.steps) as advance:
         result = bench.measure(lambda: advance(1))
-    machine = describe_machine(Path.cwd())
-    if args.json:
-        print(json.dumps({"machine": machine} | result))
-    else:
+        if args.json:
+            _print_row_by_row({"machine": machine} | result)
+        else:
+            result["rows"] = list(result["rows"])
+    if not args.json:
         print_bench(bench, result, machine)
+
+
+def _print_row_by_row(result: dict[str, Any]) -> None:
+    """Print one JSON object whose `rows`, last, are written as they come."""
+    head = json.dumps({key: value for key, value in result.items() if key != "rows"})
+    sys.stdout.write(f'{head[:-1]}, "rows": [')
+    for i, row in enumerate(result["rows"]):
+        sys.stdout.write(("," if i else "") + "\n" + json.dumps(row))
+        sys.stdout.flush()
+    print("\n]}")

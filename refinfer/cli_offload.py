@@ -19,7 +19,8 @@ from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.folder import open_folder, readable
 from refinfer.offload.budget import parse_budget
-from refinfer.offload.cost import Calibration, calibration_of, costs_of
+from refinfer.offload.calibration import CALIBRATION_FILE, known_calibration
+from refinfer.offload.cost import Calibration, costs_of
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.paper import PUBLISHED, paper_rows
 from refinfer.offload.plan import PLANS, Fixed, Plan, make_plan, smallest_budget
@@ -28,6 +29,7 @@ from refinfer.packing.formats import FORMATS
 from refinfer.prepare import choose_format
 from refinfer.process import format_nbytes
 from refinfer.trace import Trace, to_rows, to_svg
+from refinfer.weight_cache.directory import cache_directory
 
 __all__ = ["run_plan", "run_simulate", "write_file"]
 
@@ -70,6 +72,12 @@ def _budget(args: argparse.Namespace, inventory: Inventory, fixed: Fixed) -> int
     return max(inventory.streamable_nbytes // 2, smallest_budget(inventory, fixed))
 
 
+def _calibration(args: argparse.Namespace) -> Calibration:
+    """Return what was measured here, or the table's figures; the disk is that of the model, or of the cache files."""
+    place = cache_directory()
+    return known_calibration(place / CALIBRATION_FILE, Path(args.model) if args.model else place, args.device)
+
+
 def write_file(path: str, text: str) -> None:
     """Write a text that was asked for.
 
@@ -99,9 +107,9 @@ def _about(name: str, inventory: Inventory, positions: int, calibration: Calibra
 
 def _assumed(calibration: Calibration) -> str:
     if calibration.measured:
-        return "with what was measured here"
+        return f"as {calibration.device.source} has it for this disk and this processor"
     return (
-        f"assuming, nothing was measured here: disk {calibration.device.name} ({calibration.device.source}); "
+        f"assuming: disk {calibration.device.name} ({calibration.device.source}); "
         f"processor {calibration.processor.name} ({calibration.processor.source})"
     )
 
@@ -110,7 +118,7 @@ def run_plan(args: argparse.Namespace) -> None:
     """Run `refinfer plan`."""
     name, inventory = _inventory(args)
     fixed, positions = _fixed(args, inventory)
-    calibration = calibration_of(args.device)
+    calibration = _calibration(args)
     budget = _budget(args, inventory, fixed)
     options: dict[str, Any] = {"readers": args.prefetch_threads, "ring_nbytes": args.prefetch_ring}
     costs = costs_of(inventory, calibration, readers=args.prefetch_threads)
@@ -191,7 +199,7 @@ def run_simulate(args: argparse.Namespace) -> None:
         return
     name, inventory = _inventory(args)
     fixed, positions = _fixed(args, inventory)
-    calibration = calibration_of(args.device)
+    calibration = _calibration(args)
     readers = args.prefetch_threads
     total = inventory.streamable_nbytes
     budget = _budget(args, inventory, fixed)

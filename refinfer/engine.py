@@ -22,17 +22,27 @@ from refinfer.model.kv_cache import kv_cache_nbytes
 from refinfer.model.transformer import Transformer, prefill_block, scratch_nbytes
 from refinfer.model.weights import RowMajorSource, WeightSource
 from refinfer.offload.budget import Budget, parse_budget
+from refinfer.offload.calibration import (
+    CALIBRATION_FILE,
+    known_calibration,
+    observed_calibration,
+    product_seconds_per_byte,
+    slower,
+)
+from refinfer.offload.cost import Calibration, costs_of, ideal_token_s
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.matrices import gemm_scratch_nbytes
+from refinfer.offload.optimal import locked_array
 from refinfer.offload.plan import Fixed, Plan, make_plan
 from refinfer.offload.prefetch import PREFETCH_THREADS
+from refinfer.offload.report import simulate_plan
 from refinfer.offload.source import PackedSource
 from refinfer.offload.store import FileStore, ThrottledStore
 from refinfer.offload.streamed import StreamedSource, staging_nbytes
 from refinfer.packing.formats import pack_matrix
 from refinfer.prepare import IN_MEMORY, Prepared, cache_path, choose_format, prepare
 from refinfer.trace import Clock, Trace
-from refinfer.weight_cache.directory import discard
+from refinfer.weight_cache.directory import cache_directory, discard
 from refinfer.weight_cache.file import FileWeightCacheProvider, read_file
 from refinfer.weight_cache.load_or_build import Listener
 from refinfer.weight_cache.packers import LARGEST_BLOCK_BYTES
@@ -42,6 +52,7 @@ __all__ = [
     "Engine",
     "EngineRequest",
     "OffloadStats",
+    "Prediction",
     "Streaming",
     "WeightCacheStats",
     "fixed_of",
@@ -52,6 +63,7 @@ __all__ = [
 
 OFF = "off"
 _SMALLEST_BLOCK_BYTES = 1 << 20
+_TELLING_BYTES = 32 << 20  # reading less than this tells little of a disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +97,7 @@ class OffloadStats:
     """What a run under a budget spent and read; the fields of the command line's JSON.
 
     `peak_bytes` is the most of the budget that was in use at once, `wait_s` how long the computation waited for
-    chunks. What is predicted and ideal rests on `offload.cost.HERE`, another machine's figures.
+    chunks. `Prediction` says on what the predicted and the ideal tokens per second rest.
     """
 
     plan: str
@@ -119,6 +131,20 @@ class Streaming:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a run under a budget should reach, known before its first token.
+
+    `token_s` is how long the simulator thinks a token takes with the costs of `calibration`, `ideal_token_s` the bound
+    that no run with these locks can beat; `io_bound` says that reading a token's chunks takes longer than its products.
+    """
+
+    token_s: float
+    ideal_token_s: float
+    io_bound: bool
+    calibration: Calibration
+
+
+@dataclass(frozen=True, slots=True)
 class EngineRequest:
     """What an engine is asked to be; see `generate.load` for the meaning of each field."""
 
@@ -140,12 +166,13 @@ class Engine:
     """A transformer over its weights, and what is known of how they came.
 
     `discard` removes the cache file after damage, and tells whether it is gone; `offload` says what a run spent, given
-    the seconds it took and what `waited_s` was before it.
+    the seconds it took and what `waited_s` was before it. There is a `prediction` under a budget only.
     """
 
     transformer: Transformer
     weight_cache: WeightCacheStats
     use: CacheUse
+    prediction: Prediction | None = None
     discard: Callable[[], bool] = field(default=lambda: False)
     offload: Callable[[float, float], OffloadStats | None] = field(default=lambda seconds, waited: None)
 
@@ -268,7 +295,8 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
     inventory = Inventory(config, name)
     limit = request.budget
     budget = Budget(parse_budget(limit, inventory.streamable_nbytes) if isinstance(limit, str) else limit or 0)
-    streaming = request.streaming
+    streaming, path = request.streaming, cache_path(checkpoint, name, request.weight_cache)
+    calibration = slower(known_calibration(cache_directory() / CALIBRATION_FILE, path), streaming.disk_bandwidth)
     plan = make_plan(
         request.plan,
         inventory,
@@ -276,12 +304,12 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
         budget.limit,
         ring_nbytes=streaming.prefetch_ring,
         readers=streaming.prefetch_threads,
+        calibration=calibration,
     )
     started = clock.now()
     prepared = _prepare_within(budget, request, inventory, checkpoint, reason)
     stats, use = stats_of(prepared, clock.now() - started)
     prepared.provider.delete_cache()  # the mapping goes before anything is read
-    path = cache_path(checkpoint, name, request.weight_cache)
     store = FileStore(path)
     rate = streaming.disk_bandwidth
     try:
@@ -308,6 +336,10 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
         raise
     try:
         transformer = Transformer(source, positions)
+        if not calibration.measured:
+            quiet = not prepared.packed_buffers  # what was just written is still on its way to the disk
+            calibration = _observe(calibration, inventory, source, streaming.prefetch_threads, clock, quiet=quiet)
+        prediction = _predict(plan, inventory, source, streaming, calibration)
     except BaseException:
         source.close()
         raise
@@ -315,9 +347,39 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
         transformer,
         stats,
         use,
+        prediction,
         discard=lambda: discard(path, store.is_at),
-        offload=lambda seconds, waited: _offload_stats(plan, inventory, budget, store, seconds, source.wait_s - waited),
+        offload=lambda seconds, waited: _offload_stats(
+            plan, inventory, prediction, budget.peak, store.bytes_read, seconds, source.wait_s - waited
+        ),
     )
+
+
+def _observe(
+    calibration: Calibration, inventory: Inventory, source: StreamedSource, readers: int, clock: Clock, *, quiet: bool
+) -> Calibration:
+    """Return what reading and multiplying the locked chunks has shown, where that is enough to tell."""
+    nbytes = sum(map(len, source.locked.values()))
+    enough = quiet and nbytes >= _TELLING_BYTES and source.lock_s > 0
+    return observed_calibration(
+        calibration,
+        inventory.format,
+        readers,
+        nbytes / source.lock_s if enough else None,
+        product_seconds_per_byte(inventory, source.locked, source.scratch, clock),
+    )
+
+
+def _predict(
+    plan: Plan, inventory: Inventory, source: StreamedSource, streaming: Streaming, calibration: Calibration
+) -> Prediction:
+    """Simulate what the source will do."""
+    readers = 0 if streaming.paged else streaming.prefetch_threads
+    locked = locked_array(inventory, frozenset(source.locked))
+    costs = costs_of(inventory, calibration, readers=readers)
+    run = simulate_plan(inventory, replace(plan, locked=frozenset(source.locked)), costs, readers)
+    reading_s = sum(costs.reads(locked)) / max(readers, 1)
+    return Prediction(run.token_s, ideal_token_s(costs, locked, readers), reading_s > sum(costs.compute_s), calibration)
 
 
 def _prepare_within(
@@ -344,7 +406,13 @@ def _prepare_within(
 
 
 def _offload_stats(
-    plan: Plan, inventory: Inventory, budget: Budget, store: FileStore, seconds: float, waited: float
+    plan: Plan,
+    inventory: Inventory,
+    prediction: Prediction,
+    peak: int,
+    read: int,
+    seconds: float,
+    waited: float,
 ) -> OffloadStats:
     account = plan.account
     return OffloadStats(
@@ -355,11 +423,11 @@ def _offload_stats(
         ring_bytes=account.ring,
         kv_cache_bytes=account.kv_cache,
         scratch_bytes=account.scratch,
-        peak_bytes=budget.peak,
+        peak_bytes=peak,
         streamed_bytes_per_token=inventory.streamable_nbytes - account.locked,
-        read_bytes_total=store.bytes_read,
-        predicted_tokens_per_s=1 / plan.token_s,
-        ideal_tokens_per_s=1 / plan.ideal_token_s,
+        read_bytes_total=read,
+        predicted_tokens_per_s=1 / prediction.token_s,
+        ideal_tokens_per_s=1 / prediction.ideal_token_s,
         wait_s=waited,
         compute_s=max(0.0, seconds - waited),
     )

@@ -24,6 +24,7 @@ from refinfer.engine import (
     Engine,
     EngineRequest,
     OffloadStats,
+    Prediction,
     Streaming,
     WeightCacheStats,
     open_engine,
@@ -126,7 +127,8 @@ def load(
             numpy as a whole; an oracle.
         max_positions: how many positions, prompt and generated tokens together, the KV cache reserves;
             None means 512, or as many as the model has.
-        threads: BLAS threads while generating; None means one for models below 64 MiB, else one per core.
+        threads: BLAS threads while generating; None means one for models below 64 MiB and for runs that the disk
+            holds up, else one per core.
         lock_memory: keep the mapped file in memory (`mlock`).
         verify: check mapped weights against their checksums before they are used; without, a first token comes
             sooner, and damage is not noticed.
@@ -169,7 +171,7 @@ def load(
         clock=clock,
         listener=listener or Listener(),
     )
-    return Session(request, threads or default_threads(opened.config), started)
+    return Session(request, threads, started)
 
 
 def _open_sound(request: EngineRequest, reason: str | None = None, *, in_memory: bool = False) -> Engine:
@@ -197,15 +199,20 @@ class Session:
     put back after it, never while the caller's code runs.
     """
 
-    def __init__(self, request: EngineRequest, threads: int, started: float) -> None:
+    def __init__(self, request: EngineRequest, threads: int | None, started: float) -> None:
         self.model = request.model
-        self.threads = threads
+        self.threads = threads or 1  # while the model is opened
         self._request = request
         self._clock = request.clock
         self._stats: GenerationStats | None = None
         self._latest: object = None  # the generation that may go on
         self._blas = ThreadpoolController()
-        self._engine: Engine | None = _open_sound(request)
+        with self._blas_limits():
+            self._engine: Engine | None = _open_sound(request)
+        prediction = self._engine.prediction
+        waits_for_disk = prediction is not None and prediction.io_bound
+        # BLAS threads that wait busily for work would take the prefetch threads' core.
+        self.threads = threads or (1 if waits_for_disk else default_threads(request.model.config))
         self._loading_s = self._clock.now() - started
 
     @property
@@ -222,6 +229,11 @@ class Session:
     def cache_use(self) -> CacheUse:
         """Hits, misses and bytes of the weight cache when the model was loaded."""
         return self._open().use
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """What this run should reach, and why, under a budget; None without one."""
+        return self._open().prediction
 
     @property
     def trace(self) -> Trace:

@@ -51,15 +51,22 @@ _CALLS: Final = 200
 
 
 def calibrate(
-    progress: Callable[[], None] = lambda: None, *, nbytes: int = _FILE_BYTES, clock: Clock | None = None
+    progress: Callable[[], None] = lambda: None,
+    *,
+    folder: Path | None = None,
+    nbytes: int = _FILE_BYTES,
+    rounds: int = _ROUNDS,
+    clock: Clock | None = None,
 ) -> dict[str, Any]:
-    """Measure this disk and this processor, write `calibration.json`, and return the rows.
+    """Measure this disk and this processor, write `calibration.json` into `folder`, and return the rows.
+
+    None means the user's cache directory.
 
     Raises:
         CacheFileError: the cache directory cannot be written.
     """
     clock = clock or RealClock()
-    folder = cache_directory()
+    folder = folder or cache_directory()
     place = folder / CALIBRATION_FILE
     rows = []
     try:
@@ -70,12 +77,12 @@ def calibrate(
                 file.write(noise)
             file.flush()
             with FileStore(Path(file.name)) as store:
-                for row in read_rows(store, nbytes, clock):
+                for row in read_rows(store, nbytes, clock, rounds):
                     rows.append(row)
                     progress()
         with threadpool_limits(limits=1, user_api="blas"):
             one_call_s = _call_s(clock)
-            for row in product_rows(tuple(FORMATS), clock):
+            for row in product_rows(tuple(FORMATS), clock, rounds):
                 rows.append(row)
                 progress()
         known = to_json(read_json(place), folder, fit_device(rows), processor_of(rows, one_call_s))

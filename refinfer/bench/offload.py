@@ -1,7 +1,7 @@
 """Tokens per second within a memory budget: every plan, every arm, beside what disk and processor allow.
 
 Knows: fresh processes, control groups, the legs that a run is compared with. Does not know: how chunks are read.
-Spec: BENCH-11. Tutorial: 12.
+Spec: BENCH-11 to BENCH-14. Tutorial: 12.
 
 Every run is a process of its own, one BLAS thread, greedy, from a prompt of one token. In each round, beside each run
 under a budget:
@@ -13,8 +13,13 @@ under a budget:
     ideal             1 / max(compute-only, bytes that must stream / bandwidth of the read-only leg)
     byte efficiency   bytes that must stream / bytes that the plan streams
 
-The mmap arm is real: the same kernels over the same mapped file, in a control group that leaves the process its own
-memory and the budget, no more; where no group can be made, it is left out.
+All budgets are real where control groups can be made: the process may have its own memory (that of the same command on
+the storyteller), the budget and 16 MB. The mmap arm runs the same kernels over the same mapped file, with its own
+memory and the budget; it is left out where there are no groups. Rounds are interleaved within a budget, over all its
+arms and formats; so rows come budget by budget.
+
+Compute-heavy multiplies each chunk several times over, as often as it takes for the products of a token to take as long
+as its reads at half of the weights: there overlap and balance show.
 """
 
 from __future__ import annotations
@@ -32,18 +37,27 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from refinfer.bench.start import drop_page_cache
+import refinfer.offload.matrices
+import refinfer.packing.matmul
+from refinfer.arrays import Float32Array
+from refinfer.bench.calibrate import calibrate
+from refinfer.bench.machine import describe_machine
+from refinfer.bench.start import drop_page_cache, run_start
 from refinfer.engine import fixed_of
 from refinfer.errors import GenerationError
 from refinfer.generate import STORYTELLER, Session, load
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.synth import write_checkpoint
+from refinfer.offload.calibration import known_calibration
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.plan import PLANS
 from refinfer.offload.prefetch import PREFETCH_THREADS
 from refinfer.offload.streamed import StreamedSource
+from refinfer.packing.formats import Bytes, PackedLayout
+from refinfer.packing.layout import Chunk
+from refinfer.packing.product import Product
 
-__all__ = ["MODEL", "Arm", "arms", "offload_bench", "run_arm"]
+__all__ = ["MODEL", "OFFLOAD_ROUNDS", "Arm", "arms", "can_limit_memory", "offload_bench", "run_arm", "steps"]
 
 MODEL: Final = replace(
     SHAPES["tinyllama-1.1b"], num_hidden_layers=6, vocab_size=8192, num_key_value_heads=8, tie_word_embeddings=False
@@ -51,38 +65,55 @@ MODEL: Final = replace(
 """Six layers of TinyLlama with its output table: 1.2 GB in float32."""
 
 POSITIONS: Final = 32
-_TOKENS: Final = 6
+OFFLOAD_ROUNDS: Final = 7
+_QUICK_ROUNDS: Final = 2
+_TOKENS: Final = 4
 _ALL_SHARES: Final = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 _PLAN_SHARES: Final = (0.25, 0.5, 0.75)
+_HEADROOM_BYTES: Final = 16_000_000
 _MEMORY_GROUPS: Final = Path("/sys/fs/cgroup/memory")
 _CHILD: Final = "from refinfer.bench.offload import child; import sys; child(*sys.argv[1:])"
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way to run: a plan, or `synchronous`, `lru-paged`, `mmap`, or `resident` for the compute-only leg."""
+    """One way to run: a plan, or `synchronous`, `lru-paged`, `mmap`, or `resident` for the compute-only leg.
+
+    `products` is how often each chunk is multiplied.
+    """
 
     format: str
     budget_share: float
     arm: str
     prefetch_threads: int = PREFETCH_THREADS
+    products: int = 1
 
 
-def arms(*, quick: bool = False) -> tuple[Arm, ...]:
-    """Return every run of a round; quick ones only at half of the weights, in f32."""
+def arms(*, quick: bool = False, compute_heavy: bool = False) -> tuple[Arm, ...]:
+    """Return every run of a round, budget by budget."""
     found: list[Arm] = []
-    for share in _PLAN_SHARES[1:2] if quick else _PLAN_SHARES:
-        found += [Arm("f32", share, plan) for plan in PLANS]
-        found.append(Arm("f32", share, "lru-paged", 0))
-    for share in (0.5,) if quick else _ALL_SHARES:
-        found += [Arm("f32", share, "optimal"), Arm("f32", share, "synchronous", 0), Arm("f32", share, "mmap", 0)]
+    for share in (0.5,) if quick else _PLAN_SHARES if compute_heavy else _ALL_SHARES:
+        found += [Arm("f32", share, "optimal"), Arm("f32", share, "synchronous", 0)]
+        if share in _PLAN_SHARES:
+            found += [Arm("f32", share, plan) for plan in PLANS if plan != "optimal"]
+        if compute_heavy:
+            continue
+        found.append(Arm("f32", share, "mmap", 0))
+        if share in _PLAN_SHARES:
+            found += [Arm("f32", share, "lru-paged", 0), Arm("f32", share, "optimal", 1)]
         found += [Arm(name, share, "optimal") for name in ("bf16", "int8", "int4") if not quick]
-    return tuple(dict.fromkeys(found))
+    return tuple(found)
+
+
+def steps(*, quick: bool = False, compute_heavy: bool = False) -> int:
+    """Return how often `offload_bench` tells of progress."""
+    return len(arms(quick=quick, compute_heavy=compute_heavy)) * (_QUICK_ROUNDS if quick else OFFLOAD_ROUNDS)
 
 
 def child(model: str, weight_cache: str, arm: str, report: str) -> None:
     """Run one arm and write what was measured to the file `report`; runs in a process of its own."""
     wanted = Arm(**json.loads(arm))
+    _multiply_often(wanted.products)
     mapped = wanted.arm in ("mmap", "resident")
     share = None if mapped else f"{100 * wanted.budget_share}%"
     with load(
@@ -97,6 +128,8 @@ def child(model: str, weight_cache: str, arm: str, report: str) -> None:
         threads=1,
         max_positions=POSITIONS,
     ) as session:
+        for _ in session.generate(token_ids=[1], max_tokens=1):
+            pass
         before = _io()
         for _ in session.generate(token_ids=[1], max_tokens=_TOKENS):
             pass
@@ -108,8 +141,22 @@ def child(model: str, weight_cache: str, arm: str, report: str) -> None:
             "offload": None if stats.offload is None else asdict(stats.offload),
             "read_bytes_per_token": (_io() - before) / _TOKENS,
             "read_s": _read_only(session) if not mapped else None,
+            "peak_rss_bytes": stats.peak_rss_bytes,
         }
     Path(report).write_text(json.dumps(measured))
+
+
+def _multiply_often(products: int) -> None:
+    """Let this process multiply each chunk `products` times over, with the same result."""
+    if products > 1:
+        once = refinfer.packing.matmul.multiply_chunk
+
+        def often(product: Product, layout: PackedLayout, chunk: Chunk, buffer: Bytes, out: Float32Array) -> None:
+            for _ in range(products):
+                once(product, layout, chunk, buffer, out)
+
+        for module in (refinfer.packing.matmul, refinfer.offload.matrices):
+            module.multiply_chunk = often  # type: ignore[attr-defined]
 
 
 def _io() -> int:
@@ -125,13 +172,13 @@ def _read_only(session: Session) -> float:
     """Return the seconds a token takes when its chunks are read, and nothing else is done."""
     source = session._transformer.source  # noqa: SLF001  (a bench may look inside)
     assert isinstance(source, StreamedSource)
-    seconds = []
-    for _ in range(3):
+    seconds = 0.0
+    for _ in range(2):  # the first begins with a full ring
         started = time.perf_counter()
         for _ in source.chunks(0, source.n_chunks):
             pass
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+        seconds = time.perf_counter() - started
+    return seconds
 
 
 @contextmanager
@@ -154,7 +201,9 @@ def can_limit_memory() -> bool:
     return os.access(_MEMORY_GROUPS, os.W_OK) and (_MEMORY_GROUPS / "memory.limit_in_bytes").exists()
 
 
-def run_arm(model: Path, weight_cache: Path, arm: Arm, limit: int | None = None) -> dict[str, Any]:
+def run_arm(
+    model: Path, weight_cache: Path, arm: Arm, limit: int | None = None, cache_home: Path | None = None
+) -> dict[str, Any]:
     """Run one arm in a fresh process, in a memory group of `limit` bytes where that is given.
 
     Raises:
@@ -166,9 +215,11 @@ def run_arm(model: Path, weight_cache: Path, arm: Arm, limit: int | None = None)
         if group is not None:
             joining = f"import os,sys; open({str(group / 'cgroup.procs')!r},'w').write(str(os.getpid())); "
             command = [sys.executable, "-c", joining + "os.execv(sys.argv[1], sys.argv[1:])", *command]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (this very program)
+        environment = os.environ | ({} if cache_home is None else {"XDG_CACHE_HOME": str(cache_home)})
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603  (this very program)
         if done.returncode:
-            raise GenerationError(f"a run of {arm} failed: {done.stderr.strip().splitlines()[-1:]}")
+            why = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+            raise GenerationError(f"a run of {arm} failed: {why[0]}")
         measured: dict[str, Any] = json.loads(report.read_text())
         return measured
 
@@ -176,79 +227,112 @@ def run_arm(model: Path, weight_cache: Path, arm: Arm, limit: int | None = None)
 def offload_bench(
     config: ModelConfig = MODEL,
     *,
-    rounds: int = 7,
+    rounds: int | None = None,
     quick: bool = False,
+    compute_heavy: bool = False,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Return the rows of `refinfer bench offload`: medians over interleaved rounds."""
-    wanted = arms(quick=quick)
+    """Return what `refinfer bench offload` prints: its `rows` come one by one, medians over interleaved rounds."""
+    rounds = rounds or (_QUICK_ROUNDS if quick else OFFLOAD_ROUNDS)
+    base = run_start(STORYTELLER, "auto", ":memory")["peak_rss_bytes"]
+    wanted = arms(quick=quick, compute_heavy=compute_heavy)
     if not can_limit_memory():
         wanted = tuple(arm for arm in wanted if arm.arm != "mmap")
+    return {
+        "base_bytes": base,
+        "rounds": rounds,
+        "compute_heavy": compute_heavy,
+        "memory_limited": can_limit_memory(),
+        "rows": _rows(config, wanted, rounds, base, compute_heavy=compute_heavy, progress=progress),
+    }
+
+
+def _rows(
+    config: ModelConfig,
+    wanted: tuple[Arm, ...],
+    rounds: int,
+    base: int,
+    *,
+    compute_heavy: bool,
+    progress: Callable[[], None],
+) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", ".")) as scratch:
-        folder = Path(scratch)
-        write_checkpoint(folder / "model", config, dtype="f32")
+        folder = Path(scratch).resolve()
+        model, cache_home = folder / "model", folder / "home"
+        write_checkpoint(model, config, dtype="f32")
         files = {arm.format: folder / f"{arm.format}.packed" for arm in wanted}
         inventories = {name: Inventory(config, name) for name in files}
-        base = _base_bytes()
         for name, file in files.items():
-            run_arm(folder / "model", file, Arm(name, 1.0, "resident"))  # builds the file
+            run_arm(model, file, Arm(name, 1.0, "resident"), cache_home=cache_home)  # builds the file
         os.sync()
-        measured: dict[Arm, list[dict[str, Any]]] = {arm: [] for arm in wanted}
-        for _ in range(rounds):
-            compute = {
-                name: run_arm(folder / "model", file, Arm(name, 1.0, "resident"))["token_s"]
-                for name, file in files.items()
-            }
-            for arm in wanted:
-                file = files[arm.format]
-                limit = None
-                if arm.arm == "mmap":
-                    limit = base + round(arm.budget_share * inventories[arm.format].streamable_nbytes)
-                    drop_page_cache(file)
-                found = run_arm(folder / "model", file, arm, limit)
-                measured[arm].append(found | {"compute_s": compute[arm.format]})
-                progress()
-        return {
-            "base_bytes": base,
-            "rounds": rounds,
-            "rows": [_row(arm, inventories[arm.format], runs) for arm, runs in measured.items()],
-        }
+        products = _calibrate(cache_home, inventories["f32"], compute_heavy=compute_heavy)
+        for share in dict.fromkeys(arm.budget_share for arm in wanted):
+            group = [replace(arm, products=products) for arm in wanted if arm.budget_share == share]
+            measured: dict[Arm, list[dict[str, Any]]] = {arm: [] for arm in group}
+            for _ in range(rounds):
+                compute = {
+                    name: run_arm(model, files[name], Arm(name, 1.0, "resident", 0, products), cache_home=cache_home)[
+                        "token_s"
+                    ]
+                    for name in dict.fromkeys(arm.format for arm in group)
+                }
+                for arm in group:
+                    file = files[arm.format]
+                    limit = None
+                    if can_limit_memory():
+                        limit = base + round(share * inventories[arm.format].streamable_nbytes)
+                        limit += 0 if arm.arm == "mmap" else _HEADROOM_BYTES
+                        drop_page_cache(file)
+                    found = run_arm(model, file, arm, limit, cache_home)
+                    measured[arm].append(found | {"compute_s": compute[arm.format]})
+                    progress()
+            read_ahead_kb = describe_machine(folder)["folder"]["read_ahead_kb"]
+            for arm, runs in measured.items():
+                yield _row(arm, inventories[arm.format], runs, read_ahead_kb)
 
 
-def _base_bytes() -> int:
-    """Return what a run takes besides weights: the most memory that the storyteller's takes."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        code = "from refinfer.bench.start import child; import sys; child(*sys.argv[1:])"
-        command = [sys.executable, "-c", code, str(STORYTELLER), "auto", ":memory", "True", str(report)]
-        subprocess.run(command, check=True, capture_output=True)  # noqa: S603  (this very program)
-        return int(json.loads(report.read_text())["peak_rss_bytes"])
+def _calibrate(cache_home: Path, inventory: Inventory, *, compute_heavy: bool) -> int:
+    """Measure disk and processor for the runs to come; return how often each chunk is to be multiplied.
+
+    For a compute-heavy run, the calibration says what a chunk costs when it is multiplied so often.
+    """
+    place = Path(calibrate(folder=cache_home / "refinfer")["calibration_file"])
+    if not compute_heavy:
+        return 1
+    found = known_calibration(place, cache_home)
+    reading_half_s = inventory.streamable_nbytes / 2 / found.device.bandwidth[PREFETCH_THREADS]
+    once_s = inventory.streamable_nbytes * found.processor.seconds_per_byte[inventory.format][1]
+    products = max(1, round(reading_half_s / once_s))
+    raw = json.loads(place.read_text())
+    for processor in raw["processors"].values():
+        for points in processor["seconds_per_byte"].values():
+            points["1"] *= products
+    place.write_text(json.dumps(raw))
+    return products
 
 
-def _row(arm: Arm, inventory: Inventory, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(arm: Arm, inventory: Inventory, runs: list[dict[str, Any]], read_ahead_kb: int | None) -> dict[str, Any]:
     """Return the medians of an arm's rounds."""
     budget = round(arm.budget_share * inventory.streamable_nbytes)
     token_s = [run["token_s"] for run in runs]
+    read = statistics.median(run["read_bytes_per_token"] for run in runs)
     row: dict[str, Any] = {
         "format": arm.format,
         "budget_share": arm.budget_share,
         "arm": arm.arm,
         "prefetch_threads": arm.prefetch_threads,
+        "products": arm.products,
         "tokens_per_s": statistics.median(1 / seconds for seconds in token_s),
         "compute_only_tokens_per_s": statistics.median(1 / run["compute_s"] for run in runs),
-        "read_bytes_per_token": round(statistics.median(run["read_bytes_per_token"] for run in runs)),
+        "read_bytes_per_token": round(read),
+        "read_bytes_per_s": statistics.median(run["read_bytes_per_token"] / run["token_s"] for run in runs),
+        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
     }
     if arm.arm == "mmap":
-        return (
-            row
-            | dict.fromkeys(("ideal_tokens_per_s", "efficiency", "overlap", "byte_efficiency"), None)
-            | {
-                "planned_bytes_per_token": None,
-                "peak_bytes": None,
-            }
-        )
+        planned = ("ideal_tokens_per_s", "efficiency", "overlap", "byte_efficiency", "planned_bytes_per_token")
+        return row | dict.fromkeys((*planned, "peak_bytes")) | {"read_ahead_kb": read_ahead_kb}
     plan = runs[0]["offload"]
-    streamed = plan["streamed_bytes_per_token"]
+    streamed = inventory.streamable_nbytes if arm.arm == "lru-paged" else plan["streamed_bytes_per_token"]
     fixed = fixed_of(inventory, POSITIONS)
     must = max(0, inventory.streamable_nbytes - (budget - fixed.total - plan["ring_bytes"]))
     ideals = [1 / max(run["compute_s"], run["read_s"] * must / streamed if streamed else 0) for run in runs]
@@ -261,5 +345,5 @@ def _row(arm: Arm, inventory: Inventory, runs: list[dict[str, Any]]) -> dict[str
         "read_only_tokens_per_s": statistics.median(1 / run["read_s"] for run in runs) if streamed else None,
         "planned_bytes_per_token": streamed,
         "peak_bytes": max(run["offload"]["peak_bytes"] for run in runs),
-        "predicted_tokens_per_s": plan["predicted_tokens_per_s"],
+        "predicted_tokens_per_s": statistics.median(run["offload"]["predicted_tokens_per_s"] for run in runs),
     }

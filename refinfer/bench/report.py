@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final
 
+from refinfer.bench.calibrate import CALIBRATE_STEPS, calibrate
 from refinfer.bench.decode import DECODE_SHAPES, decode_rows
 from refinfer.bench.matmul import ROWS_OF_X, SHAPES, machine_limits, matmul_rows
+from refinfer.bench.offload import offload_bench, steps
 from refinfer.bench.pack import PACK_ROUNDS, pack_bench_rows
 from refinfer.bench.share import SHARE_STEPS, share_rows
 from refinfer.bench.start import START_ROUNDS, start_bench
+from refinfer.errors import RequestError
 from refinfer.packing.formats import FORMATS
 from refinfer.process import format_nbytes
 
-__all__ = ["BENCHES", "Bench", "print_bench", "print_machine", "print_table"]
+__all__ = ["BENCHES", "Bench", "bench_of", "print_bench", "print_machine", "print_table"]
 
 Row = dict[str, Any]
 
@@ -40,6 +43,28 @@ def _quartiles(row: Row) -> str:
     return " - ".join(f"{quartile:.2f}" for quartile in row["ratio_quartiles"])
 
 
+def _maybe(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def bench_of(name: str, *, quick: bool = False, compute_heavy: bool = False) -> Bench:
+    """Return a bench by its name; `quick` and `compute_heavy` are ways to run `offload`.
+
+    Raises:
+        RequestError: another bench has no such ways.
+    """
+    bench = BENCHES[name]
+    if not (quick or compute_heavy):
+        return bench
+    if name != "offload":
+        raise RequestError("--quick and --compute-heavy are for bench offload")
+    return replace(
+        bench,
+        steps=steps(quick=quick, compute_heavy=compute_heavy),
+        measure=lambda progress: offload_bench(quick=quick, compute_heavy=compute_heavy, progress=progress),
+    )
+
+
 def _matmul(progress: Callable[[], None]) -> dict[str, Any]:
     limits = machine_limits()
     return {"limits": limits, "rows": list(matmul_rows(limits=limits, progress=progress))}
@@ -47,6 +72,20 @@ def _matmul(progress: Callable[[], None]) -> dict[str, Any]:
 
 BENCHES: Final[Mapping[str, Bench]] = MappingProxyType(
     {
+        "calibrate": Bench(
+            title="What reads and products cost here; refinfer plan, simulate and generate --budget use it from now on",
+            steps=CALIBRATE_STEPS,
+            measure=calibrate,
+            columns={
+                "what": lambda row: f"{row['what']} {row.get('format', '')}",
+                "chunk": lambda row: format_nbytes(row["chunk_bytes"]),
+                "threads or rows of x": lambda row: str(row.get("prefetch_threads", row.get("m"))),
+                "GB/s": lambda row: f"{row['gb_per_s'] if 'gb_per_s' in row else 1 / row['ns_per_byte']:.2f}",
+            },
+            notes="""\
+read     with checksums, as the prefetch threads read: a file of 256 MiB in the cache directory
+product  of packed weights that come from memory, with one BLAS thread""",
+        ),
         "decode": Bench(
             title="Decode, one BLAS thread, against a clean naive numpy decode",
             steps=len(DECODE_SHAPES),
@@ -79,6 +118,29 @@ f32-nr16/32   XNNPACK's own tile shapes (nr128: the same order, wider): their ke
               BLAS wants long rows; from M = 64 on it repacks each narrow tile for itself, and loses up to half
 int8-naive    q widened and scaled as a whole, then multiplied: it writes and reads four bytes for each one it has
 4k-pages      both sides in small pages, as in a mapped file; all other rows in huge ones""",
+        ),
+        "offload": Bench(
+            title="Tokens per second within a memory budget, 1.2 GB of float32 and its smaller formats",
+            steps=steps(),
+            measure=lambda progress: offload_bench(progress=progress),
+            columns={
+                "format": lambda row: str(row["format"]),
+                "budget": lambda row: f"{row['budget_share']:.0%}",
+                "arm": lambda row: str(row["arm"]) + (", 1 thread" if row["prefetch_threads"] == 1 else ""),
+                "tokens/s": lambda row: f"{row['tokens_per_s']:.2f}",
+                "predicted": lambda row: _maybe(row.get("predicted_tokens_per_s"), ".2f"),
+                "ideal": lambda row: _maybe(row["ideal_tokens_per_s"], ".2f"),
+                "of ideal": lambda row: _maybe(row["efficiency"], ".0%"),
+                "overlap": lambda row: _maybe(row["overlap"], ".2f"),
+                "bytes": lambda row: _maybe(row["byte_efficiency"], ".3f"),
+                "read per token": lambda row: format_nbytes(row["read_bytes_per_token"]),
+                "GB/s": lambda row: f"{row['read_bytes_per_s'] / 1e9:.2f}",
+            },
+            notes="""\
+ideal    the longer of all products and the bytes that must stream, at the bandwidth of the read-only leg
+overlap  the longer of the read-only and the compute-only leg, over the run
+bytes    bytes that must stream over bytes that the plan streams
+mmap     the same file mapped, in a control group with a real memory limit""",
         ),
         "pack": Bench(
             title="Packing, against a plain copy of the same rows",

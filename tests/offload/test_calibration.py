@@ -1,0 +1,272 @@
+"""What reading and multiplying cost here: measured, kept, found again, and used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refinfer.bench.calibrate import CHUNK_SIZES, READERS, ROWS_OF_X, calibrate, fit_device, processor_of
+from refinfer.cli import main
+from refinfer.errors import RequestError
+from refinfer.generate import load
+from refinfer.model.config import SHAPES
+from refinfer.model.synth import write_checkpoint
+from refinfer.offload.calibration import (
+    CALIBRATION_FILE,
+    blas_name,
+    device_number,
+    known_calibration,
+    observed_calibration,
+    product_seconds_per_byte,
+    slower,
+    to_json,
+)
+from refinfer.offload.cost import DEVICES, HERE, Calibration, Device, Processor
+from refinfer.offload.inventory import Inventory
+from refinfer.offload.matrices import Scratch
+from refinfer.packing.formats import FORMATS, pack_matrix
+from refinfer.trace import RealClock
+
+FAST = Device("d", {1: 2e9, 2: 3e9}, 1e-4, "a test")
+EVEN = Processor("p", {name: {1: 1e-10, 256: 2e-9} for name in FORMATS}, 5e-6, "a test")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A calibration of this machine, with a small file."""
+    folder = tmp_path_factory.mktemp("home")
+    return folder, calibrate(folder=folder, nbytes=16 << 20, rounds=1)
+
+
+@pytest.mark.spec("CAL-1")
+def test_a_calibration_has_a_row_for_every_way_to_read_and_every_product(measured: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = measured
+    assert result["calibration_file"] == str(folder / CALIBRATION_FILE)
+    reads = [(row["chunk_bytes"], row["prefetch_threads"]) for row in result["rows"] if row["what"] == "read"]
+    assert reads == [(size, readers) for size in CHUNK_SIZES for readers in READERS]
+    products = [(row["format"], row["m"]) for row in result["rows"] if row["what"] == "product"]
+    assert products == [(name, M) for name in FORMATS for M in ROWS_OF_X]
+    assert all(row.get("gb_per_s", 1) > 0 and row.get("ns_per_byte", 1) > 0 for row in result["rows"])
+
+
+@pytest.mark.spec("CAL-1", "CAL-3")
+def test_what_was_measured_is_found_again_and_leaves_nothing_else_behind(
+    measured: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, result = measured
+    found = known_calibration(folder / CALIBRATION_FILE, folder / "not" / "there" / "yet")
+    assert found.measured
+    assert found.device.bandwidth == fit_device(result["rows"]).bandwidth
+    processor = processor_of(result["rows"], result["call_us"] / 1e6)
+    for name, points in processor.seconds_per_byte.items():
+        assert found.processor.seconds_per_byte[name] == pytest.approx(points)
+    assert [path.name for path in folder.iterdir()] == [CALIBRATION_FILE]
+
+
+@pytest.mark.spec("CAL-1")
+def test_other_disks_and_other_blas_builds_stay_in_the_file(tmp_path: Path) -> None:
+    before = {"version": 1, "devices": {"999:999": {"bandwidth": {"1": 1.0}, "latency_s": 0}}, "processors": {"x": 1}}
+    after = to_json(before, tmp_path, FAST, EVEN)
+    assert set(after["devices"]) == {"999:999", device_number(tmp_path)}
+    assert set(after["processors"]) == {"x", blas_name()}
+    assert set(to_json({"version": 0, "devices": {"a": 1}}, tmp_path, FAST, EVEN)["devices"]) == {
+        device_number(tmp_path)
+    }
+
+
+@pytest.mark.spec("CAL-2")
+def test_the_fit_gives_a_device_back() -> None:
+    device = Device("true", {1: 1.5e9, 2: 2.5e9, 4: 2.6e9}, 2e-4, "")
+    rows = [
+        {
+            "what": "read",
+            "chunk_bytes": size,
+            "prefetch_threads": n,
+            "gb_per_s": n * size / device.read_s(size, n) / 1e9,
+        }
+        for size in CHUNK_SIZES
+        for n in (1, 2, 4)
+    ]
+    found = fit_device(rows)
+    assert found.latency_s == pytest.approx(device.latency_s)
+    assert found.bandwidth == pytest.approx(device.bandwidth)
+
+
+@pytest.mark.spec("CAL-2")
+def test_what_a_call_costs_by_itself_is_not_counted_twice() -> None:
+    rows = [{"what": "product", "format": "f32", "m": 1, "chunk_bytes": 10_000, "ns_per_byte": 3.0}]
+    processor = processor_of(rows, 1e-5)
+    assert processor.product_s("f32", 10_000, 1) == pytest.approx(3e-5)
+
+
+def written(tmp_path: Path, **changes: Any) -> Path:
+    file = tmp_path / CALIBRATION_FILE
+    file.write_text(json.dumps(to_json(None, tmp_path, FAST, EVEN) | changes))
+    return file
+
+
+@pytest.mark.spec("CAL-3")
+def test_disk_and_processor_are_found_each_by_its_own_key(tmp_path: Path) -> None:
+    found = known_calibration(written(tmp_path), tmp_path)
+    assert (found.device.bandwidth, found.device.latency_s) == (FAST.bandwidth, FAST.latency_s)
+    assert found.processor.seconds_per_byte == EVEN.seconds_per_byte
+    assert found.measured
+    assert str(tmp_path / CALIBRATION_FILE) in found.device.source
+    no_disk = known_calibration(written(tmp_path, devices={}), tmp_path)
+    assert (no_disk.device, no_disk.measured) == (HERE.device, False)
+    assert no_disk.processor.seconds_per_byte == EVEN.seconds_per_byte
+    no_blas = known_calibration(written(tmp_path, processors={}), tmp_path)
+    assert (no_blas.processor, no_blas.measured) == (HERE.processor, False)
+    assert no_blas.device.bandwidth == FAST.bandwidth
+
+
+NONSENSE: list[object] = [
+    None, 1, "x", [], {}, {"bandwidth": {}, "latency_s": 0}, {"bandwidth": {"1": 0}, "latency_s": 0},
+    {"bandwidth": {"1": -1}, "latency_s": 0}, {"bandwidth": {"x": 1}, "latency_s": 0},
+    {"bandwidth": {"0": 1}, "latency_s": 0}, {"bandwidth": {"1": "fast"}, "latency_s": 0},
+    {"bandwidth": {"1": 1e400}, "latency_s": 0}, {"bandwidth": {"1": 1e9}}, {"bandwidth": {"1": 1e9}, "latency_s": -1},
+    {"seconds_per_byte": {}, "call_s": 0}, {"seconds_per_byte": {"f32": {"1": 1e-9}}, "call_s": 0},
+    {"seconds_per_byte": {name: {} for name in FORMATS}, "call_s": 0},
+    {"seconds_per_byte": {name: {"1": 0} for name in FORMATS}, "call_s": 0},
+    {"seconds_per_byte": {name: {"1": 1e-9} for name in FORMATS}, "call_s": "none"},
+]  # fmt: skip
+
+
+@pytest.mark.spec("CAL-3")
+@pytest.mark.parametrize("entry", NONSENSE, ids=range(len(NONSENSE)))
+def test_nonsense_in_the_file_is_as_if_nothing_was_measured(entry: object, tmp_path: Path) -> None:
+    file = written(tmp_path, devices={device_number(tmp_path): entry}, processors={blas_name(): entry})
+    assert known_calibration(file, tmp_path) == HERE
+
+
+@pytest.mark.spec("CAL-3")
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{", b"[1]", b"\xff\xfe", b"null", b'{"devices": 3, "processors": []}']
+)
+def test_a_file_that_is_missing_or_cannot_be_read_is_no_error(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / CALIBRATION_FILE
+    if content is not None:
+        file.write_bytes(content)
+    assert known_calibration(file, tmp_path) == HERE
+
+
+@pytest.mark.spec("CAL-4")
+def test_a_device_that_is_named_is_the_tables_with_the_measured_processor(tmp_path: Path) -> None:
+    found = known_calibration(written(tmp_path), tmp_path, "emmc")
+    assert (found.device, found.measured) == (DEVICES["emmc"], False)
+    assert found.processor.seconds_per_byte == EVEN.seconds_per_byte
+    with pytest.raises(RequestError, match="the device must be one of"):
+        known_calibration(written(tmp_path), tmp_path, "floppy")
+
+
+@pytest.mark.spec("CAL-4")
+def test_a_throttled_disk_is_no_faster_than_its_rate() -> None:
+    assert slower(HERE, None) is HERE
+    assert slower(Calibration(FAST, EVEN), 2.5e9).device.bandwidth == {1: 2e9, 2: 2.5e9}
+
+
+@pytest.mark.spec("CAL-4")
+def test_the_command_line_uses_what_was_calibrated_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "refinfer").mkdir()
+    written(tmp_path / "refinfer")
+    for command in ("plan", "simulate"):
+        assert main([command, "--shape", "tiny", "--weights", "int8", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["measured"]
+        assert told["processor_source"].startswith("refinfer bench calibrate")
+        assert main([command, "--shape", "tiny"]) == 0
+        assert "as refinfer bench calibrate" in capsys.readouterr().out
+        assert main([command, "--shape", "tiny", "--device", "nvme"]) == 0
+        assert "assuming: disk nvme" in capsys.readouterr().out
+    assert main(["generate", "--budget", "70%", "--max-tokens", "2", "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+    assert main(["generate", "--budget", "70%", "--max-tokens", "2"]) == 0
+    assert "ideal" in (line := capsys.readouterr().err.splitlines()[-1])
+    assert "predicted" in line
+    assert "as measured here" in line
+
+
+@pytest.mark.spec("CAL-5")
+def test_what_a_start_shows_takes_the_place_of_what_was_assumed() -> None:
+    found = observed_calibration(Calibration(FAST, EVEN), "int8", 2, 6e9, 3e-10)
+    assert found.device.bandwidth == {1: 4e9, 2: 6e9}  # the relation of the two stays
+    assert found.processor.seconds_per_byte["int8"] == pytest.approx({1: 3e-10, 256: 6e-9})
+    assert found.processor.seconds_per_byte["f32"] == EVEN.seconds_per_byte["f32"]
+    assert found.measured
+    nothing = observed_calibration(Calibration(FAST, EVEN), "int8", 2, None, None)
+    assert nothing == Calibration(FAST, EVEN)
+
+
+@pytest.mark.spec("CAL-5")
+@pytest.mark.parametrize("name", FORMATS)
+def test_chunks_in_memory_tell_what_a_byte_of_weights_costs(name: str) -> None:
+    inventory = Inventory(SHAPES["tiny"], name)
+    rng = np.random.default_rng(0)
+    packed = [
+        pack_matrix(rng.standard_normal((m.layout.N, m.layout.K), dtype=np.float32), name) for m in inventory.matrices
+    ]
+    chunks = {i: packed[c.matrix].buffers[c.index] for i, c in enumerate(inventory.cycle)}
+    seconds = product_seconds_per_byte(inventory, chunks, Scratch(inventory, 1), RealClock())
+    assert seconds is not None
+    assert 0 < seconds < 1e-3
+    assert product_seconds_per_byte(inventory, {}, Scratch(inventory, 1), RealClock()) is None
+
+
+@pytest.mark.spec("CAL-5")
+def test_products_are_timed_for_a_tenth_of_a_second_and_no_longer() -> None:
+    class Slow:
+        def __init__(self) -> None:
+            self.t = 0.0
+
+        def now(self) -> float:
+            self.t += 0.03
+            return self.t
+
+        def sleep(self, seconds: float) -> None:
+            raise AssertionError
+
+    inventory = Inventory(SHAPES["tiny"], "f32")
+    first = inventory.matrices[0].layout
+    w = pack_matrix(np.ones((first.N, first.K), np.float32), "f32")
+    alike = [i for i, chunk in enumerate(inventory.cycle) if inventory.matrices[chunk.matrix].layout == first]
+    clock = Slow()
+    assert len(alike) > 4
+    assert product_seconds_per_byte(inventory, dict.fromkeys(alike, w.buffers[0]), Scratch(inventory, 1), clock)
+    assert clock.t == pytest.approx(4 * 2 * 0.03)  # the fourth product is the one that goes beyond
+
+
+@pytest.mark.spec("CAL-5", "CAL-6")
+def test_a_run_under_a_budget_says_what_it_should_reach_and_which_threads_multiply(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", SHAPES["tiny"], dtype="f32")
+    with load(tmp_path / "m", weight_cache=tmp_path / "w", budget="70%", max_positions=8) as session:
+        assert session.prediction is not None
+        assert session.prediction.ideal_token_s <= session.prediction.token_s * (1 + 1e-9)
+    with load(tmp_path / "m", weight_cache=tmp_path / "w", max_positions=8) as session:
+        assert session.prediction is None
+
+
+@pytest.mark.spec("CAL-6")
+@pytest.mark.parametrize(("threads", "chosen"), [(None, 1), (2, 2)])
+def test_a_run_that_waits_for_the_disk_multiplies_with_one_thread(
+    threads: int | None, chosen: int, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "m", SHAPES["tiny"], dtype="f32")
+    for _ in range(2):
+        with load(
+            tmp_path / "m",
+            weight_cache=tmp_path / "w",
+            budget="70%",
+            disk_bandwidth=1e6,
+            threads=threads,
+            max_positions=8,
+        ) as session:
+            assert session.prediction is not None
+            assert session.prediction.io_bound
+            assert session.threads == chosen
