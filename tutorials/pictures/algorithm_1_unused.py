@@ -20,10 +20,15 @@ def draw() -> str:
     """Draw the unused share of the weights over the share there is room for, for two plans."""
     model = Inventory(SHAPES["llama2-70b"], "int4")
     lines = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 310" width="700" height="310" '
-        'font-family="sans-serif" font-size="16">',
+        (
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 310" width="700" height="310" '
+            'font-family="sans-serif" font-size="16">'
+        ),
         '<rect width="700" height="310" fill="#ffffff"/>',
-        f'<text x="{_LEFT}" y="24" font-weight="bold">Room left unused, Llama 2 70B in int4, in % of the weights</text>',
+        (
+            f'<text x="{_LEFT}" y="24" font-weight="bold">Room left unused, Llama 2 70B in int4, in % of the weights'
+            "</text>"
+        ),
     ]
     for tenth in range(0, 11, 2):
         x = _LEFT + _WIDTH * tenth / 10
@@ -41,8 +46,10 @@ def draw() -> str:
     lines += [
         f'<text x="{_LEFT + 500}" y="{_TOP + 52}" text-anchor="end" fill="#c23b3d">flexinfer: Algorithm 1</text>',
         f'<text x="{_LEFT + 400}" y="{_TOP + _HEIGHT - 10}" text-anchor="middle" fill="#3d7a36">balanced</text>',
-        f'<text x="{_LEFT + _WIDTH / 2}" y="{_TOP + _HEIGHT + 48}" text-anchor="middle">'
-        "room for locked chunks, in % of the weights</text>",
+        (
+            f'<text x="{_LEFT + _WIDTH / 2}" y="{_TOP + _HEIGHT + 48}" text-anchor="middle">'
+            "room for locked chunks, in % of the weights</text>"
+        ),
     ]
     return "\n".join([*lines, "</svg>"]) + "\n"
 

@@ -21,8 +21,10 @@ def draw() -> str:
         ("Locked: every other chunk", range(0, _CHUNKS, 2)),
     )
     lines = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 372" width="700" height="372" '
-        'font-family="sans-serif" font-size="15">',
+        (
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 372" width="700" height="372" '
+            'font-family="sans-serif" font-size="15">'
+        ),
         '<rect width="700" height="372" fill="#ffffff"/>',
     ]
     legend = (
@@ -51,9 +53,8 @@ def _panel(title: str, run: Simulation, locked: Collection[int], top: int) -> li
                 lines += _box(span, start, y, span.kind == "compute" and int(span.name) in locked)
     for token in range(3):
         x = _LEFT + token * run.token_s * _SECOND
-        lines.append(
-            f'<line x1="{x:.1f}" y1="{top + 22}" x2="{x:.1f}" y2="{top + 114}" stroke="#333333" stroke-dasharray="4 3"/>'
-        )
+        ends = f'x1="{x:.1f}" y1="{top + 22}" x2="{x:.1f}" y2="{top + 114}"'
+        lines.append(f'<line {ends} stroke="#333333" stroke-dasharray="4 3"/>')
         lines.append(f'<text x="{x:.1f}" y="{top + 131}" text-anchor="middle">{token * run.token_s:g}</text>')
     return lines
 
@@ -63,8 +64,12 @@ def _box(span: Span, start: float, y: int, pale: bool) -> list[str]:
     opacity = ' fill-opacity="0.45"' if pale else ""
     colour = "#222222" if pale else "#ffffff"
     return [
-        f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="34" fill="{_COLOURS[span.kind]}"{opacity} '
-        'stroke="#ffffff"/>',
-        f'<text x="{x + width / 2:.1f}" y="{y + 22}" text-anchor="middle" font-size="12" fill="{colour}">'
-        f"{span.name}</text>",
+        (
+            f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="34" fill="{_COLOURS[span.kind]}"{opacity} '
+            'stroke="#ffffff"/>'
+        ),
+        (
+            f'<text x="{x + width / 2:.1f}" y="{y + 22}" text-anchor="middle" font-size="12" fill="{colour}">'
+            f"{span.name}</text>"
+        ),
     ]
