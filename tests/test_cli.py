@@ -118,7 +118,7 @@ def test_weight_formats_are_chosen_on_the_command_line(run: Run, options: list[s
         ["generate", "--max-tok", "4"],
         ["generate", "--budget", "60%", "--plan", "best"],
         ["generate", "a", "b"],
-        ["bench", "offload"],
+        ["bench", "everything"],
         ["pack", "--format", "int8"],
         ["cache"],
         [],

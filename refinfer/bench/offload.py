@@ -68,6 +68,7 @@ POSITIONS: Final = 32
 OFFLOAD_ROUNDS: Final = 7
 _QUICK_ROUNDS: Final = 2
 _TOKENS: Final = 4
+_RING_FILLS_S: Final = 0.1
 _ALL_SHARES: Final = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 _PLAN_SHARES: Final = (0.25, 0.5, 0.75)
 _HEADROOM_BYTES: Final = 16_000_000
@@ -160,7 +161,8 @@ def _multiply_often(products: int) -> None:
 
 
 def _io() -> int:
-    """Return the bytes that this process had read from disks so far; 0 where the system does not tell."""
+    """Return the bytes that this process has read from disks so far, ring filled; 0 where the system does not tell."""
+    time.sleep(_RING_FILLS_S)
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
@@ -265,7 +267,7 @@ def _rows(
         for name, file in files.items():
             run_arm(model, file, Arm(name, 1.0, "resident"), cache_home=cache_home)  # builds the file
         os.sync()
-        products = _calibrate(cache_home, inventories["f32"], compute_heavy=compute_heavy)
+        products = _calibrate(cache_home, inventories["f32"], rounds=min(rounds, 3), compute_heavy=compute_heavy)
         for share in dict.fromkeys(arm.budget_share for arm in wanted):
             group = [replace(arm, products=products) for arm in wanted if arm.budget_share == share]
             measured: dict[Arm, list[dict[str, Any]]] = {arm: [] for arm in group}
@@ -291,12 +293,12 @@ def _rows(
                 yield _row(arm, inventories[arm.format], runs, read_ahead_kb)
 
 
-def _calibrate(cache_home: Path, inventory: Inventory, *, compute_heavy: bool) -> int:
+def _calibrate(cache_home: Path, inventory: Inventory, *, rounds: int, compute_heavy: bool) -> int:
     """Measure disk and processor for the runs to come; return how often each chunk is to be multiplied.
 
     For a compute-heavy run, the calibration says what a chunk costs when it is multiplied so often.
     """
-    place = Path(calibrate(folder=cache_home / "refinfer")["calibration_file"])
+    place = Path(calibrate(folder=cache_home / "refinfer", rounds=rounds)["calibration_file"])
     if not compute_heavy:
         return 1
     found = known_calibration(place, cache_home)

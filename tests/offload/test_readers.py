@@ -1,31 +1,20 @@
-"""Specifies `refinfer.offload.readers`, throttled stores, and the bench that compares every way to read."""
+"""Specifies `refinfer.offload.readers` and throttled stores."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refinfer.bench import offload
-from refinfer.bench.offload import MODEL, POSITIONS, Arm, arms, can_limit_memory, offload_bench
-from refinfer.engine import fixed_of
 from refinfer.errors import DamagedWeightsError, GenerationError
 from refinfer.generate import load
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.plan import PLANS, smallest_budget
 from refinfer.offload.readers import LruPages, OnDemand
 from refinfer.offload.store import ThrottledStore
 from refinfer.offload.streamed import StreamedSource
@@ -290,160 +279,6 @@ def test_the_rate_holds_for_all_threads_together(threads: int, seconds: float) -
     assert len(ends) == 20 * threads
     if seconds == 0.0:
         assert ends[-1][0] == total / RATE  # the rate is also reached
-
-
-# The bench.
-
-
-TINY: Final = replace(
-    MODEL,
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    vocab_size=2048,
-    num_attention_heads=8,
-    num_key_value_heads=8,
-    head_dim=32,
-)
-
-KEYS: Final = {
-    "format", "budget_share", "arm", "prefetch_threads", "tokens_per_s", "ideal_tokens_per_s", "efficiency", "overlap",
-    "byte_efficiency", "read_bytes_per_token", "planned_bytes_per_token", "peak_bytes",
-}  # fmt: skip
-
-
-@pytest.mark.spec("BENCH-11")
-def test_the_arms_are_every_plan_no_threads_lru_pages_and_mmap_in_every_format() -> None:
-    quick, all_arms = arms(quick=True), arms()
-    assert {arm.arm for arm in quick} == {*PLANS, "lru-paged", "synchronous", "mmap"}
-    assert {(arm.format, arm.budget_share) for arm in quick} == {("f32", 0.5)}
-    assert {arm.format for arm in all_arms} == {"f32", "bf16", "int8", "int4"}
-    assert set(quick) <= set(all_arms)
-    assert len(set(all_arms)) == len(all_arms)
-    assert all((arm.prefetch_threads > 0) == (arm.arm in PLANS) for arm in all_arms)
-
-
-@pytest.mark.spec("BENCH-11")
-def test_bench_offload_runs_every_arm_in_a_fresh_process_and_tells_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    inventory = Inventory(TINY, "f32")
-    assert smallest_budget(inventory, fixed_of(inventory, POSITIONS)) < inventory.streamable_nbytes // 2
-    started: list[list[str]] = []
-    runs: list[tuple[Arm, int | None]] = []
-    real_run, real_arm = subprocess.run, offload.run_arm
-
-    def run(command: list[str], **options: Any) -> Any:
-        started.append(command)
-        return real_run(command, timeout=4 * WATCHDOG_S, **options)
-
-    def run_arm(model: Path, weight_cache: Path, arm: Arm, limit: int | None = None) -> dict[str, Any]:
-        runs.append((arm, limit))
-        return real_arm(model, weight_cache, arm, limit)
-
-    monkeypatch.setattr(offload, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.setattr(offload, "run_arm", run_arm)
-    steps: list[int] = []
-    result = offload_bench(TINY, rounds=1, quick=True, progress=lambda: steps.append(1))
-    wanted = [arm for arm in arms(quick=True) if arm.arm != "mmap" or can_limit_memory()]
-    resident = Arm("f32", 1.0, "resident")
-    assert [arm for arm, _ in runs] == [resident, resident, *wanted]  # builds the file; then a leg, then its arms
-    assert len(started) == len(runs) + 1  # and one that finds what a run takes besides weights
-    assert len(steps) == len(wanted)
-    rows = {row["arm"]: row for row in result["rows"]}
-    assert [row["arm"] for row in result["rows"]] == [arm.arm for arm in wanted]
-    assert all(row.keys() >= KEYS for row in rows.values())
-    assert all(row["tokens_per_s"] > 0 and row["read_bytes_per_token"] >= 0 for row in rows.values())
-    for arm, row in rows.items():
-        assert (row["format"], row["budget_share"]) == ("f32", 0.5)
-        assert row["prefetch_threads"] == (2 if arm in PLANS else 0)
-        if arm != "mmap":
-            assert 0 < row["planned_bytes_per_token"] <= inventory.streamable_nbytes
-            assert 0 < row["peak_bytes"] <= inventory.streamable_nbytes // 2
-            assert 0 < row["byte_efficiency"] <= 1
-            assert min(row["overlap"], row["ideal_tokens_per_s"], row["read_only_tokens_per_s"]) > 0
-            assert row["efficiency"] == pytest.approx(row["tokens_per_s"] / row["ideal_tokens_per_s"])
-    assert rows["none"]["planned_bytes_per_token"] == inventory.streamable_nbytes
-    assert rows["optimal"]["planned_bytes_per_token"] < inventory.streamable_nbytes
-    limits = {arm.arm: limit for arm, limit in runs if limit is not None}
-    if can_limit_memory():
-        assert limits == {"mmap": result["base_bytes"] + inventory.streamable_nbytes // 2}
-        nothing = ("ideal_tokens_per_s", "efficiency", "overlap", "byte_efficiency", "planned_bytes_per_token")
-        assert [rows["mmap"][key] for key in nothing] == [None] * 5
-    else:
-        assert limits == {}
-    assert not list(Path("/sys/fs/cgroup/memory").glob("refinfer-bench-*"))
-
-
-@pytest.mark.skipif(not can_limit_memory(), reason="needs control groups, version 1, that can be written")
-@pytest.mark.spec("BENCH-11")
-def test_a_memory_limit_is_real_and_its_group_is_gone_afterwards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the place of an arm, a program that says which group it is in, and takes more than it may."""
-    groups = Path("/sys/fs/cgroup/memory")
-    code = "print(open('/proc/self/cgroup').read(), flush=True); bytearray(b'1' * (512 << 20))"
-    limits: list[str] = []
-    done: list[subprocess.CompletedProcess[str]] = []
-    real = subprocess.run
-
-    def run(command: list[str], **options: Any) -> Any:
-        limits.append((groups / f"refinfer-bench-{os.getpid()}" / "memory.limit_in_bytes").read_text().strip())
-        assert command[3] == sys.executable  # the first three join the group
-        done.append(real([*command[:4], "-c", code], timeout=WATCHDOG_S, **options))
-        return done[-1]
-
-    monkeypatch.setattr(offload, "subprocess", SimpleNamespace(run=run))
-    with pytest.raises(GenerationError, match=r"a run of .* failed"):
-        offload.run_arm(tmp_path / "m", tmp_path / "cache", Arm("f32", 0.5, "mmap", 0), 128 << 20)
-    assert limits == [str(128 << 20)]
-    assert f"refinfer-bench-{os.getpid()}" in done[0].stdout
-    assert done[0].returncode == -signal.SIGKILL
-    assert not list(groups.glob("refinfer-bench-*"))
-
-
-@pytest.mark.spec("BENCH-11")
-def test_bench_offload_compares_each_run_with_the_legs_of_its_own_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With runs that take what this test says: each round is twice as slow as the one before it."""
-    inventory = Inventory(TINY, "f32")
-    fixed, budget = fixed_of(inventory, POSITIONS).total, inventory.streamable_nbytes // 2
-    ring, streamed = 2_000_000, 10_000_000
-    speed = {"round": 0.5}
-
-    def run_arm(model: Path, weight_cache: Path, arm: Arm, limit: int | None = None) -> dict[str, Any]:
-        if arm.arm == "resident":
-            speed["round"] *= 2
-            return {"token_s": 0.25 * speed["round"]}
-        told = {"streamed_bytes_per_token": streamed, "ring_bytes": ring, "peak_bytes": int(7 * speed["round"])}
-        return {
-            "token_s": 0.75 * speed["round"],
-            "offload": told | {"predicted_tokens_per_s": 3.0},
-            "read_bytes_per_token": streamed,
-            "read_s": 0.5 * speed["round"],
-        }
-
-    monkeypatch.setattr(offload, "run_arm", run_arm)
-    monkeypatch.setattr(offload, "_base_bytes", lambda: 1)
-    monkeypatch.setattr(offload, "can_limit_memory", lambda: False)
-    rows = offload_bench(TINY, rounds=3, quick=True)["rows"]
-    assert "mmap" not in {row["arm"] for row in rows}
-    must = inventory.streamable_nbytes - (budget - fixed - ring)
-    for row in rows:  # the first resident run builds: rounds are slower by 2, 4 and 8
-        assert row["tokens_per_s"] == 1 / (0.75 * 2 * 2)
-        assert row["overlap"] == pytest.approx(0.5 / 0.75)
-        assert row["byte_efficiency"] == pytest.approx(must / streamed)
-        ideal = 1 / max(0.25, 0.5 * must / streamed)
-        assert row["ideal_tokens_per_s"] == pytest.approx(ideal / 4)
-        assert row["efficiency"] == pytest.approx(1 / 0.75 / ideal)
-        assert row["peak_bytes"] == 7 * 8  # of all rounds
-        assert (row["planned_bytes_per_token"], row["read_bytes_per_token"]) == (streamed, streamed)
-        assert row["compute_only_tokens_per_s"] == 1 / (0.25 * 4)
-
-
-@pytest.mark.spec("BENCH-11")
-def test_an_arm_that_fails_is_one_named_error(tmp_path: Path) -> None:
-    arm = Arm("f32", 0.5, "optimal")
-    with pytest.raises(GenerationError, match=r"a run of .*optimal.* failed"):
-        offload.run_arm(tmp_path / "nothing here", tmp_path / "cache", arm)
-    assert asdict(arm)["prefetch_threads"] == 2
 
 
 @pytest.mark.spec("FETCH-7", "GEN-8")
