@@ -187,6 +187,7 @@ class StreamedSource:
         """How many chunks the cycle has."""
         return len(self._chunks)
 
+    # --8<-- [start:chunks]
     def chunks(self, first: int, n: int) -> Iterator[Bytes]:
         """Give `n` chunks of the cycle one by one, each until the next is asked for.
 
@@ -203,6 +204,8 @@ class StreamedSource:
                 self._note("compute", "compute", number, started)
                 if locked is None:
                     self._reader.release(chunk)
+
+    # --8<-- [end:chunks]
 
     def out_of_turn(self, number: int) -> Bytes:
         """Return a chunk of the tied table for the rows in it, valid until the next such call.
