@@ -16,7 +16,7 @@ under a budget:
 All budgets are real where control groups can be made: the process may have its own memory (that of the same command on
 the storyteller), the budget and 16 MB. The mmap arm runs the same kernels over the same mapped file, with its own
 memory and the budget; it is left out where there are no groups. Rounds are interleaved within a budget, over all its
-arms and formats; so rows come budget by budget.
+arms and formats; so rows come budget by budget. Budgets smaller than the smallest that works are named, not run.
 
 Compute-heavy multiplies each chunk several times over, as often as it takes for the products of a token to take as long
 as its reads at half of the weights: there overlap and balance show.
@@ -50,7 +50,7 @@ from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.synth import write_checkpoint
 from refinfer.offload.calibration import known_calibration
 from refinfer.offload.inventory import Inventory
-from refinfer.offload.plan import PLANS
+from refinfer.offload.plan import PLANS, smallest_budget
 from refinfer.offload.prefetch import PREFETCH_THREADS
 from refinfer.offload.streamed import StreamedSource
 from refinfer.packing.formats import Bytes, PackedLayout
@@ -240,13 +240,25 @@ def offload_bench(
     wanted = arms(quick=quick, compute_heavy=compute_heavy)
     if not can_limit_memory():
         wanted = tuple(arm for arm in wanted if arm.arm != "mmap")
+    too_small = [arm for arm in wanted if _budget_of(arm, config) < _least_of(arm, config)]
+    wanted = tuple(arm for arm in wanted if arm not in too_small)
     return {
         "base_bytes": base,
+        "too_small": [f"{arm.format} {arm.budget_share:.0%}" for arm in too_small],
         "rounds": rounds,
         "compute_heavy": compute_heavy,
         "memory_limited": can_limit_memory(),
         "rows": _rows(config, wanted, rounds, base, compute_heavy=compute_heavy, progress=progress),
     }
+
+
+def _budget_of(arm: Arm, config: ModelConfig) -> int:
+    return round(arm.budget_share * Inventory(config, arm.format).streamable_nbytes)
+
+
+def _least_of(arm: Arm, config: ModelConfig) -> int:
+    inventory = Inventory(config, arm.format)
+    return 0 if arm.arm == "mmap" else smallest_budget(inventory, fixed_of(inventory, POSITIONS))
 
 
 def _rows(
@@ -282,7 +294,7 @@ def _rows(
                     file = files[arm.format]
                     limit = None
                     if can_limit_memory():
-                        limit = base + round(share * inventories[arm.format].streamable_nbytes)
+                        limit = base + _budget_of(arm, config)
                         limit += 0 if arm.arm == "mmap" else _HEADROOM_BYTES
                         drop_page_cache(file)
                     found = run_arm(model, file, arm, limit, cache_home)
@@ -315,7 +327,7 @@ def _calibrate(cache_home: Path, inventory: Inventory, *, rounds: int, compute_h
 
 def _row(arm: Arm, inventory: Inventory, runs: list[dict[str, Any]], read_ahead_kb: int | None) -> dict[str, Any]:
     """Return the medians of an arm's rounds."""
-    budget = round(arm.budget_share * inventory.streamable_nbytes)
+    budget = _budget_of(arm, inventory.config)
     token_s = [run["token_s"] for run in runs]
     read = statistics.median(run["read_bytes_per_token"] for run in runs)
     row: dict[str, Any] = {

@@ -249,6 +249,14 @@ def test_an_arm_that_fails_is_one_named_error(tmp_path: Path) -> None:
     assert asdict(arm)["prefetch_threads"] == 2
 
 
+@pytest.mark.spec("BENCH-11")
+def test_budgets_too_small_for_a_format_are_named_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "run_start", lambda *_: {"peak_rss_bytes": 1})
+    result = offload_bench(MODEL)
+    assert result["too_small"] == ["int4 10%"]
+    assert offload_bench(MODEL, quick=True)["too_small"] == []
+
+
 @pytest.mark.spec("BENCH-13")
 def test_json_is_one_object_whose_rows_are_written_as_they_come(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
