@@ -193,6 +193,7 @@ class Engine:
         self.transformer.source.close()
 
 
+# --8<-- [start:ways]
 def open_engine(request: EngineRequest, reason: str | None = None) -> Engine:
     """Put an engine together; `reason` says why the cache has to be rebuilt, where it has.
 
@@ -211,6 +212,9 @@ def open_engine(request: EngineRequest, reason: str | None = None) -> Engine:
     except PackingError:
         require_finite_weights(checkpoint)
         raise
+
+
+# --8<-- [end:ways]
 
 
 def require_finite_weights(checkpoint: Checkpoint) -> None:
