@@ -23,7 +23,7 @@ from refinfer.arrays import BoolArray
 from refinfer.offload.cost import Costs, ideal_token_s
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.locks import LOCKS, fill
-from refinfer.offload.simulate import Ring, Unit, ring_token_s, simulate
+from refinfer.offload.simulate import readers_token_s, ring_token_s
 
 __all__ = ["RINGS", "Member", "family", "locked_array", "search", "token_s"]
 
@@ -65,8 +65,7 @@ def token_s(costs: Costs, locked: BoolArray, slots: int, readers: int) -> float:
         return sum(reads) + sum(costs.compute_s)
     if readers == 1:
         return ring_token_s(reads, costs.compute_s, slots)
-    units = [Unit(read_s, compute_s) for read_s, compute_s in zip(reads, costs.compute_s, strict=True)]
-    return simulate(units, Ring(slots), readers=readers).token_s
+    return readers_token_s(reads, costs.compute_s, slots, readers)
 
 
 # --8<-- [start:search]

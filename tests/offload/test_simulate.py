@@ -23,6 +23,7 @@ from refinfer.offload.simulate import (
     Unit,
     belady_misses,
     lru_misses,
+    readers_token_s,
     ring_token_s,
     simulate,
 )
@@ -347,6 +348,17 @@ def test_the_shortcut_gives_what_the_simulation_gives(units: list[Unit], slots: 
     assert ring_token_s(reads, products, slots, tokens) == whole.token_s
     tenths = simulate([Unit(u.read_s / 10, u.compute_s / 10) for u in units], Ring(slots), tokens=tokens).token_s
     assert ring_token_s([r / 10 for r in reads], [c / 10 for c in products], slots, tokens) == tenths
+
+
+@pytest.mark.spec("SIM-5")
+@settings(max_examples=300)
+@given(units=units_of_work, slots=st.integers(1, 12), readers=st.integers(2, 5))
+def test_the_shortcut_for_several_readers_gives_what_the_simulation_gives(
+    units: list[Unit], slots: int, readers: int
+) -> None:
+    reads, products = [u.read_s for u in units], [u.compute_s for u in units]
+    whole = simulate(units, Ring(slots), readers=readers).token_s
+    assert readers_token_s(reads, products, slots, readers) == pytest.approx(whole, rel=1e-9)
 
 
 def cache_by_hand(sizes: Sequence[int], capacity: int, turns: int, *, lru: bool) -> list[int]:
