@@ -195,9 +195,7 @@ def _add_planning(parser: argparse.ArgumentParser, *, paper: bool) -> None:
     parser.add_argument("--budget", metavar="B", help="300MB, 1.5GiB, 40%% of the packed weights, or auto (50%%)")
     parser.add_argument("--positions", metavar="N", type=_integer(1), help="that the KV cache has room for (512)")
     parser.add_argument("--plan", choices=PLANS, default="optimal", help="the plan to look at (optimal)")
-    parser.add_argument(
-        "--prefetch-threads", metavar="N", type=_integer(0, 64), default=PREFETCH_THREADS, help="that read ahead (2)"
-    )
+    parser.add_argument("--prefetch-threads", metavar="N", type=_integer(0, 64), default=1, help="that read ahead (1)")
     parser.add_argument("--prefetch-ring", metavar="BYTES", type=_nbytes, help="they read into (by the budget)")
     parser.add_argument("--device", metavar="NAME", choices=DEVICES, help=f"the disk: {', '.join(DEVICES)}")
     parser.add_argument("--svg", metavar="FILE", help="draw a picture")

@@ -71,7 +71,7 @@ def test_plan_json_says_where_every_byte_goes_and_what_each_plan_leads_to(run: R
         assert list(row) == PLAN_KEYS
         parts = ("resident", "kv_cache", "scratch", "ring", "locked", "unused")
         assert sum(row[f"{part}_bytes"] for part in parts) == row["budget_bytes"] == 16_000_000
-        plan = make_plan(row["plan"], inventory, fixed, 16_000_000, readers=2)
+        plan = make_plan(row["plan"], inventory, fixed, 16_000_000)
         assert (row["locked_bytes"], row["ring_bytes"]) == (plan.account.locked, plan.account.ring)
         assert row["predicted_tokens_per_s"] == pytest.approx(1 / plan.token_s)
     best = got["plans"][-1]
@@ -84,7 +84,7 @@ def test_plan_json_says_where_every_byte_goes_and_what_each_plan_leads_to(run: R
 def test_plan_shows_the_account_of_the_plan_asked_for_its_locks_and_all_plans(run: Run, plan: str) -> None:
     status, out, err = run("plan", "--shape", SHAPE, "--budget", "20MB", "--plan", plan)
     assert (status, err) == (0, "")
-    chosen = make_plan(plan, inventory_of(SHAPE), fixed_of(inventory_of(SHAPE), 256), 20_000_000, readers=2)
+    chosen = make_plan(plan, inventory_of(SHAPE), fixed_of(inventory_of(SHAPE), 256), 20_000_000)
     account = chosen.account
     shown = {}
     for line in out.splitlines():
@@ -132,7 +132,7 @@ def test_with_a_format_named_the_config_of_a_folder_is_enough(
 @both
 def test_a_shape_is_in_bf16_unless_told_and_its_budget_is_half_of_its_weights(run: Run, command: str) -> None:
     got = json_of(run, command, "--shape", "smollm-135m")
-    assert (got["format"], got["positions"], got["prefetch_threads"]) == ("bf16", 512, 2)
+    assert (got["format"], got["positions"], got["prefetch_threads"]) == ("bf16", 512, 1)
     budget = got["plans"][0]["budget_bytes"] if command == "plan" else got["budget_bytes"]
     assert budget == got["streamable_bytes"] // 2
 
@@ -172,7 +172,7 @@ def test_simulate_json_tells_the_run_and_a_sweep_over_budgets(run: Run, device: 
     assert got["device"] == device
     inventory = inventory_of(SHAPE)
     fixed = fixed_of(inventory, 256)
-    plan = make_plan("optimal", inventory, fixed, got["budget_bytes"], readers=2, calibration=calibration_of(device))
+    plan = make_plan("optimal", inventory, fixed, got["budget_bytes"], calibration=calibration_of(device))
     assert got["token_s"] == pytest.approx(plan.token_s)
     assert 0 <= got["wait_s"] < got["token_s"]
     budgets = [row["budget_bytes"] for row in got["sweep"]]
