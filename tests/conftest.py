@@ -104,9 +104,15 @@ def storyteller() -> Iterator[refinfer.Session]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let anybody hold their own weight cache against the specification: `pytest --provider package:Class`."""
+    """Let anybody hold their own weight cache or weight source against the specification."""
     about = "run the tests of weight cache providers on this class instead; Class() must be an empty one"
     parser.addoption("--provider", metavar="PACKAGE:CLASS", help=about)
+    about = (
+        "run the tests of weight sources on this class instead, or on several; Class(config, folder) must be a source "
+        "of the checkpoint in a folder, and its attribute `rounding` says how wrong a weight may be, as a share of the "
+        "largest of its row (0 unless it says so)"
+    )
+    parser.addoption("--source", metavar="PACKAGE:CLASS", action="append", default=[], help=about)
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:

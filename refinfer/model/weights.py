@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from refinfer.arrays import Float32Array, IntArray
-from refinfer.errors import WeightsError
+from refinfer.errors import GenerationError, RequestError, WeightsError
 from refinfer.model.checkpoint import Checkpoint, stored_to_f32
 from refinfer.model.config import ModelConfig
 
@@ -41,6 +41,7 @@ __all__ = [
     "WeightSource",
     "assemble",
     "require_layers",
+    "walk",
 ]
 
 
@@ -53,7 +54,7 @@ class RowTable(Protocol):
         ...
 
     def rows(self, ids: IntArray) -> Float32Array:
-        """Return the rows `ids` as a new array `[len(ids), K]`."""
+        """Return the rows `ids` as a new array `[len(ids), K]`; a row that does not exist is a named error."""
         ...
 
 
@@ -111,7 +112,7 @@ class WeightSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what the source holds; it must not be used afterwards. Closing twice is allowed."""
+        """Release what the source holds; whoever asks for its layers then gets a named error. Again is allowed."""
         ...
 
 
@@ -142,6 +143,7 @@ class RowMajorMatrix:
 
     def rows(self, ids: IntArray) -> Float32Array:
         """Return the rows `ids` as a copy `[len(ids), K]`."""
+        _require_rows(ids, len(self.weight))
         return self.weight[ids]
 
 
@@ -159,7 +161,14 @@ class StoredRowTable:
 
     def rows(self, ids: IntArray) -> Float32Array:
         """Return the rows `ids` as float32 `[len(ids), K]`."""
+        _require_rows(ids, len(self._stored))
         return stored_to_f32(self._stored[ids])
+
+
+def _require_rows(ids: IntArray, N: int) -> None:
+    """Check that a matrix of N rows has the rows `ids`; numpy would count negative ones from the end."""
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < N:
+        raise RequestError(f"rows {int(ids.min())} to {int(ids.max())} are asked for; there are 0 to {N - 1}")
 
 
 class RowMajorSource:
@@ -199,10 +208,22 @@ class RowMajorSource:
 
     def layers(self) -> Iterator[LayerWeights]:
         """Walk over the layers in execution order."""
-        return iter(self._layers)
+        return walk(self._layers)
 
     def close(self) -> None:
-        """Do nothing: the arrays go with the last reference to them."""
+        """Let go of the layers: the arrays go with the last reference to them."""
+        self._layers = ()
+
+
+def walk(layers: tuple[LayerWeights, ...]) -> Iterator[LayerWeights]:
+    """Walk over the layers of a source, which has none once it is closed.
+
+    Raises:
+        GenerationError: it is closed.
+    """
+    if not layers:
+        raise GenerationError("the weights are closed; load the model again")
+    return iter(layers)
 
 
 def require_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:

@@ -42,7 +42,11 @@ Read = Callable[[int, Bytes, int], Bytes]
 
 
 class Prefetcher:
-    """Gives the chunks of `order` one after another, for ever, read ahead by `threads` threads into `slots`."""
+    """Gives the chunks of `order` one after another, for ever, read ahead by `threads` threads into `slots`.
+
+    Raises:
+        GenerationError: the system starts fewer threads.
+    """
 
     def __init__(self, order: Sequence[int], slots: Sequence[Bytes], read: Read, threads: int) -> None:
         self._order = tuple(order)
@@ -55,11 +59,15 @@ class Prefetcher:
         self._held: Bytes | None = None
         self._error: tuple[int, BaseException] | None = None
         self._seeking = self._closed = False
-        self._threads = [
-            threading.Thread(target=self._run, args=(i,), name=f"prefetch-{i}", daemon=True) for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for i in range(threads):
+                thread = threading.Thread(target=self._run, args=(i,), name=f"prefetch-{i}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError:  # which is what Python says; those that run must not be left behind
+            self.close()
+            raise GenerationError("this system starts no further thread; use fewer prefetch threads") from None
 
     # --8<-- [start:take]
     def take(self, chunk: int) -> Bytes:

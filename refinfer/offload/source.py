@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from refinfer.arrays import Float32Array
-from refinfer.model.weights import LayerWeights, Matrix, RowTable, assemble
+from refinfer.model.weights import LayerWeights, Matrix, RowTable, assemble, walk
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.mapped import FirstTable, LastMatrix, MappedMatrix, Watch
 from refinfer.offload.matrices import RecordTable, ResidentMatrix, Scratch, vectors_of
@@ -71,7 +71,7 @@ class PackedSource:
 
     def layers(self) -> Iterator[LayerWeights]:
         """Walk over the layers in execution order."""
-        return iter(self._layers)
+        return walk(self._layers)
 
     def close(self) -> None:
         """Release the provider's memory or mapping, and every matrix over it."""

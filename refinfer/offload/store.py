@@ -13,16 +13,20 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from refinfer.arrays import PAGE_BYTES, aligned_empty
-from refinfer.errors import CacheFileError, DamagedWeightsError
+from refinfer.errors import CacheFileError, DamagedWeightsError, GenerationError
 from refinfer.packing.formats import Bytes
 from refinfer.trace import Clock
 
 __all__ = ["FileStore", "Store", "ThrottledStore"]
+
+_LONGEST_SLEEP_S: Final = 1 / 8
 
 
 class Store(Protocol):
@@ -42,7 +46,7 @@ class ThrottledStore:
     """Reads no faster than a rate: a phone's storage on a laptop.
 
     A token bucket: each read takes its bytes' time of the one line that all threads stand in, and waits for the end
-    of it on `clock`.
+    of it on `clock`; not once the store is closed.
     """
 
     def __init__(self, store: Store, bytes_per_s: float, clock: Clock) -> None:
@@ -51,6 +55,7 @@ class ThrottledStore:
         self._clock = clock
         self._line_ends = clock.now()
         self._lock = threading.Lock()
+        self._closed = False
 
     def read(self, offset: int, into: Bytes) -> None:
         """Read, and return when the rate allows it."""
@@ -58,11 +63,12 @@ class ThrottledStore:
             self._line_ends = max(self._line_ends, self._clock.now()) + len(into) / self._rate
             mine = self._line_ends
         self._store.read(offset, into)
-        if (rest := mine - self._clock.now()) > 0:
-            self._clock.sleep(rest)
+        while not self._closed and (rest := mine - self._clock.now()) > 0:
+            self._clock.sleep(min(rest, _LONGEST_SLEEP_S))
 
     def close(self) -> None:
-        """Close the store behind."""
+        """Close the store behind, and let everybody go who waits."""
+        self._closed = True
         self._store.close()
 
 
@@ -70,7 +76,7 @@ class ThrottledStore:
 
 
 class FileStore:
-    """Reads pages of a file with direct I/O, or without where that is not supported.
+    """Reads pages of a file with direct I/O, or without where that is not supported; any thread may read or close.
 
     Raises:
         CacheFileError: the file cannot be opened.
@@ -90,37 +96,55 @@ class FileStore:
         assert descriptor is not None
         self._identity = os.fstat(descriptor)
         self._descriptor: int | None = descriptor
+        self._under_way = 0
+        self._closed = False
 
     def read(self, offset: int, into: Bytes) -> None:
         """Fill `into` with the bytes from `offset`; both on pages.
 
         Raises:
             DamagedWeightsError: the file ends before, or cannot be read.
+            GenerationError: the store is closed.
         """
         view = memoryview(into.data)
         done = 0
-        try:
-            while done < len(view):
-                n = self._read(offset + done, view[done:])
-                if n == 0:
-                    raise DamagedWeightsError(f"{self.path} was cut short while it was in use; start again")
-                done += n
-        except OSError as error:
-            raise DamagedWeightsError(f"{self.path} cannot be read: {error.strerror}") from None
-        with self._lock:
-            self.bytes_read += done
+        with self._in_use() as descriptor:
+            try:
+                while done < len(view):
+                    n = self._read(descriptor, offset + done, view[done:])
+                    if n == 0:
+                        raise DamagedWeightsError(f"{self.path} was cut short while it was in use; start again")
+                    done += n
+            except OSError as error:
+                raise DamagedWeightsError(f"{self.path} cannot be read: {error.strerror}") from None
+            with self._lock:
+                self.bytes_read += done
 
-    def _read(self, offset: int, view: memoryview) -> int:
-        if self._descriptor is None:
-            raise DamagedWeightsError(f"{self.path} is closed")
+    @contextmanager
+    def _in_use(self) -> Iterator[int]:
+        """Give the descriptor, which stays open meanwhile: another file might get its number, and be read."""
+        with self._lock:
+            if self._closed or self._descriptor is None:
+                raise GenerationError(f"{self.path} is closed")
+            descriptor = self._descriptor
+            self._under_way += 1
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                self._let_go()
+
+    def _read(self, descriptor: int, offset: int, view: memoryview) -> int:
         if not hasattr(os, "preadv"):  # Windows
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            data = os.read(self._descriptor, len(view))
+            with self._lock:  # the place in the file belongs to all threads
+                os.lseek(descriptor, offset, os.SEEK_SET)
+                data = os.read(descriptor, len(view))
             view[: len(data)] = data
             return len(data)
-        n = os.preadv(self._descriptor, [view], offset)
+        n = os.preadv(descriptor, [view], offset)
         if not self.direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, offset, n, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(descriptor, offset, n, os.POSIX_FADV_DONTNEED)
         return n
 
     def is_at(self, path: Path) -> bool:
@@ -131,10 +155,16 @@ class FileStore:
             return False
 
     def close(self) -> None:
-        """Close the file; again is allowed."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        """Close the file, after the reads that are under way; again is allowed."""
+        with self._lock:
+            self._closed = True
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._closed and not self._under_way:
+            descriptor, self._descriptor = self._descriptor, None
+            if descriptor is not None:
+                os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self

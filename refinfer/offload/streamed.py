@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from refinfer.arrays import PAGE_BYTES, Float32Array, IntArray, aligned_empty
-from refinfer.model.weights import LayerWeights, Matrix, RowTable, assemble
+from refinfer.model.weights import LayerWeights, Matrix, RowTable, assemble, walk
 from refinfer.offload.budget import Budget
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.matrices import RecordTable, Scratch, damaged, product_of_chunks, vectors_of
@@ -84,11 +84,12 @@ class StreamedMatrix:
         out = np.empty((len(ids), layout.K), np.float32)
         chunk_of = np.searchsorted([chunk.first_row for chunk in layout.chunks], ids, side="right") - 1
         for c in np.unique(chunk_of):
-            tiles = layout.tiles(self._source.out_of_turn(self._first + int(c)), layout.chunks[c])
             here = np.flatnonzero(chunk_of == c)
-            for some in np.split(here, range(_ROWS_AT_ONCE, len(here), _ROWS_AT_ONCE)):
-                which, lane = np.divmod(ids[some] - layout.chunks[c].first_row, layout.tile.nr)
-                out[some] = layout.format.unpack_rows(tiles, which, lane)
+            for chunk in self._source.out_of_turn(self._first + int(c)):
+                tiles = layout.tiles(chunk, layout.chunks[c])
+                for some in np.split(here, range(_ROWS_AT_ONCE, len(here), _ROWS_AT_ONCE)):
+                    which, lane = np.divmod(ids[some] - layout.chunks[c].first_row, layout.tile.nr)
+                    out[some] = layout.format.unpack_rows(tiles, which, lane)
         return out
 
 
@@ -207,20 +208,22 @@ class StreamedSource:
 
     # --8<-- [end:chunks]
 
-    def out_of_turn(self, number: int) -> Bytes:
-        """Return a chunk of the tied table for the rows in it, valid until the next such call.
+    def out_of_turn(self, number: int) -> Iterator[Bytes]:
+        """Give a chunk for the rows in it: one of the tied table is read beside the ring, any other through it.
 
         Raises:
             DamagedWeightsError: it cannot be read, or does not agree with its checksum.
         """
+        entry, index = self._chunks[number]
         if (locked := self._locked.get(number)) is not None:
-            return locked
-        if isinstance(self._reader, Closed):
-            self._reader.take(number)
-        started = self._clock.now()
-        chunk = self._checked(*self._chunks[number], self._staging)
-        self._waited(number, started)
-        return chunk
+            yield locked
+        elif entry.chunks[index].padded_nbytes > self._staging.size:
+            yield from self.chunks(number, 1)
+        else:
+            started = self._clock.now()
+            chunk = self._checked(entry, index, self._staging)
+            self._waited(number, started)
+            yield chunk
 
     def _take(self, number: int) -> Bytes:
         started = self._clock.now()
@@ -262,21 +265,25 @@ class StreamedSource:
         started = self._clock.now()
         if threads and numbers:
             with closing(Prefetcher(numbers, slots, read, threads)) as reader:
-                self._locked = {number: reader.take(number) for number in numbers}
+                try:
+                    self._locked = {number: reader.take(number) for number in numbers}
+                except BaseException:
+                    self._store.close()  # before threads are waited for: they may wait for a rate
+                    raise
         else:
             self._locked = {number: read(number, slot, 0) for number, slot in zip(numbers, slots, strict=True)}
         self.lock_s = self._clock.now() - started
 
     def layers(self) -> Iterator[LayerWeights]:
         """Walk over the layers in execution order."""
-        return iter(self._layers)
+        return walk(self._layers)
 
     def close(self) -> None:
         """End the threads and close the store; again is allowed."""
-        self._reader.close()
-        self._store.close()
-        self._layers, self._locked = (), {}
-        self._reader, self._staging = Closed(), _pages(0)
+        reader, self._reader = self._reader, Closed()
+        self._store.close()  # first: whoever waits for a rate waits no longer, and a read under way goes on to its end
+        reader.close()
+        self._layers, self._locked, self._staging = (), {}, _pages(0)
 
 
 class _RecordReader:

@@ -33,7 +33,6 @@ from refinfer.engine import fixed_of
 from refinfer.errors import DamagedWeightsError, GenerationError, RefinferError
 from refinfer.generate import Session, load
 from refinfer.model.config import ModelConfig
-from refinfer.model.transformer import prefill_block
 from refinfer.offload import matrices, prefetch
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.plan import make_plan, smallest_budget
@@ -818,17 +817,6 @@ class Model:
         return load(self.folder, weights=self.name, max_positions=POSITIONS, threads=1, **given | options)
 
 
-@pytest.fixture(scope="module", params=list(FORMATS))
-def model(
-    request: pytest.FixtureRequest,
-    tiny_folder: Path,
-    tiny_config: ModelConfig,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Model:
-    cache = tmp_path_factory.mktemp("cache") / request.param
-    return Model(tiny_folder, tiny_config, request.param, str(cache))
-
-
 @pytest.fixture
 def one(tiny_folder: Path, tiny_config: ModelConfig, tmp_path: Path) -> Model:
     return Model(tiny_folder, tiny_config, "int8", str(tmp_path / "cache"))
@@ -843,25 +831,6 @@ def told(session: Session) -> tuple[int, ...]:
         pass
     assert session.stats is not None
     return session.stats.token_ids
-
-
-@pytest.mark.spec("FETCH-1", "READ-1", "READ-2")
-def test_streamed_logits_are_the_same_bits_with_any_threads_rings_and_reader(model: Model) -> None:
-    assert prefill_block(model.config, len(PROMPT)) < len(PROMPT)
-    with model.load(budget=None, weight_cache=":memory") as session:
-        expected, first, text = bits(session), bits(session, PROMPT[:1]), told(session)
-    ways: list[dict[str, Any]] = [
-        {"prefetch_threads": threads, "prefetch_ring": model.ring(slots), "budget": model.budget(slots)}
-        for threads, slots in ((0, 2), (1, 2), (2, 3), (4, 2), (4, 8))
-    ]
-    ways += [{"prefetch_threads": 2, "plan": plan} for plan in ("none", "optimal")]
-    ways += [{"paged": True, "prefetch_threads": 2}]
-    ways += [{"budget": model.budget(share=2.0), "prefetch_threads": 2, **more} for more in ({}, {"paged": True})]
-    for way in ways:
-        with model.load(**way) as session:
-            np.testing.assert_array_equal(within(lambda s=session: bits(s)), expected, strict=True)  # type: ignore[misc]
-            assert within(lambda s=session: told(s)) == text  # type: ignore[misc]
-            np.testing.assert_array_equal(bits(session, PROMPT[:1]), first, strict=True)
 
 
 @pytest.mark.spec("FETCH-5", "FETCH-1")
@@ -971,48 +940,6 @@ class Gate:
             real(store, offset, into)
 
         patch.setattr(FileStore, "read", read)
-
-
-@pytest.mark.spec("FETCH-6", "FETCH-8")
-@pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize("way", ["an error", "an error of several", "cut short", "a page at a time"])
-def test_reads_that_fail_or_are_short_at_any_chunk_are_one_named_error_or_none(
-    one: Model, threads: int, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with one.load(budget=None, weight_cache=":memory") as session:
-        expected = bits(session, PROMPT[:1])
-    one.load().close()
-    real = os.preadv
-    streamed = len(one.inventory.cycle)
-    for at in (0, streamed - 1):
-        before = left_behind(one)
-        with one.load(prefetch_threads=threads, plan="none") as session, monkeypatch.context() as patch:
-            source = session._transformer.source
-            assert isinstance(source, StreamedSource)
-            within(lambda s=session: s.logits(PROMPT[:1]))  # type: ignore[misc]
-            left = [at]
-
-            def preadv(descriptor: int, buffers: list[memoryview], offset: int, left: list[int] = left) -> int:
-                if not threading.current_thread().name.startswith("prefetch-"):
-                    return real(descriptor, buffers, offset)
-                left[0] -= 1
-                if left[0] >= 0 or (way == "an error" and left[0] < -1):
-                    return real(descriptor, buffers, offset)
-                if way == "cut short":
-                    return 0
-                if way == "a page at a time":
-                    return real(descriptor, [buffers[0][:4096]], offset)
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-            patch.setattr(os, "preadv", preadv)
-            if way == "a page at a time":
-                np.testing.assert_array_equal(within(lambda s=session: bits(s, PROMPT[:1])), expected)  # type: ignore[misc]
-            else:
-                message = "was cut short" if way == "cut short" else "cannot be read: Input/output error"
-                for _ in range(2):
-                    with pytest.raises(DamagedWeightsError, match=message):
-                        within(lambda s=source: [bytes(v) for _ in range(2) for v in s.chunks(0, s.n_chunks)])  # type: ignore[misc]
-        assert left_behind(one) == before
 
 
 # Nothing is left.

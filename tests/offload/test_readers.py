@@ -248,6 +248,29 @@ def test_a_read_that_fails_fails_as_without_a_rate() -> None:
     assert clock.now() > 0
 
 
+@pytest.mark.spec("FETCH-11", "STORE-5")
+def test_closing_a_throttled_store_lets_whoever_waits_go_with_what_was_read() -> None:
+    class ClosingClock(FakeClock):
+        """A clock during whose third sleep the store is closed."""
+
+        slept = 0
+
+        def sleep(self, seconds: float) -> None:
+            super().sleep(seconds)
+            self.slept += 1
+            if self.slept == 3:
+                store.close()
+
+    clock = ClosingClock()
+    memory = Memory(clock)
+    store = ThrottledStore(memory, RATE, clock)
+    into = np.zeros(1 << 20, np.uint8)  # a quarter of an hour
+    store.read(7, into)
+    assert (into == 7).all()
+    assert (clock.slept, memory.closed) == (3, 1)
+    assert clock.now() < 1
+
+
 @pytest.mark.spec("STORE-5")
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("seconds", [0.0, 0.25, 3.0])

@@ -24,13 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refinfer.arrays import PAGE_BYTES
-from refinfer.errors import DamagedWeightsError, PackingError, RefinferError
+from refinfer.errors import DamagedWeightsError
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES
 from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
 from refinfer.model.transformer import Transformer, prefill_block
-from refinfer.model.weights import LayerWeights, RowMajorSource, WeightSource
+from refinfer.model.weights import LayerWeights, WeightSource
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.source import PackedSource
 from refinfer.packing import formats
@@ -134,32 +134,6 @@ def change(path: Path, offset: int, by: int = 0x10) -> None:
         os.pwrite(descriptor, bytes([byte ^ by]), offset)
     finally:
         os.close(descriptor)
-
-
-@pytest.mark.spec("OFFLOAD-3", "PACK-23")
-@pytest.mark.parametrize("name", list(FORMATS))
-def test_resident_and_mapped_weights_give_the_same_bits_and_the_rounding_of_row_major_ones(
-    folder: Path, name: str, tmp_path: Path
-) -> None:
-    in_file = Mapped(folder, tmp_path / "cache", name)
-    again = Mapped(folder, tmp_path / "cache", name)
-    checkpoint = open_checkpoint(folder)
-    provider = prepare(in_file.inventory, checkpoint, ":memory", clock=RealClock()).provider
-    resident = PackedSource(in_file.inventory, provider, in_file.transformer.block, RealClock())
-    row_major = RowMajorSource(
-        in_file.inventory.config, checkpoint, lambda w: formats.pack_matrix(w, name).unpack()
-    )  # fmt: skip
-
-    def run(source: WeightSource) -> npt.NDArray[np.float32]:
-        ids = np.random.default_rng(1).integers(0, 70, POSITIONS).tolist()
-        transformer = Transformer(source, POSITIONS)
-        logits = [transformer.prefill(ids[:40])[None]]
-        return np.concatenate([*logits, *(transformer.decode([i]) for i in ids[40:44]), transformer.decode(ids[44:])])
-
-    expected = run(resident)
-    for source in (in_file.source, again.source):
-        np.testing.assert_array_equal(run(source).view(np.uint32), expected.view(np.uint32))
-    np.testing.assert_allclose(expected, run(row_major), atol=2e-4)
 
 
 @pytest.mark.spec("OFFLOAD-4")
@@ -565,28 +539,6 @@ def test_a_file_cut_short_and_grown_again_is_found_damaged(mapped: Mapped) -> No
     assert all("does not agree with its checksum" in text for text in in_a_child(work))
 
 
-@pytest.mark.spec("OFFLOAD-6", "KEY-6")
-def test_rows_are_read_one_at_a_time(mapped: Mapped, folder: Path) -> None:
-    table = mapped.source.embed_tokens
-    ids = np.array([69, 0, 7, 7, 33])
-    rows = table.rows(ids)
-    assert (str(rows.dtype), rows.shape, table.shape) == ("float32", (5, 40), (70, 40))
-    if mapped.inventory.table is not None:
-        stored = open_checkpoint(folder).float32("model.embed_tokens.weight", (70, 40))
-        np.testing.assert_array_equal(rows, stored[ids])
-    for i, row in enumerate(ids):
-        np.testing.assert_array_equal(table.rows(np.array([row])), rows[i : i + 1])
-    rows[:] = 0
-    assert table.rows(np.array([7])).any()
-
-
-@pytest.mark.spec("OFFLOAD-6")
-@pytest.mark.parametrize("row", [70, -1])
-def test_a_row_that_does_not_exist_is_refused(mapped: Mapped, row: int) -> None:
-    with pytest.raises((PackingError, RefinferError)):
-        mapped.source.embed_tokens.rows(np.array([1, row]))
-
-
 @pytest.mark.spec("OFFLOAD-6")
 def test_another_row_that_is_damaged_is_nothing_to_a_look_up(tmp_path: Path, tiny_folder: Path) -> None:
     mapped = Mapped(tiny_folder, tmp_path / "cache")
@@ -600,9 +552,3 @@ def test_another_row_that_is_damaged_is_nothing_to_a_look_up(tmp_path: Path, tin
         others = np.delete(np.arange(261), row)
         np.testing.assert_array_equal(mapped.source.embed_tokens.rows(others), expected[others])
         change(mapped.path, entry.offset + row * nbytes + 5)
-
-
-@pytest.mark.spec("OFFLOAD-3")
-def test_closing_again_is_allowed(mapped: Mapped) -> None:
-    mapped.source.close()
-    mapped.source.close()

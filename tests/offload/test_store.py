@@ -6,6 +6,8 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refinfer.arrays import PAGE_BYTES, aligned_empty
-from refinfer.errors import CacheFileError, DamagedWeightsError
+from refinfer.errors import CacheFileError, DamagedWeightsError, GenerationError
 from refinfer.offload.store import FileStore
 from refinfer.packing.formats import Bytes
 
@@ -377,8 +379,60 @@ def test_closing_closes_and_again_is_allowed(system: str, file: Path) -> None:
     store.close()
     assert descriptors() == before
     store.close()
-    with pytest.raises(DamagedWeightsError, match=r"is closed$"):
+    with pytest.raises(GenerationError, match=r"is closed$"):  # not suspected of damage
         store.read(0, pages(1))
+
+
+@pytest.mark.spec("STORE-6")
+@pytest.mark.usefixtures("no_descriptor_more")
+def test_a_store_that_is_closed_during_a_read_closes_after_it(
+    file: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read brings its bytes piece by piece; in between the store is closed, and another file is opened."""
+    real, before, other = os.preadv, descriptors(), list[int]()
+
+    def reading_a_page(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if not other:
+            store.close()
+            other.append(os.open(os.devnull, os.O_RDONLY))
+            assert len(descriptors() - before) == 2
+        return real(descriptor, [buffers[0][:PAGE_BYTES]], offset)
+
+    store, into = FileStore(file), pages(3)
+    monkeypatch.setattr(os, "preadv", reading_a_page)
+    store.read(PAGE_BYTES, into)
+    os.close(other[0])
+    assert into.tobytes() == content[PAGE_BYTES : 4 * PAGE_BYTES]
+    assert descriptors() == before
+    with pytest.raises(GenerationError, match=r"is closed$"):
+        store.read(0, into)
+
+
+@pytest.mark.spec("STORE-1")
+def test_any_number_of_threads_may_read_at_once(system: str, file: Path, content: bytes) -> None:
+    wrong: list[int] = []
+
+    def read(seed: int) -> None:
+        into = pages(2)
+        for first in np.random.default_rng(seed).integers(0, N_PAGES - 1, 50).tolist():
+            store.read(first * PAGE_BYTES, into)
+            if into.tobytes() != content[first * PAGE_BYTES : (first + 2) * PAGE_BYTES]:
+                wrong.append(first)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with FileStore(file) as store:
+            threads = [threading.Thread(target=read, args=(seed,), daemon=True) for seed in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(30)
+                assert not thread.is_alive()
+            assert store.bytes_read == 4 * 50 * 2 * PAGE_BYTES
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
 
 
 @pytest.mark.spec("STORE-4")

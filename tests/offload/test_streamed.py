@@ -17,22 +17,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from refinfer.arrays import PAGE_BYTES
 from refinfer.engine import fixed_of
-from refinfer.errors import BudgetError, CacheFileError, DamagedWeightsError, RefinferError
+from refinfer.errors import BudgetError, CacheFileError, DamagedWeightsError
 from refinfer.generate import load
-from refinfer.model.checkpoint import open_checkpoint, stored_to_f32
-from refinfer.model.config import SHAPES, ModelConfig
+from refinfer.model.checkpoint import open_checkpoint
+from refinfer.model.config import SHAPES
 from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
 from refinfer.model.transformer import Transformer, prefill_block
 from refinfer.model.weights import WeightSource
 from refinfer.offload.budget import Budget
 from refinfer.offload.inventory import Inventory
-from refinfer.offload.plan import PLANS, Fixed, Plan, make_plan, smallest_budget
+from refinfer.offload.plan import Fixed, Plan, make_plan, smallest_budget
 from refinfer.offload.source import PackedSource
 from refinfer.offload.store import FileStore, Store
 from refinfer.offload.streamed import StreamedSource
@@ -77,11 +75,10 @@ class Case:
     folder: Path
     name: str
     file: Path
-    config: ModelConfig | None = None
 
     @cached_property
     def inventory(self) -> Inventory:
-        return Inventory(self.config or open_folder(self.folder).config, self.name)
+        return Inventory(open_folder(self.folder).config, self.name)
 
     @property
     def fixed(self) -> Fixed:
@@ -177,89 +174,6 @@ def assert_same(got: Logits, expected: Logits) -> None:
 def budgets_of(case: Case) -> list[int]:
     """Return the smallest budget that works, one that locks a half, the last that streams, more than everything."""
     return sorted({case.smallest, (case.smallest + case.most) // 2, case.most - 1, case.most + 1})
-
-
-WAYS = [("leading", 0), ("balanced", 1), ("optimal", 2), ("attention-first", 1)]
-"""Plans, and how many threads read ahead."""
-
-
-def check_all_sources_agree(case: Case) -> None:
-    in_memory, built = case.packed(":memory"), case.packed()
-    expected = logits_of(in_memory)
-    assert_same(logits_of(built), expected)
-    assert_same(logits_of(case.packed()), expected)
-    locked = set()
-    for budget, (plan, threads) in zip(budgets_of(case), WAYS, strict=True):
-        source = case.streamed(budget, plan=plan, threads=threads)
-        assert_same(logits_of(source), expected)
-        source.close()
-        locked.add(len(case.plan(budget, plan).locked))
-    assert {0, len(case.inventory.cycle)} <= locked
-
-
-@pytest.fixture(params=["llama", "llama3-rope", "llama-bias", "mistral", "qwen2", "qwen3"])
-def family(request: pytest.FixtureRequest) -> Path:
-    """The folder of each family's tiny checkpoint."""
-    return Path(__file__).parents[1] / "golden" / str(request.param)
-
-
-@pytest.mark.spec("OFFLOAD-3", "PLAN-3", "PLAN-4")
-@every_format
-def test_every_family_has_the_same_bits_from_every_source(family: Path, name: str, tmp_path: Path) -> None:
-    check_all_sources_agree(Case(family, name, tmp_path / "cache"))
-
-
-@st.composite
-def configs(draw: st.DrawFn) -> ModelConfig:
-    """Draw a small model, with and without everything that a model may have."""
-    G = draw(st.integers(1, 2))
-    return replace(
-        SHAPES["tiny"],
-        vocab_size=draw(st.integers(2, 150)),
-        hidden_size=draw(st.integers(3, 70)),
-        intermediate_size=draw(st.integers(1, 130)),
-        num_hidden_layers=draw(st.integers(1, 2)),
-        num_attention_heads=G * draw(st.integers(1, 3)),
-        num_key_value_heads=G,
-        head_dim=2 * draw(st.integers(1, 6)),
-        max_position_embeddings=96,
-        qkv_bias=draw(st.booleans()),
-        o_bias=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
-        qk_norm=draw(st.booleans()),
-        tie_word_embeddings=draw(st.booleans()),
-    )
-
-
-@pytest.mark.spec("OFFLOAD-3")
-@settings(max_examples=16)
-@given(
-    config=configs(),
-    name=st.sampled_from(list(FORMATS)),
-    dtype=st.sampled_from(["f32", "f16", "bf16"]),
-    share=st.floats(0, 1),
-    plan=st.sampled_from(PLANS),
-    threads=st.integers(0, 3),
-)
-def test_any_model_has_the_same_bits_at_any_budget(
-    config: ModelConfig,
-    name: str,
-    dtype: str,
-    share: float,
-    plan: str,
-    threads: int,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    folder = tmp_path_factory.mktemp("drawn")
-    write_checkpoint(folder / "m", config, dtype=dtype, seed=1)
-    case = Case(folder / "m", name, folder / "cache", config)
-    expected = logits_of(case.packed(":memory"))
-    assert_same(logits_of(case.packed()), expected)
-    assert_same(logits_of(case.packed()), expected)
-    for budget in {case.smallest, case.smallest + int(share * (case.most - case.smallest)), case.most}:
-        source = case.streamed(budget, plan=plan, threads=threads)
-        assert_same(logits_of(source), expected)
-        source.close()
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -399,20 +313,6 @@ def test_looking_up_rows_of_a_tied_table_reads_each_chunk_that_holds_one_once(go
     np.testing.assert_array_equal(rows, everything[[50, 3, 50, 20, 3]])
 
 
-@pytest.mark.spec("OFFLOAD-6", "OFFLOAD-3")
-@every_format
-def test_rows_are_those_of_the_checkpoint(either: Path, name: str, tmp_path: Path) -> None:
-    case = Case(either, name, tmp_path / "cache")
-    source, ids = case.streamed(case.smallest), np.array([100, 0, 33, 34, 33])
-    stored = open_checkpoint(either).float32("model.embed_tokens.weight", (101, 40))
-    rows = source.embed_tokens.rows(ids)
-    if case.inventory.table is not None or name == "f32":
-        np.testing.assert_array_equal(rows, stored_to_f32(stored)[ids])
-    np.testing.assert_array_equal(rows, case.packed().embed_tokens.rows(ids))
-    with pytest.raises(RefinferError):
-        source.embed_tokens.rows(np.array([101]))
-
-
 @pytest.mark.spec("OFFLOAD-7")
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_a_chunk_is_valid_until_the_next_one_is_asked_for(case: Case, threads: int) -> None:
@@ -515,18 +415,6 @@ def test_pads_are_no_weights(case: Case) -> None:
     assert_same(logits_of(source), expected)
 
 
-@pytest.mark.spec("OFFLOAD-9", "STORE-3")
-def test_a_file_cut_short_during_a_run_is_one_named_error(case: Case) -> None:
-    sizes = (case.chunks[-1].offset + 10, PAGE_BYTES, 0)
-    source = case.streamed(case.smallest)
-    transformer = Transformer(source, POSITIONS)
-    transformer.decode([1])
-    for size in sizes:
-        os.truncate(case.file, size)
-        with pytest.raises(DamagedWeightsError, match="was cut short while it was in use; start again"):
-            transformer.decode([1])
-
-
 @pytest.mark.spec("OFFLOAD-9")
 def test_a_disk_that_fails_is_one_named_error_and_the_run_may_go_on(
     case: Case, monkeypatch: pytest.MonkeyPatch
@@ -560,16 +448,6 @@ def test_a_file_that_is_not_there_is_one_named_error(case: Case) -> None:
         case.carried_out(plan, Budget(case.smallest), FileStore(case.file))
 
 
-@pytest.mark.spec("OFFLOAD-9", "PUBLISH-5")
-def test_a_run_keeps_its_file_while_it_is_removed_and_another_takes_its_place(case: Case) -> None:
-    source = case.streamed(case.smallest)
-    expected = logits_of(source)
-    case.file.unlink()
-    assert_same(logits_of(source), expected)
-    case.file.write_bytes(bytes(1 << 16))
-    assert_same(logits_of(source), expected)
-
-
 @pytest.mark.spec("OFFLOAD-9", "KV-3")
 @pytest.mark.parametrize("where", ["a layer", "the output table"])
 def test_a_pass_that_finds_damage_leaves_the_kv_cache_as_it_was(case: Case, where: str) -> None:
@@ -583,16 +461,6 @@ def test_a_pass_that_finds_damage_leaves_the_kv_cache_as_it_was(case: Case, wher
     flip(case.file, chunk.offset)
     assert transformer.kv_cache.length == 1
     np.testing.assert_array_equal(transformer.decode([2]), expected[1])
-
-
-@pytest.mark.spec("OFFLOAD-8")
-def test_closing_closes_the_file_and_again_is_allowed(case: Case) -> None:
-    source = case.streamed(case.smallest)
-    Transformer(source, POSITIONS).decode([1])
-    source.close()
-    source.close()
-    with pytest.raises(RefinferError):
-        Transformer(source, POSITIONS).decode([1])
 
 
 # Memory, measured from outside: in a fresh process, whenever something has been read.

@@ -1,0 +1,621 @@
+"""Specifies what happens when something goes wrong while weights stream: one clear error, no wait, nothing left.
+
+Real files, real threads, real processes. Every test is watched: what may hang runs in a thread or a program that is
+given up after a while, and every test must leave as many threads and descriptors as it found. What happens to damaged
+files from one start to the next is told in `tests/test_engine.py`, what threads may do to each other in
+`test_prefetch.py`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from refinfer.arrays import PAGE_BYTES
+from refinfer.cli import main
+from refinfer.engine import fixed_of
+from refinfer.errors import DamagedWeightsError, GenerationError, RequestError
+from refinfer.generate import STORYTELLER, Session, load
+from refinfer.model.checkpoint import open_checkpoint
+from refinfer.model.config import ModelConfig
+from refinfer.model.folder import open_folder
+from refinfer.model.synth import write_checkpoint
+from refinfer.model.transformer import Transformer, prefill_block
+from refinfer.offload.budget import Budget
+from refinfer.offload.inventory import Inventory
+from refinfer.offload.plan import make_plan, smallest_budget
+from refinfer.offload.store import FileStore
+from refinfer.offload.streamed import StreamedSource
+from refinfer.packing import formats
+from refinfer.packing.formats import FORMATS
+from refinfer.prepare import prepare
+from refinfer.trace import RealClock
+from refinfer.weight_cache import packers
+from refinfer.weight_cache.file import read_file
+from refinfer.weight_cache.format import Index
+from refinfer.weight_cache.sources import side_path
+
+WATCHDOG_S: Final = 30.0
+POSITIONS: Final = 24
+PROMPT: Final = [1, 2, 3, 4, 5]
+MOST: Final = 4  # tokens
+
+LARGE: Final = packers._LARGE
+every_number_of_threads = pytest.mark.parametrize("threads", [0, 1, 2])
+
+
+def forget_layouts() -> None:
+    """Forget what was derived from the sizes of chunks."""
+    packers.chunks_of.cache_clear()
+    packers.packer_fingerprint.cache_clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_chunks() -> Iterator[None]:
+    """Cut chunks of half a KiB, at least a tile: several to a tiny matrix."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "FORMATS", {name: replace(f, chunk_nbytes=512) for name, f in FORMATS.items()})
+        patch.setattr(packers, "_LARGE", ())  # large matrices in such chunks would take seconds
+        forget_layouts()
+        yield
+    forget_layouts()
+
+
+def left_behind() -> tuple[list[str], list[str]]:
+    """Return the names of all threads, and what descriptors are open on."""
+    descriptors = Path("/proc/self/fd")
+    links = [link for link in descriptors.iterdir() if link.is_symlink()] if descriptors.exists() else []
+    return sorted(thread.name for thread in threading.enumerate()), sorted(str(link.readlink()) for link in links)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    before = left_behind()
+    yield
+    assert left_behind() == before
+
+
+def within(action: Callable[[], Any], seconds: float = WATCHDOG_S) -> Any:
+    """Do something in a helper thread; fail if it takes too long, raise what it raises."""
+    results: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(action())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "it hangs"
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+# A file that changes while it streams.
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """A model in a cache file that is put back after each accident; nothing of it is locked."""
+
+    folder: Path
+    config: ModelConfig
+    file: Path
+
+    @cached_property
+    def inventory(self) -> Inventory:
+        return Inventory(self.config, "int8")
+
+    @cached_property
+    def content(self) -> bytes:
+        prepare(self.inventory, open_checkpoint(self.folder), str(self.file), clock=RealClock()).provider.delete_cache()
+        return self.file.read_bytes()
+
+    @cached_property
+    def index(self) -> Index:
+        return read_file(self.file)[1]
+
+    @cached_property
+    def weights(self) -> list[tuple[int, int, int]]:
+        """Where chunks lie that every token needs: first byte, end of the weights, end of the pages."""
+        matrices = {matrix.name for matrix in self.inventory.matrices}
+        entries = [entry for entry in self.index.entries if entry.key.packer == "goi" and entry.key.name in matrices]
+        chunks = [chunk for entry in entries for chunk in entry.chunks]
+        return [(c.offset, c.offset + c.nbytes, c.offset + c.padded_nbytes) for c in chunks]
+
+    def put_back(self) -> None:
+        if self.file.exists() and self.file.stat().st_size == len(self.content):
+            with self.file.open("r+b") as file:
+                file.write(self.content)
+        else:
+            self.file.unlink(missing_ok=True)
+            self.file.write_bytes(self.content)
+
+    def source(self, threads: int) -> StreamedSource:
+        fixed = fixed_of(self.inventory, POSITIONS)
+        budget = smallest_budget(self.inventory, fixed) + 8 * int(self.inventory.sizes.max())
+        plan = make_plan("none", self.inventory, fixed, budget, readers=threads)
+        store = FileStore(self.file)
+        try:
+            return StreamedSource(
+                self.inventory,
+                self.index,
+                store,
+                plan,
+                Budget(budget),
+                most_rows=prefill_block(self.config, POSITIONS),
+                clock=RealClock(),
+                threads=threads,
+                where=str(self.file),
+            )
+        except BaseException:
+            store.close()
+            raise
+
+    @cached_property
+    def expected(self) -> npt.NDArray[np.uint32]:
+        source = self.source(0)
+        try:
+            return Transformer(source, POSITIONS).decode([7]).view(np.uint32)
+        finally:
+            source.close()
+
+    def tokens(self, threads: int, accident: Callable[[], None]) -> list[str]:
+        """Say of each of some tokens, the first of them before an accident, whether it is right or what was raised."""
+        source, told = self.source(threads), []
+        try:
+            transformer = Transformer(source, POSITIONS)
+            for n in range(4):
+                if n == 1:
+                    accident()
+                told.append(self.token(transformer))
+        finally:
+            within(source.close)
+        return told
+
+    def token(self, transformer: Transformer) -> str:
+        transformer.kv_cache.rewind(0)
+        try:
+            logits = within(lambda: transformer.decode([7]))
+        except DamagedWeightsError as error:
+            return str(error)
+        return "right" if np.array_equal(logits.view(np.uint32), self.expected) else "wrong"
+
+
+@pytest.fixture(scope="module")
+def streaming(tiny_folder: Path, tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Streaming:
+    streaming = Streaming(tiny_folder, tiny_config, tmp_path_factory.mktemp("faults") / "cache")
+    assert streaming.content
+    assert len(streaming.weights) > 40
+    assert streaming.expected.size
+    return streaming
+
+
+def cut(path: Path, size: int) -> None:
+    os.truncate(path, size)
+
+
+def change(path: Path, at: int) -> None:
+    with path.open("r+b", buffering=0) as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 0x10]))
+
+
+places = st.floats(0, 1, exclude_max=True)
+
+
+@pytest.mark.spec("FETCH-9", "OFFLOAD-9", "STORE-3")
+@settings(max_examples=12)
+@given(place=places, threads=st.integers(0, 3))
+@example(place=0.0, threads=2)
+def test_a_file_cut_anywhere_while_it_streams_is_one_error_or_changes_nothing(
+    place: float, threads: int, streaming: Streaming
+) -> None:
+    size = int(place * len(streaming.content))
+    first, *told = streaming.tokens(threads, lambda: cut(streaming.file, size))
+    streaming.put_back()
+    assert first == "right"
+    assert set(told) <= {"right", f"{streaming.file} was cut short while it was in use; start again"}
+    assert told == sorted(told, key=lambda text: text != "right")  # once it has been found, there are no more tokens
+    if size < max(end for _, end, _ in streaming.weights):
+        assert told[-1] != "right"
+    if size >= max(padded for _, _, padded in streaming.weights):
+        assert told == ["right"] * 3
+
+
+@pytest.mark.spec("FETCH-9", "OFFLOAD-9")
+@settings(max_examples=15)
+@given(place=places, threads=st.integers(0, 3))
+def test_a_byte_changed_anywhere_while_it_streams_is_one_error_or_changes_nothing(
+    place: float, threads: int, streaming: Streaming
+) -> None:
+    at = int(place * len(streaming.content))
+    first, *told = streaming.tokens(threads, lambda: change(streaming.file, at))
+    streaming.put_back()
+    assert first == "right"
+    assert "wrong" not in told
+    assert told == sorted(told, key=lambda text: text != "right")
+    if any(start <= at < end for start, end, _ in streaming.weights):
+        assert re.search(r"chunk \d+, does not agree with its checksum: the file is damaged; start again$", told[-1])
+    elif "model.embed_tokens" not in told[-1]:
+        assert told == ["right"] * 3
+
+
+@pytest.mark.spec("FETCH-9", "OFFLOAD-9")
+@every_number_of_threads
+def test_the_weights_of_another_model_written_over_them_are_found_before_a_token_is_made_of_them(
+    threads: int, streaming: Streaming, tmp_path: Path
+) -> None:
+    """Those of a good cache file of a model of the same shapes, in the place of the file in use."""
+    write_checkpoint(tmp_path / "m", streaming.config, dtype="f32", seed=4)
+    other = Streaming(tmp_path / "m", streaming.config, tmp_path / "cache")
+    assert other.content
+    assert other.weights == streaming.weights
+
+    def accident() -> None:
+        with streaming.file.open("r+b") as file:
+            file.write(other.content)
+
+    told = streaming.tokens(threads, accident)
+    streaming.put_back()
+    assert "wrong" not in told
+    assert "does not agree with its checksum" in told[-1]
+
+
+@pytest.mark.spec("FETCH-9", "OFFLOAD-9", "PUBLISH-5")
+@every_number_of_threads
+def test_a_file_that_is_replaced_removed_or_closed_to_others_while_it_streams_changes_nothing(
+    threads: int, streaming: Streaming
+) -> None:
+    def accident() -> None:
+        streaming.file.chmod(0)
+        streaming.file.with_name("other").write_bytes(bytes(PAGE_BYTES))
+        streaming.file.with_name("other").replace(streaming.file)
+        streaming.file.unlink()
+
+    told = streaming.tokens(threads, accident)
+    streaming.put_back()
+    assert told == ["right"] * 4
+
+
+class Reads:
+    """Lets one of the reads of a file go wrong, and all after it, or only that one."""
+
+    def __init__(self, at: int, how: str) -> None:
+        self.count = 0
+        self.at, self.how = at, how
+        self._lock, self._real = threading.Lock(), os.preadv
+
+    def __call__(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        with self._lock:
+            number, self.count = self.count, self.count + 1
+        if number < self.at:
+            return self._real(descriptor, buffers, offset)
+        if self.how == "fails":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if self.how == "fails once" and number == self.at:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        if self.how == "ends":
+            return 0
+        if self.how == "brings other bytes" and number == self.at:
+            n = self._real(descriptor, buffers, offset)
+            buffers[0][0] ^= 0x55
+            return n
+        return self._real(descriptor, [buffers[0][:PAGE_BYTES]] if self.how == "is short" else buffers, offset)
+
+
+SAID: Final = {
+    "fails": "cannot be read: Input/output error",
+    "fails once": "cannot be read: Connection timed out",
+    "ends": "was cut short while it was in use; start again",
+    "brings other bytes": "does not agree with its checksum: the file is damaged; start again",
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="needs preadv, as POSIX has it")
+@pytest.mark.spec("FETCH-9", "FETCH-6", "OFFLOAD-9", "STORE-3")
+@settings(max_examples=30)
+@given(at=st.integers(0, 100), how=st.sampled_from([*SAID, "is short"]), threads=st.integers(0, 3))
+@example(at=0, how="ends", threads=1)  # the first of all: that of the norms
+@example(at=1, how="brings other bytes", threads=1)
+def test_any_read_from_the_first_on_that_goes_wrong_is_one_error_and_a_short_one_is_none(
+    at: int, how: str, threads: int, streaming: Streaming
+) -> None:
+    """Three tokens read more than a hundred times, what is read ahead for a fourth not counted."""
+    told: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        source: list[StreamedSource] = []
+        reads = Reads(at + 1, how)  # after the one that tries whether there is direct I/O
+        patch.setattr(os, "preadv", reads)
+        try:
+            source.append(within(lambda: streaming.source(threads)))
+            transformer = Transformer(source[0], POSITIONS)
+            told.extend(streaming.token(transformer) for _ in range(3))
+        except DamagedWeightsError as error:
+            told.append(str(error))
+        finally:
+            for each in source:
+                within(each.close)
+    wrong = [text for text in told if text != "right"]
+    if how == "is short":
+        assert not wrong
+    else:
+        assert wrong
+        assert all(text.startswith(str(streaming.file)) and text.endswith(SAID[how]) for text in wrong)
+
+
+# Sessions.
+
+
+@dataclass(frozen=True)
+class Site:
+    """A model with a tokenizer, whose every token is a letter, and the place of its cache file."""
+
+    folder: Path
+    cache: Path
+
+    def load(self, threads: int, **options: Any) -> Session:
+        config = open_folder(self.folder).config
+        inventory = Inventory(config, "int8")
+        budget = smallest_budget(inventory, fixed_of(inventory, POSITIONS)) + 8 * int(inventory.sizes.max())
+        given: dict[str, Any] = {"budget": budget, "plan": "none", "prefetch_threads": threads}
+        return load(
+            self.folder, weights="int8", weight_cache=self.cache, max_positions=POSITIONS, threads=1, **given | options
+        )
+
+
+@pytest.fixture(scope="module")
+def site(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    folder = tmp_path_factory.mktemp("session") / "m"
+    write_checkpoint(folder, replace(tiny_config, vocab_size=65), dtype="f32", seed=3)
+    shutil.copy(STORYTELLER / "tokenizer.json", folder)
+    site = Site(folder, folder.parent / "cache")
+    site.load(0).close()
+    return site
+
+
+def text_of(session: Session) -> str:
+    return "".join(session.generate(token_ids=PROMPT, max_tokens=MOST))
+
+
+@pytest.fixture(scope="module")
+def text(site: Site) -> str:
+    with site.load(0, budget=None) as session:
+        return text_of(session)
+
+
+@pytest.mark.spec("GEN-9", "FETCH-5")
+@every_number_of_threads
+def test_a_later_generation_ends_an_earlier_one_also_while_chunks_stream(threads: int, site: Site, text: str) -> None:
+    with site.load(threads) as session:
+        first = session.generate(token_ids=PROMPT, max_tokens=MOST)
+        assert "".join(next(first) for _ in range(2)) == text[:2]
+        second = session.generate(token_ids=PROMPT, max_tokens=MOST)
+        start = within(lambda: next(second))
+        with pytest.raises(RequestError, match="ended by a later one"):
+            within(lambda: next(first))
+        assert start + within(lambda: "".join(second)) == text
+
+
+@pytest.mark.spec("GEN-4", "OFFLOAD-8")
+@every_number_of_threads
+def test_a_request_longer_than_the_reserved_positions_is_refused_before_anything_is_read(
+    threads: int, site: Site, text: str
+) -> None:
+    with site.load(threads) as session:
+        reads = Reads(10**9, "fails")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "preadv", reads)
+            for ids, n in ((PROMPT, POSITIONS - len(PROMPT) + 1), (list(range(POSITIONS)), 1)):
+                with pytest.raises(RequestError, match=f"do not fit the {POSITIONS} positions reserved"):
+                    session.generate(token_ids=ids, max_tokens=n)
+            with pytest.raises(RequestError, match="do not fit"):
+                session._transformer.decode(list(range(POSITIONS + 1)))
+        assert reads.count <= 8  # what the threads had not yet read ahead
+        assert session.stats is None
+        assert text_of(session) == text
+        assert len(list(session.generate(token_ids=list(range(POSITIONS - 1)), max_tokens=1))) == 1
+
+
+@pytest.mark.spec("GEN-15", "PLAN-3", "ERR-2")
+def test_a_budget_below_the_smallest_is_one_line_that_names_one_that_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["generate", "HAMLET:", "--max-tokens", "2", "--weight-cache", str(tmp_path / "cache"), "--budget"]
+    assert main([*argv, "1kB"]) == 2
+    said = capsys.readouterr()
+    smallest = re.fullmatch(r"refinfer: .*; the smallest that works is (\d+) bytes \(.*\)\n", said.err)
+    assert smallest, said.err
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+    assert main([*argv, str(int(smallest[1]) - 1)]) == 2
+    assert main([*argv, smallest[1]]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="needs preadv, as POSIX has it")
+@pytest.mark.spec("FETCH-7", "STORE-6", "GEN-8")
+@pytest.mark.parametrize(("threads", "at"), [(0, 0), (0, 3), (0, 40), (1, 0), (2, 0)])
+def test_closing_during_a_read_of_whoever_computes_waits_for_nobody_and_suspects_no_file(
+    threads: int, at: int, site: Site, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With threads that read ahead, it is the row of an embedding table that the computation reads itself."""
+    reading, go, real, count = threading.Event(), threading.Event(), os.preadv, [0]
+
+    def preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if threading.current_thread() is telling:
+            count[0] += 1
+            if count[0] == at + 1:
+                reading.set()
+                assert go.wait(WATCHDOG_S)
+        return real(descriptor, buffers, offset)
+
+    said: list[BaseException | str] = []
+
+    def tell() -> None:
+        try:
+            said.append(text_of(session))
+        except BaseException as error:
+            said.append(error)
+
+    session = site.load(threads)
+    telling = threading.Thread(target=tell, daemon=True)
+    monkeypatch.setattr(os, "preadv", preadv)
+    telling.start()
+    try:
+        assert reading.wait(WATCHDOG_S)
+        within(session.close)
+        within(session.close)
+    finally:
+        go.set()
+        telling.join(WATCHDOG_S)
+    assert not telling.is_alive()
+    assert isinstance(said[0], GenerationError | RequestError)
+    assert "closed" in str(said[0])
+    said.clear()
+    with site.load(threads) as session:
+        assert session.weight_cache.state == "loaded"
+        assert text_of(session) == text
+
+
+FEWER_THREADS: Final = """
+import resource, sys, threading
+from pathlib import Path
+import numpy as np
+from refinfer.errors import GenerationError
+from refinfer.offload.prefetch import Prefetcher
+
+STACK = 1 << 28
+threading.stack_size(STACK)
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2 * STACK + STACK // 2, resource.RLIM_INFINITY))
+try:
+    Prefetcher(range(3), [np.zeros(8, np.uint8)] * 8, lambda chunk, slot, thread: slot, 8)
+except GenerationError as error:
+    print(error)
+print([thread.name for thread in threading.enumerate()])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc and its limits, as Linux has them")
+@pytest.mark.spec("FETCH-8")
+def test_where_fewer_threads_start_than_were_asked_for_none_is_left() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FEWER_THREADS], capture_output=True, text=True, timeout=WATCHDOG_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "this system starts no further thread; use fewer prefetch threads",
+        "['MainThread']",
+    ]
+
+
+# Programs that are ended.
+
+
+RATE: Final = 20_000
+"""Bytes per second: a chunk of the storyteller in f32 takes more than ten seconds."""
+
+
+@pytest.fixture(scope="module")
+def told_before(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The storyteller, whose cache file is there, cut into chunks as a program cuts them."""
+    cache = tmp_path_factory.mktemp("told") / "weights"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "FORMATS", FORMATS)
+        patch.setattr(packers, "_LARGE", LARGE)
+        forget_layouts()
+        load(weights="f32", weight_cache=cache).close()
+    forget_layouts()
+    return Site(STORYTELLER, cache)
+
+
+def telling(cache: Path, threads: int, **more: str) -> list[str]:
+    """Return the command of a program that tells a story within a budget, and locks nothing unless told to."""
+    options = {"budget": "60%", "plan": "none", "prefetch_threads": str(threads), "weight_cache": str(cache)}
+    options |= {"weights": "f32", "max_tokens": "100"} | more
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return [sys.executable, "-m", "refinfer", "generate", "HAMLET:", *words]
+
+
+def wait_until_it_waits(program: subprocess.Popen[str], threads: int) -> None:
+    """Wait until a program has so many threads beside its first one, and that one has slept for many looks at it."""
+    process, before, looks = Path(f"/proc/{program.pid}"), "", 0
+    while program.poll() is None and sum(1 for _ in (process / "task").iterdir()) <= threads:
+        threading.Event().wait(0.005)
+    while program.poll() is None and looks < 300:
+        status = (process / "status").read_text()
+        looks = looks + 1 if status == before and "State:\tS" in status else 0
+        before = status
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, as Linux has it")
+@pytest.mark.spec("FETCH-11", "CLI-5", "FETCH-8")
+@pytest.mark.parametrize(("plan", "told"), [("none", "HAMLET:"), ("balanced", "")])
+def test_ctrl_c_while_a_slow_disk_is_waited_for_ends_the_program_at_once(
+    plan: str, told: str, told_before: Site
+) -> None:
+    """While the first chunk of the prompt is waited for; while locked chunks are, before anything is told."""
+    command = telling(told_before.cache, 2, plan=plan, disk_bandwidth=str(RATE))
+    alone = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone) as program:
+        watchdog = threading.Timer(WATCHDOG_S, program.kill)
+        watchdog.start()
+        try:
+            wait_until_it_waits(program, 2)
+            program.send_signal(signal.SIGINT)
+            said = program.communicate(timeout=5)
+        finally:
+            program.kill()
+            watchdog.cancel()
+            watchdog.join()
+    assert said == (told, "refinfer: interrupted\n")
+    assert program.returncode == 130
+
+
+@pytest.mark.spec("FETCH-10", "GEN-12")
+def test_a_program_killed_while_it_tells_leaves_nothing_that_hinders_the_next(told_before: Site) -> None:
+    """Killed before the first letter, since it is so slow; quicker, before the last."""
+    cache = told_before.cache
+    before = {path.name: path.read_bytes() for path in cache.parent.iterdir()}
+    assert set(before) == {cache.name, side_path(cache).name}
+    for letters, rate in ((0, str(RATE)), (3, "60MB")):
+        command = telling(cache, 2, disk_bandwidth=rate)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+            watchdog = threading.Timer(WATCHDOG_S, program.kill)
+            watchdog.start()
+            assert program.stdout is not None
+            told = program.stdout.read(7 + letters)
+            program.kill()
+            program.communicate()
+            watchdog.cancel()
+            watchdog.join()
+        assert program.returncode == -signal.SIGKILL
+        assert {path.name: path.read_bytes() for path in cache.parent.iterdir()} == before
+    command = [*telling(cache, 2, max_tokens="4"), "--json"]
+    again = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=WATCHDOG_S).stdout)
+    assert again["weight_cache"]["state"] == "loaded"
+    assert again["text"].startswith(told.removeprefix("HAMLET:"))
