@@ -445,18 +445,32 @@ def coarse_clock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], N
     ],
 )
 def test_of_two_writes_in_one_tick_of_the_clock_the_second_is_found_too(
-    folder: Path, tmp_path: Path, coarse_clock: Callable[[Path], None], since: str
+    tmp_path: Path, coarse_clock: Callable[[Path], None], since: str
 ) -> None:
-    """The first writes what is there already; between them is a token, or the file is mapped and gives its first."""
+    """The first writes what is there already; between them is a token, or the file is mapped and gives its first.
+
+    So that both fit in a tick, it has just begun, and the model is as small as can be.
+    """
+    folder = tmp_path / "m"
+    write_checkpoint(folder, replace(SHAPES["tiny"], vocab_size=8, hidden_size=8, num_hidden_layers=1), dtype="f32")
+    (tmp_path / "coarse").mkdir()
+
+    def wait_for_a_tick(path: Path) -> None:
+        begun = path.stat().st_mtime_ns
+        while path.stat().st_mtime_ns == begun:
+            os.utime(path)
 
     def work() -> list[int]:
         """Return how often two writes were in one tick, and how many of the tokens after them were wrong."""
-        coarse_clock(tmp_path)
-        mapped = Mapped(folder, tmp_path / "cache")
+        coarse_clock(tmp_path / "coarse")
+        mapped = Mapped(folder, tmp_path / "coarse" / "cache")
+        clock = tmp_path / "coarse" / "clock"
+        clock.touch()
         expected, coincidences, wrong = mapped.token(), 0, 0
         at = next(offset for name, _, offset, _ in mapped.chunks() if "down_proj" in name)
         deadline = time.monotonic() + WATCHDOG_S / 4
         while coincidences < 2 and time.monotonic() < deadline:
+            wait_for_a_tick(clock)
             change(mapped.path, at, by=0)
             first = mapped.path.stat().st_ctime_ns
             transformer = mapped.transformer if since == "the last token" else mapped.again()
