@@ -54,6 +54,7 @@ def minutes_to_read(page: str) -> float:
     return len(prose.split()) / WORDS_A_MINUTE + quotations + others / 2
 
 
+@pytest.mark.spec("BOOK-6")
 def test_the_reference_is_what_the_modules_say() -> None:
     wanted = REFERENCE["pages"]()
     written = {path.relative_to(DOCS / "reference").as_posix(): path for path in (DOCS / "reference").rglob("*.md")}
@@ -62,12 +63,14 @@ def test_the_reference_is_what_the_modules_say() -> None:
         assert path.read_text() == wanted[name], f"run tests/pages/reference.py: {name} is not what it writes"
 
 
+@pytest.mark.spec("BOOK-6")
 def test_every_public_name_is_on_its_page() -> None:
     for module in REFERENCE["modules"]().values():
         page = (DOCS / "reference" / f"{module.title}.md").read_text()
         assert all(f"        - {name}\n" in page for name in module.names), module.name
 
 
+@pytest.mark.spec("BOOK-6")
 def test_every_module_names_a_tutorial_that_there_is() -> None:
     there_are = [path.name for path in TUTORIALS]
     for module in REFERENCE["modules"]().values():
@@ -75,6 +78,7 @@ def test_every_module_names_a_tutorial_that_there_is() -> None:
         assert set(module.tutorials) <= set(there_are), module.name
 
 
+@pytest.mark.spec("BOOK-8")
 def test_every_tutorial_has_its_door_and_every_door_its_tutorial() -> None:
     doors = sorted((DOCS / "tutorials").glob("*.md"))
     assert [door.name for door in doors] == [path.name for path in TUTORIALS]
@@ -82,20 +86,24 @@ def test_every_tutorial_has_its_door_and_every_door_its_tutorial() -> None:
         assert door.read_text() == f'--8<-- "tutorials/{door.name}"\n'
 
 
+@pytest.mark.spec("BOOK-8")
 def test_tutorials_are_numbered_from_zero() -> None:
     assert [int(path.stem[:2]) for path in TUTORIALS] == list(range(len(TUTORIALS)))
 
 
+@pytest.mark.spec("BOOK-7")
 def test_every_script_has_its_picture_and_every_picture_its_script() -> None:
     assert [path.stem for path in SCRIPTS] == sorted(path.stem for path in PICTURES.glob("*.svg"))
 
 
 @named(SCRIPTS)
+@pytest.mark.spec("BOOK-7")
 def test_a_picture_is_what_its_script_draws(path: Path) -> None:
     drawn = runpy.run_path(str(path))["draw"]()
     assert path.with_suffix(".svg").read_text() == drawn, f"draw tutorials/pictures/{path.stem}.svg anew"
 
 
+@pytest.mark.spec("BOOK-7")
 def test_every_picture_is_on_a_page() -> None:
     pages = "".join(path.read_text() for path in [*TUTORIALS, *DOCS.glob("*.md"), ROOT / "README.md"])
     for path in SCRIPTS:
@@ -103,6 +111,7 @@ def test_every_picture_is_on_a_page() -> None:
 
 
 @named(TUTORIALS)
+@pytest.mark.spec("BOOK-8")
 def test_a_tutorial_has_all_its_parts(path: Path) -> None:
     page = path.read_text()
     missing = {part for part, pattern in PARTS.items() if not re.search(pattern, page, flags=re.MULTILINE)}
@@ -110,6 +119,7 @@ def test_a_tutorial_has_all_its_parts(path: Path) -> None:
 
 
 @named(TUTORIALS)
+@pytest.mark.spec("BOOK-8")
 def test_a_tutorial_leads_to_the_reference_of_what_it_quotes(path: Path) -> None:
     page = path.read_text()
     for module in re.findall(r'^ *--8<-- "refinfer/(\S+)\.py:\S+"$', page, flags=re.MULTILINE):
@@ -117,12 +127,14 @@ def test_a_tutorial_leads_to_the_reference_of_what_it_quotes(path: Path) -> None
 
 
 @named(TUTORIALS)
+@pytest.mark.spec("BOOK-8")
 def test_a_tutorial_takes_no_longer_than_it_says(path: Path) -> None:
     page = path.read_text()
     stated = int(re.findall(r"(\d+) minutes", page)[0])
     assert minutes_to_read(page) <= stated <= 20
 
 
+@pytest.mark.spec("BOOK-8")
 def test_reading_takes_time_for_words_for_blocks_and_for_quotations() -> None:
     page = (
         "word " * 400 + '\n\n```python\n1\n```\n\n```text title="Output"\n1\n```\n\n```python title="a/b.py"\nx\n```\n'
@@ -132,27 +144,32 @@ def test_reading_takes_time_for_words_for_blocks_and_for_quotations() -> None:
 
 
 @named(TUTORIALS)
+@pytest.mark.spec("BOOK-6")
 def test_a_page_of_the_reference_leads_to_each_tutorial(path: Path) -> None:
     pages = REFERENCE["pages"]().values()
     assert any(f"tutorials/{path.name})" in page for page in pages)
 
 
+@pytest.mark.spec("BOOK-9")
 def test_the_contents_name_every_page_once() -> None:
     listed = re.findall(r"[\w./-]+\.md\b", CONTENTS)
     assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
+@pytest.mark.spec("BOOK-9")
 def test_the_contents_call_a_tutorial_by_its_title() -> None:
     for path in TUTORIALS:
         title = path.read_text().splitlines()[0].removeprefix("# ")
         assert f'      - "{title}": tutorials/{path.name}\n' in CONTENTS
 
 
+@pytest.mark.spec("BOOK-9")
 def test_the_contents_list_the_reference_in_reading_order() -> None:
     listed = re.findall(r"reference/([\w./-]+)\.md\b", CONTENTS)
     assert listed == ["index", *(module.title for module in REFERENCE["modules"]().values())]
 
 
+@pytest.mark.spec("BOOK-10")
 def test_a_term_of_the_glossary_is_on_the_page_that_introduces_it() -> None:
     entries = re.findall(
         r"^- \*\*(.+?)\*\*\{ #[\w-]+ \}.*\[[\w ]+\]\((\S+\.md)\)$",
@@ -168,6 +185,7 @@ def test_a_term_of_the_glossary_is_on_the_page_that_introduces_it() -> None:
         assert any(term.lower() in text for term in terms.split(", ")), f"{terms} is not on {page}"
 
 
+@pytest.mark.spec("BOOK-10")
 def test_what_the_trainer_is_told_to_empty_is_there() -> None:
     rows = re.findall(
         r"^\| \d\d \| `(\S+)` in `(\S+?)`.* \| `(\S+)` \|$", (DOCS / "teaching.md").read_text(), re.MULTILINE
