@@ -32,7 +32,7 @@ from refinfer.offload.store import Store
 from refinfer.packing.formats import Bytes, PackedLayout
 from refinfer.packing.gemm import require_rows
 from refinfer.trace import Clock, Span, Trace
-from refinfer.weight_cache.checksum import checksum
+from refinfer.weight_cache.checksum import checksum, checksum_scratch
 from refinfer.weight_cache.format import Entry, Index
 from refinfer.weight_cache.packers import layout_of_key
 
@@ -137,6 +137,8 @@ class StreamedSource:
         self._where = where
         self._store = store
         self._clock = clock
+        # For each thread, and last for whoever computes: what C's allocator would keep for each is twice as much.
+        self._sums = [checksum_scratch() for _ in range(threads + 1)]
         entries = {(entry.key.packer, entry.key.name): entry for entry in index.entries}
         of_matrix = [entries["goi", matrix.name] for matrix in inventory.matrices]
         self._chunks = [(of_matrix[c.matrix], c.index) for c in inventory.cycle]
@@ -242,14 +244,14 @@ class StreamedSource:
     def _read(self, number: int, slot: Bytes, thread: int) -> Bytes:
         """Read and check a chunk; a prefetch thread runs this."""
         started = self._clock.now() if self._spans is not None else 0.0
-        chunk = self._checked(*self._chunks[number], slot)
+        chunk = self._checked(*self._chunks[number], slot, thread)
         self._note(f"disk {thread + 1}", "read", number, started)
         return chunk
 
-    def _checked(self, entry: Entry, number: int, into: Bytes) -> Bytes:
+    def _checked(self, entry: Entry, number: int, into: Bytes, thread: int = -1) -> Bytes:
         chunk = entry.chunks[number]
         self._store.read(chunk.offset, into[: chunk.padded_nbytes])
-        if checksum(into[: chunk.nbytes]) != chunk.checksum:
+        if checksum(into[: chunk.nbytes], self._sums[thread]) != chunk.checksum:
             raise damaged(self._where, entry.key, number)
         return into[: chunk.nbytes]
 
@@ -259,7 +261,7 @@ class StreamedSource:
         slots = [memory[start:end] for start, end in pairwise(ends)]
 
         def read(number: int, slot: Bytes, thread: int) -> Bytes:
-            return self._checked(*self._chunks[number], slot)
+            return self._checked(*self._chunks[number], slot, thread)
 
         memory[::PAGE_BYTES] = 0  # the kernel gives the pages now, not while reading is timed
         started = self._clock.now()

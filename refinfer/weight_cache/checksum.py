@@ -25,7 +25,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["checksum", "checksums", "scrambled"]
+__all__ = ["checksum", "checksum_scratch", "checksums", "scrambled"]
 
 _WORDS: Final = 512  # of a page
 _BLOCK: Final = 128 * _WORDS
@@ -50,7 +50,12 @@ def _odd(n: int, stream: int) -> npt.NDArray[np.uint64]:
     return scrambled(n, stream) | np.uint64(1)
 
 
-def checksum(data: npt.NDArray[np.uint8]) -> int:
+def checksum_scratch() -> npt.NDArray[np.uint64]:
+    """Return memory for `checksum` to work in again and again; without, each call takes its own and gives it back."""
+    return np.empty(_BLOCK, np.uint64)
+
+
+def checksum(data: npt.NDArray[np.uint8], scratch: npt.NDArray[np.uint64] | None = None) -> int:
     """Return the checksum of contiguous bytes; a last word or page that is not full counts as if zeros followed.
 
     Examples:
@@ -65,7 +70,8 @@ def checksum(data: npt.NDArray[np.uint8]) -> int:
         data = np.concatenate((data, np.zeros(_WORD.itemsize - rest, np.uint8)))
     words = data.view(_WORD)
     sums = np.empty(-(-words.size // _WORDS), np.uint64)
-    scratch = np.empty(min(words.size, _BLOCK), np.uint64)
+    if scratch is None:
+        scratch = np.empty(min(words.size, _BLOCK), np.uint64)
     for start in range(0, words.size, _BLOCK):  # a block and its scratch stay in the processor's second cache
         block = words[start : start + _BLOCK]
         mixed = np.right_shift(block, _HALF, out=scratch[: block.size])

@@ -9,6 +9,7 @@ files from one start to the next is told in `tests/test_engine.py`, what threads
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -79,18 +81,20 @@ def small_chunks() -> Iterator[None]:
     forget_layouts()
 
 
-def left_behind() -> tuple[list[str], list[str]]:
+def there() -> Counter[str]:
     """Return the names of all threads, and what descriptors are open on."""
     descriptors = Path("/proc/self/fd")
     links = [link for link in descriptors.iterdir() if link.is_symlink()] if descriptors.exists() else []
-    return sorted(thread.name for thread in threading.enumerate()), sorted(str(link.readlink()) for link in links)
+    return Counter(thread.name for thread in threading.enumerate()) + Counter(str(link.readlink()) for link in links)
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    before = left_behind()
+    before = there()
     yield
-    assert left_behind() == before
+    if there() - before:
+        gc.collect()  # slow
+    assert not there() - before
 
 
 def within(action: Callable[[], Any], seconds: float = WATCHDOG_S) -> Any:
@@ -537,7 +541,7 @@ def test_where_fewer_threads_start_than_were_asked_for_none_is_left() -> None:
 
 
 RATE: Final = 20_000
-"""Bytes per second: a chunk of the storyteller in f32 takes more than ten seconds."""
+"""Bytes per second: the first two chunks of the storyteller in f32 take ten seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -561,6 +565,12 @@ def telling(cache: Path, threads: int, **more: str) -> list[str]:
     return [sys.executable, "-m", "refinfer", "generate", "HAMLET:", *words]
 
 
+def begun(command: list[str]) -> subprocess.Popen[str]:
+    """Start a program that has no thread of BLAS, and whose words can be read as soon as they are said."""
+    env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
 def wait_until_it_waits(program: subprocess.Popen[str], threads: int) -> None:
     """Wait until a program has so many threads beside its first one, and that one has slept for many looks at it."""
     process, before, looks = Path(f"/proc/{program.pid}"), "", 0
@@ -579,20 +589,20 @@ def test_ctrl_c_while_a_slow_disk_is_waited_for_ends_the_program_at_once(
     plan: str, told: str, told_before: Site
 ) -> None:
     """While the first chunk of the prompt is waited for; while locked chunks are, before anything is told."""
-    command = telling(told_before.cache, 2, plan=plan, disk_bandwidth=str(RATE))
-    alone = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=alone) as program:
-        watchdog = threading.Timer(WATCHDOG_S, program.kill)
+    with begun(telling(told_before.cache, 2, plan=plan, disk_bandwidth=str(RATE))) as program:
+        watchdog = threading.Timer(2 * WATCHDOG_S, program.kill)
         watchdog.start()
         try:
+            assert program.stdout is not None
+            assert program.stdout.read(len(told)) == told
             wait_until_it_waits(program, 2)
             program.send_signal(signal.SIGINT)
-            said = program.communicate(timeout=5)
+            said = program.communicate(timeout=8)
         finally:
             program.kill()
             watchdog.cancel()
             watchdog.join()
-    assert said == (told, "refinfer: interrupted\n")
+    assert said == ("", "refinfer: interrupted\n")
     assert program.returncode == 130
 
 
@@ -603,8 +613,7 @@ def test_a_program_killed_while_it_tells_leaves_nothing_that_hinders_the_next(to
     before = {path.name: path.read_bytes() for path in cache.parent.iterdir()}
     assert set(before) == {cache.name, side_path(cache).name}
     for letters, rate in ((0, str(RATE)), (3, "60MB")):
-        command = telling(cache, 2, disk_bandwidth=rate)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        with begun(telling(cache, 2, disk_bandwidth=rate)) as program:
             watchdog = threading.Timer(WATCHDOG_S, program.kill)
             watchdog.start()
             assert program.stdout is not None

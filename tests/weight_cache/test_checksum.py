@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from refinfer.weight_cache.checksum import checksum, checksums, scrambled
+from refinfer.weight_cache.checksum import checksum, checksum_scratch, checksums, scrambled
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -19,6 +19,7 @@ EDGES = [0, 1, 7, 8, 9, 15, 16, 4087, 4088, 4089, 4095, 4096, 4097, 4104, 8191, 
 
 sizes = st.integers(0, 3 * 4096 + 50) | st.sampled_from(EDGES)
 seeds = st.integers(0, 1 << 32)
+SCRATCH = checksum_scratch()
 
 
 def noise(n: int, seed: int = 0) -> Bytes:
@@ -68,6 +69,13 @@ def test_the_checksum_is_the_documented_sum_whatever_the_length_and_the_address(
     data = noise(start + n, seed)[start:]
     data.flags.writeable = False
     assert checksum(data) == by_formula(data.tobytes())
+
+
+@pytest.mark.spec("SUM-2")
+@given(n=sizes | st.sampled_from([(1 << 19) - 1, 1 << 19, (1 << 20) + 9]), seed=seeds)
+def test_memory_to_work_in_that_is_used_again_changes_nothing(n: int, seed: int) -> None:
+    data = noise(n, seed)
+    assert checksum(data, SCRATCH) == checksum(data)
 
 
 @pytest.mark.spec("SUM-2")
