@@ -99,13 +99,14 @@ def to_rows(trace: Trace, width: int) -> list[tuple[str, str]]:
         >>> to_rows(Trace(spans), 8)
         [('disk', 'rrrr    '), ('cpu', 'wwwwcccc')]
     """
-    step = (trace.end - trace.start) / width if trace.spans and width > 0 else 0.0
+    start = trace.start
+    step = (trace.end - start) / width if trace.spans and width > 0 else 0.0
     rows = []
     for lane in trace.lanes:
         shares: list[dict[str, float]] = [{} for _ in range(width)]
         for span in trace.spans:
             if span.lane == lane and step > 0:
-                for column, seconds in _columns(span, trace.start, step, width):
+                for column, seconds in _columns(span, start, step, width):
                     shares[column][span.kind] = shares[column].get(span.kind, 0.0) + seconds
         rows.append((lane, "".join(_letter(share, step) for share in shares)))
     return rows
@@ -127,6 +128,7 @@ def _letter(share: dict[str, float], step: float) -> str:
 
 def to_chrome(trace: Trace) -> dict[str, Any]:
     """Return the JSON object that `chrome://tracing` and ui.perfetto.dev read: complete events, in microseconds."""
+    origin = trace.start
     number = {lane: i for i, lane in enumerate(trace.lanes, start=1)}
     names = [
         {"ph": "M", "name": "thread_name", "pid": 1, "tid": i, "args": {"name": lane}} for lane, i in number.items()
@@ -138,7 +140,7 @@ def to_chrome(trace: Trace) -> dict[str, Any]:
             "cat": span.kind,
             "pid": 1,
             "tid": number[span.lane],
-            "ts": round((span.start - trace.start) * 1e6, 3),
+            "ts": round((span.start - origin) * 1e6, 3),
             "dur": round((span.end - span.start) * 1e6, 3),
         }
         for span in trace.spans
@@ -159,10 +161,11 @@ def to_svg(trace: Trace, title: str) -> str:
     The same trace gives the same bytes. Spans of one kind and name that touch are drawn as one.
     """
     height = _TOP + _LANE * len(trace.lanes) + 40
-    scale = (_WIDTH - _LEFT - 20) / max(trace.end - trace.start, 1e-12)
+    start, lasted = trace.start, trace.end - trace.start
+    scale = (_WIDTH - _LEFT - 20) / max(lasted, 1e-12)
 
     def x(seconds: float) -> float:
-        return _LEFT + (seconds - trace.start) * scale
+        return _LEFT + (seconds - start) * scale
 
     size = f'viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}"'
     lines = [
@@ -193,8 +196,8 @@ def to_svg(trace: Trace, title: str) -> str:
                     f"{_text(span.name)}</text>"
                 )
     bottom = _TOP + _LANE * len(trace.lanes)
-    for tick in _ticks(trace.end - trace.start):
-        at = x(trace.start + tick)
+    for tick in _ticks(lasted):
+        at = x(start + tick)
         lines.append(f'<line x1="{at:.2f}" y1="{_TOP - 4}" x2="{at:.2f}" y2="{bottom}" stroke="#00000022"/>')
         lines.append(f'<text x="{at:.2f}" y="{bottom + 16}" text-anchor="middle">{tick * 1e3:g} ms</text>')
     lines.append("</svg>")
