@@ -2,7 +2,7 @@
 
 Knows: what a weight source must give, in which order and for how long. Does not know: packing, files that hold packed
 weights, memory budgets; those rooms satisfy these Protocols from outside, by having the right methods.
-Spec: SOURCE-1 to SOURCE-5. Tutorial: 07.
+Spec: SOURCE-1 to SOURCE-6. Tutorial: 07.
 
 Laws of one pass (one block of tokens in `Transformer.prefill` or `decode`):
 

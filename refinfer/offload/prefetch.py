@@ -1,7 +1,7 @@
 """The prefetch thread: reads the chunks that will be needed next while the ones before them are multiplied.
 
 Knows: the order in which chunks are needed, a ring of slots, threads. Does not know: what a chunk is, how it is read.
-Spec: FETCH-1 to FETCH-8. Tutorial: 10.
+Spec: FETCH-1 to FETCH-11. Tutorial: 10.
 
 Sequence numbers count the streamed chunks from the first one ever needed, over all tokens: number k is chunk
 `order[k % n]`, and it is read into slot `k % slots`.

@@ -2,7 +2,7 @@
 
 Knows: which chunks its plan locks, its slots, its account. Does not know: how chunks were chosen (`plan`), who reads
 ahead (`prefetch`), how bytes are read (`store`).
-Spec: OFFLOAD-7 to OFFLOAD-9. Tutorial: 12.
+Spec: OFFLOAD-7 to OFFLOAD-11. Tutorial: 12.
 
 The file is never mapped: what is not counted in the account is not in memory.
 

@@ -681,12 +681,12 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 
 
 @pytest.mark.spec("OFFLOAD-3", "FETCH-1", "READ-1", "READ-2", "PLAN-3", "PLAN-4")
-@settings(max_examples=16)
+@settings(max_examples=12)
 @given(
     config=configs(),
     name=st.sampled_from(list(FORMATS)),
     dtype=st.sampled_from(["f32", "f16", "bf16"]),
-    how=st.lists(ways, min_size=2, max_size=3),
+    how=st.lists(ways, min_size=2, max_size=2),
     request=requests,
 )
 def test_any_model_has_the_same_bits_from_every_source(

@@ -233,7 +233,7 @@ places = st.floats(0, 1, exclude_max=True)
 
 
 @pytest.mark.spec("FETCH-9", "OFFLOAD-9", "STORE-3")
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(place=places, threads=st.integers(0, 3))
 @example(place=0.0, threads=2)
 def test_a_file_cut_anywhere_while_it_streams_is_one_error_or_changes_nothing(
@@ -252,7 +252,7 @@ def test_a_file_cut_anywhere_while_it_streams_is_one_error_or_changes_nothing(
 
 
 @pytest.mark.spec("FETCH-9", "OFFLOAD-9")
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(place=places, threads=st.integers(0, 3))
 def test_a_byte_changed_anywhere_while_it_streams_is_one_error_or_changes_nothing(
     place: float, threads: int, streaming: Streaming
@@ -342,7 +342,7 @@ SAID: Final = {
 
 @pytest.mark.skipif(not hasattr(os, "preadv"), reason="needs preadv, as POSIX has it")
 @pytest.mark.spec("FETCH-9", "FETCH-6", "OFFLOAD-9", "STORE-3")
-@settings(max_examples=30)
+@settings(max_examples=24)
 @given(at=st.integers(0, 100), how=st.sampled_from([*SAID, "is short"]), threads=st.integers(0, 3))
 @example(at=0, how="ends", threads=1)  # the first of all: that of the norms
 @example(at=1, how="brings other bytes", threads=1)
