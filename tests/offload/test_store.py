@@ -411,10 +411,12 @@ def test_a_store_that_is_closed_during_a_read_closes_after_it(
 @pytest.mark.spec("STORE-1")
 def test_any_number_of_threads_may_read_at_once(system: str, file: Path, content: bytes) -> None:
     wrong: list[int] = []
+    begin = threading.Barrier(4)
 
     def read(seed: int) -> None:
         into = pages(2)
         for first in np.random.default_rng(seed).integers(0, N_PAGES - 1, 50).tolist():
+            begin.wait(30)
             store.read(first * PAGE_BYTES, into)
             if into.tobytes() != content[first * PAGE_BYTES : (first + 2) * PAGE_BYTES]:
                 wrong.append(first)
