@@ -286,6 +286,7 @@ def _generate(args: argparse.Namespace) -> None:
         )
         if not args.json:
             sys.stdout.write(prompt or "")
+            sys.stdout.flush()  # the first token may be a while
         try:
             for piece in pieces:
                 if not args.json:
