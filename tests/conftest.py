@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,10 @@ GOLDEN = Path(__file__).parent / "golden"
 # packed buffers that takes minutes, and more where a test looks for a provider's mistake again and again.
 for _name in ("CI", "BUILD_NUMBER"):
     os.environ.pop(_name, None)
+
+# Whoever runs the tests in the background of a script has them ignore Ctrl-C, and every program that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Property tests draw the same examples each time, and none is timed: a shared machine would make them flicker.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
