@@ -19,7 +19,7 @@ from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.folder import open_folder, readable
 from refinfer.offload.budget import parse_budget
-from refinfer.offload.calibration import CALIBRATION_FILE, known_calibration
+from refinfer.offload.calibration import calibration_file, known_calibration
 from refinfer.offload.cost import Calibration, costs_of
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.paper import PUBLISHED, paper_rows
@@ -29,7 +29,6 @@ from refinfer.packing.formats import FORMATS
 from refinfer.prepare import choose_format
 from refinfer.process import format_nbytes
 from refinfer.trace import Trace, to_rows, to_svg
-from refinfer.weight_cache.directory import cache_directory
 
 __all__ = ["run_plan", "run_simulate", "write_file"]
 
@@ -74,8 +73,8 @@ def _budget(args: argparse.Namespace, inventory: Inventory, fixed: Fixed) -> int
 
 def _calibration(args: argparse.Namespace) -> Calibration:
     """Return what was measured here, or the table's figures; the disk is that of the model, or of the cache files."""
-    place = cache_directory()
-    return known_calibration(place / CALIBRATION_FILE, Path(args.model) if args.model else place, args.device)
+    file = calibration_file()
+    return known_calibration(file, Path(args.model or (file or Path()).parent), args.device)
 
 
 def write_file(path: str, text: str) -> None:

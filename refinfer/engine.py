@@ -23,7 +23,7 @@ from refinfer.model.transformer import Transformer, prefill_block, scratch_nbyte
 from refinfer.model.weights import RowMajorSource, WeightSource
 from refinfer.offload.budget import Budget, parse_budget
 from refinfer.offload.calibration import (
-    CALIBRATION_FILE,
+    calibration_file,
     known_calibration,
     observed_calibration,
     product_seconds_per_byte,
@@ -42,7 +42,7 @@ from refinfer.offload.streamed import StreamedSource, staging_nbytes
 from refinfer.packing.formats import pack_matrix
 from refinfer.prepare import IN_MEMORY, Prepared, cache_path, choose_format, prepare
 from refinfer.trace import Clock, Trace
-from refinfer.weight_cache.directory import cache_directory, discard
+from refinfer.weight_cache.directory import discard
 from refinfer.weight_cache.file import FileWeightCacheProvider, read_file
 from refinfer.weight_cache.load_or_build import Listener
 from refinfer.weight_cache.packers import LARGEST_BLOCK_BYTES
@@ -300,7 +300,7 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
     limit = request.budget
     budget = Budget(parse_budget(limit, inventory.streamable_nbytes) if isinstance(limit, str) else limit or 0)
     streaming, path = request.streaming, cache_path(checkpoint, name, request.weight_cache)
-    calibration = slower(known_calibration(cache_directory() / CALIBRATION_FILE, path), streaming.disk_bandwidth)
+    calibration = slower(known_calibration(calibration_file(), path), streaming.disk_bandwidth)
     plan = make_plan(
         request.plan,
         inventory,

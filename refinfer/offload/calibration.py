@@ -23,16 +23,19 @@ from typing import Any, Final
 import numpy as np
 from threadpoolctl import threadpool_info
 
+from refinfer.errors import InputError
 from refinfer.offload.cost import HERE, Calibration, Device, Processor, calibration_of
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.matrices import Scratch
 from refinfer.packing.formats import Bytes
 from refinfer.packing.matmul import multiply_chunk, start_product
 from refinfer.trace import Clock
+from refinfer.weight_cache.directory import cache_directory
 
 __all__ = [
     "CALIBRATION_FILE",
     "blas_name",
+    "calibration_file",
     "device_number",
     "known_calibration",
     "observed_calibration",
@@ -45,6 +48,14 @@ __all__ = [
 CALIBRATION_FILE: Final = "calibration.json"
 _VERSION: Final = 1
 _MEASURE_S: Final = 0.1
+
+
+def calibration_file() -> Path | None:
+    """Return where calibrations of this user's machine are kept; None where there is no folder for them."""
+    try:
+        return cache_directory() / CALIBRATION_FILE
+    except InputError:
+        return None
 
 
 def device_number(place: Path) -> str:
@@ -90,8 +101,10 @@ def to_json(known: Mapping[str, Any] | None, place: Path, device: Device, proces
     }
 
 
-def read_json(file: Path) -> dict[str, Any] | None:
+def read_json(file: Path | None) -> dict[str, Any] | None:
     """Return what a calibration file holds; None where there is none, or none that can be read."""
+    if file is None:
+        return None
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -99,7 +112,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
     return raw if isinstance(raw, dict) else None
 
 
-def known_calibration(file: Path, place: Path, device: str | None = None) -> Calibration:
+def known_calibration(file: Path | None, place: Path, device: str | None = None) -> Calibration:
     """Return what is known of the disk under `place` and of this processor.
 
     What `file` does not tell, or tells nonsense of, comes from `offload.cost`; a `device` named is one of its table.
@@ -124,7 +137,7 @@ def _positive(value: object) -> float:
     return float(value)
 
 
-def _device_of(raw: Mapping[str, Any], file: Path, place: Path) -> Device | None:
+def _device_of(raw: Mapping[str, Any], file: Path | None, place: Path) -> Device | None:
     try:
         number = device_number(place)
         entry = raw["devices"][number]
@@ -137,7 +150,7 @@ def _device_of(raw: Mapping[str, Any], file: Path, place: Path) -> Device | None
     return Device(f"device {number}", bandwidth, latency_s, f"refinfer bench calibrate, {file}")
 
 
-def _processor_of(raw: Mapping[str, Any], file: Path) -> Processor | None:
+def _processor_of(raw: Mapping[str, Any], file: Path | None) -> Processor | None:
     try:
         entry = raw["processors"][blas_name()]
         seconds = {

@@ -18,6 +18,7 @@ from refinfer.model.synth import write_checkpoint
 from refinfer.offload.calibration import (
     CALIBRATION_FILE,
     blas_name,
+    calibration_file,
     device_number,
     known_calibration,
     observed_calibration,
@@ -152,6 +153,23 @@ def test_a_file_that_is_missing_or_cannot_be_read_is_no_error(content: bytes | N
     if content is not None:
         file.write_bytes(content)
     assert known_calibration(file, tmp_path) == HERE
+
+
+@pytest.mark.spec("CAL-3")
+def test_without_a_home_folder_nothing_is_known_and_nothing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert calibration_file() is None
+    assert known_calibration(None, tmp_path) == HERE
+    assert main(["plan", "--shape", "tiny"]) == 0
+    assert "assuming" in capsys.readouterr().out
+    with load(budget="90%", weight_cache=tmp_path / "w", max_positions=16) as session:
+        assert session.prediction is not None
 
 
 @pytest.mark.spec("CAL-4")
