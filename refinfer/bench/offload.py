@@ -35,9 +35,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
-import refinfer.offload.matrices
 import refinfer.packing.matmul
 from refinfer.arrays import Float32Array
 from refinfer.bench.calibrate import calibrate
@@ -53,8 +53,8 @@ from refinfer.offload.inventory import Inventory
 from refinfer.offload.plan import PLANS, smallest_budget
 from refinfer.offload.prefetch import PREFETCH_THREADS
 from refinfer.offload.streamed import StreamedSource
-from refinfer.packing.formats import Bytes, PackedLayout
-from refinfer.packing.layout import Chunk
+from refinfer.packing.formats import Tiles
+from refinfer.packing.kernels import KERNELS
 from refinfer.packing.product import Product
 
 __all__ = ["MODEL", "OFFLOAD_ROUNDS", "Arm", "arms", "can_limit_memory", "offload_bench", "run_arm", "steps"]
@@ -73,6 +73,7 @@ _ALL_SHARES: Final = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 _PLAN_SHARES: Final = (0.25, 0.5, 0.75)
 _HEADROOM_BYTES: Final = 16_000_000
 _MEMORY_GROUPS: Final = Path("/sys/fs/cgroup/memory")
+_Kernel = Callable[[Product, Tiles, Float32Array], None]
 _CHILD: Final = "from refinfer.bench.offload import child; import sys; child(*sys.argv[1:])"
 
 
@@ -149,15 +150,19 @@ def child(model: str, weight_cache: str, arm: str, report: str) -> None:
 
 def _multiply_often(products: int) -> None:
     """Let this process multiply each chunk `products` times over, with the same result."""
-    if products > 1:
-        once = refinfer.packing.matmul.multiply_chunk
 
-        def often(product: Product, layout: PackedLayout, chunk: Chunk, buffer: Bytes, out: Float32Array) -> None:
+    def often(kernel: _Kernel) -> _Kernel:
+        def multiply(product: Product, tiles: Tiles, out: Float32Array) -> None:
+            used = product.scratch.used
             for _ in range(products):
-                once(product, layout, chunk, buffer, out)
+                product.scratch.reset(used)
+                kernel(product, tiles, out)
 
-        for module in (refinfer.packing.matmul, refinfer.offload.matrices):
-            module.multiply_chunk = often  # type: ignore[attr-defined]
+        return multiply
+
+    if products > 1:
+        kernels = {name: often(kernel) for name, kernel in KERNELS.items()}
+        refinfer.packing.matmul.KERNELS = MappingProxyType(kernels)  # type: ignore[attr-defined]
 
 
 def _io() -> int:

@@ -31,6 +31,7 @@ from refinfer.cli import main
 from refinfer.engine import fixed_of
 from refinfer.errors import GenerationError
 from refinfer.generate import STORYTELLER
+from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
 from refinfer.offload.calibration import CALIBRATION_FILE, known_calibration
 from refinfer.offload.inventory import Inventory
@@ -158,6 +159,38 @@ def test_a_chunk_multiplied_many_times_gives_the_same_tokens() -> None:
         ]
     assert printed[0] == printed[1]
     assert printed[0].count("\n") == 2
+
+
+@pytest.mark.spec("BENCH-12")
+def test_compute_heavy_products_are_repeated_wherever_the_weights_are(tmp_path: Path) -> None:
+    """Resident and streamed: each kernel is called so often, as counted in a process of its own."""
+    code = """
+import sys
+from types import MappingProxyType
+import refinfer.bench.offload as bench
+from refinfer import load
+calls = 0
+def counted(kernel):
+    def multiply(*args):
+        global calls
+        calls += 1
+        kernel(*args)
+    return multiply
+bench.KERNELS = MappingProxyType({name: counted(kernel) for name, kernel in bench.KERNELS.items()})
+bench._multiply_often(3)
+for budget in (None, "90%"):
+    with load(weight_cache=sys.argv[1], budget=budget, threads=1, max_positions=8) as session:
+        calls = 0
+        for _ in session.generate(token_ids=[1], max_tokens=2):
+            pass
+    print(calls)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "w")], capture_output=True, text=True, check=True
+    ).stdout
+    resident, streamed = map(int, done.split())
+    chunks = len(Inventory(open_folder(STORYTELLER).config, "bf16").cycle)
+    assert resident == streamed == 3 * 2 * chunks
 
 
 @pytest.mark.spec("BENCH-12")
