@@ -1,4 +1,4 @@
-"""The seam between the transformer and wherever its weights live: two Protocols, and the plainest implementation.
+"""The seam between the transformer and wherever its weights live: three Protocols, and the plainest implementation.
 
 Knows: what a weight source must give, in which order and for how long. Does not know: packing, files that hold packed
 weights, memory budgets; those rooms satisfy these Protocols from outside, by having the right methods.

@@ -3,7 +3,7 @@
 Knows: what the paper reports, and what must be assumed where it is silent. Does not know: threads, files.
 Spec: PAPER-1 to PAPER-3. Tutorial: 11.
 
-What is published: gains. What is not: the disk's bandwidth, the cores in use, the budgets. So seconds cannot be
+What the extracts at hand give: gains; not the disk's bandwidth, the cores in use, the budgets. So seconds cannot be
 compared, but gains can: they depend on one number only, how long a token's products take beside reading all weights,
 `compute_share = compute / (weights / bandwidth)`. It is swept. All assumptions:
 

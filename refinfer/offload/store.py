@@ -1,7 +1,7 @@
 """Reads of packed weights from disk, straight into the memory that the matmul uses.
 
 Knows: direct I/O, and what to do where there is none. Does not know: chunks, plans, checksums.
-Spec: STORE-1 to STORE-6. Tutorial: 08.
+Spec: STORE-1 to STORE-6. Tutorial: 10, 12.
 
 Direct I/O (`O_DIRECT`) goes past the page cache, so that a budget's bytes are all the bytes there are; it wants
 offset, length and address on pages, which is why the file has everything there. Where a file system has none, reads
