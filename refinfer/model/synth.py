@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random import default_rng  # imported late, while a file is written, it can swallow a Ctrl-C
 
 from refinfer.arrays import f32_to_bf16
 from refinfer.errors import RequestError, SafetensorsError
@@ -104,7 +105,7 @@ def _pieces(
     name: str, shape: tuple[int, ...], dtype: str, seed: int, progress: Callable[[int], None]
 ) -> Iterator[npt.NDArray[Any]]:
     """Make one tensor's values in blocks of rows."""
-    rng = np.random.default_rng([seed, *name.encode()])
+    rng = default_rng([seed, *name.encode()])
     row_length = shape[1] if len(shape) == 2 else 1
     rows_at_once = max(1, _PIECE_BYTES // (4 * row_length))
     for start in range(0, shape[0], rows_at_once):
