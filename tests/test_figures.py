@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +91,81 @@ def test_the_papers_experiment_still_gives_the_committed_figures() -> None:
     committed = json.loads((DOCS / "figures" / "paper.json").read_text())["rows"]
     again = list(paper_rows(compute_shares=(0.25,)))
     assert again == [row for row in committed if row["compute_share"] == 0.25]
+
+
+OFFLOAD: dict[str, Any] = json.loads((DOCS / "figures" / "offload.json").read_text())
+HEAVY: dict[str, Any] = json.loads((DOCS / "figures" / "heavy.json").read_text())
+
+
+def arm(of: dict[str, Any], share: float, name: str, weights: str = "f32", threads: int | None = None) -> Any:
+    """The row of an arm; without a number of threads, of as many as it usually has."""
+    usual = 0 if name in ("synchronous", "mmap", "lru-paged") else 2
+    wanted = (weights, share, name, usual if threads is None else threads)
+    keys = ("format", "budget_share", "arm", "prefetch_threads")
+    (row,) = [row for row in of["rows"] if tuple(row[key] for key in keys) == wanted]
+    return row
+
+
+def shares_of(of: dict[str, Any]) -> list[float]:
+    return sorted({row["budget_share"] for row in of["rows"]})
+
+
+def mmap_table() -> list[str]:
+    """Beside real mmap: the gain, and how much of it is bytes not read, how much a quicker disk."""
+    lines = []
+    for share in shares_of(OFFLOAD):
+        best, mmap = arm(OFFLOAD, share, "optimal"), arm(OFFLOAD, share, "mmap")
+        fewer = mmap["read_bytes_per_token"] / best["read_bytes_per_token"]
+        quicker = best["read_bytes_per_s"] / mmap["read_bytes_per_s"]
+        cells = (
+            f"{share:.0%}",
+            f"{best['tokens_per_s']:.2f}",
+            f"{arm(OFFLOAD, share, 'synchronous')['tokens_per_s']:.2f}",
+            f"{mmap['tokens_per_s']:.2f}",
+            f"{best['tokens_per_s'] / mmap['tokens_per_s']:.1f}",
+            f"{fewer:.2f}",
+            f"{quicker:.2f}",
+            f"{mmap['read_bytes_per_s'] / 1e9:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def limit_table() -> list[str]:
+    """How near `optimal` comes to what disk and processor allow, in every format."""
+    lines = []
+    for row in OFFLOAD["rows"]:
+        if row["arm"] == "optimal" and row["prefetch_threads"] == 2:
+            cells = (
+                row["format"],
+                f"{row['budget_share']:.0%}",
+                f"{row['tokens_per_s']:.2f}",
+                f"{row['predicted_tokens_per_s']:.2f}",
+                f"{row['ideal_tokens_per_s']:.2f}",
+                f"{row['read_only_tokens_per_s']:.2f}",
+                f"{row['compute_only_tokens_per_s']:.2f}",
+                f"{row['overlap']:.2f}",
+                f"{row['byte_efficiency']:.3f}",
+                f"{row['tokens_per_s'] / arm(OFFLOAD, row['budget_share'], 'optimal')['tokens_per_s']:.1f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def plan_table(of: dict[str, Any]) -> list[str]:
+    """Tokens per second of every arm that was run at a quarter, a half and three quarters."""
+    shares = [0.25, 0.5, 0.75]
+    names = dict.fromkeys((r["arm"], r["prefetch_threads"]) for r in of["rows"] if r["budget_share"] == 0.5)
+    lines = []
+    for name, threads in names:
+        cells = [f"{arm(of, share, name, threads=threads)['tokens_per_s']:.2f}" for share in shares]
+        lines.append(f"| {name}{', one thread' if threads == 1 else ''} | {' | '.join(cells)} |")
+    return lines
+
+
+@pytest.mark.spec("BENCH-8")
+@pytest.mark.parametrize("table", [mmap_table, limit_table, lambda: plan_table(OFFLOAD), lambda: plan_table(HEAVY)])
+def test_the_tables_of_runs_within_a_budget_are_what_the_bench_printed(table: Callable[[], list[str]]) -> None:
+    lines = table()
+    assert lines
+    assert "\n".join(lines) in PAGE
