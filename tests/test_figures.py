@@ -164,7 +164,11 @@ def plan_table(of: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.spec("BENCH-8")
-@pytest.mark.parametrize("table", [mmap_table, limit_table, lambda: plan_table(OFFLOAD), lambda: plan_table(HEAVY)])
+@pytest.mark.parametrize(
+    "table",
+    [mmap_table, limit_table, lambda: plan_table(OFFLOAD), lambda: plan_table(HEAVY)],
+    ids=["beside mmap", "beside the limits", "all arms", "compute-heavy"],
+)
 def test_the_tables_of_runs_within_a_budget_are_what_the_bench_printed(table: Callable[[], list[str]]) -> None:
     lines = table()
     assert lines
