@@ -135,7 +135,8 @@ def fit_device(rows: Sequence[Mapping[str, Any]]) -> Device:
     for row in reads:
         if row["chunk_bytes"] == largest:
             in_flight = row["prefetch_threads"] * largest
-            bandwidth[row["prefetch_threads"]] = in_flight / (in_flight / row["gb_per_s"] / 1e9 - latency_s)
+            took_s = in_flight / row["gb_per_s"] / 1e9
+            bandwidth[row["prefetch_threads"]] = in_flight / max(took_s - latency_s, took_s / 2)
     return Device("this disk", bandwidth, latency_s, "refinfer bench calibrate")
 
 

@@ -98,6 +98,15 @@ def test_the_fit_gives_a_device_back() -> None:
 
 
 @pytest.mark.spec("CAL-2")
+def test_reads_that_were_held_up_make_no_nonsense_of_the_others() -> None:
+    rates = {(1 << 20, 1): 0.01, (2 << 20, 1): 0.02, (4 << 20, 1): 0.03, (4 << 20, 2): 9.0, (4 << 20, 4): 9.0}
+    rows = [{"what": "read", "chunk_bytes": b, "prefetch_threads": n, "gb_per_s": r} for (b, n), r in rates.items()]
+    found = fit_device(rows)
+    assert found.latency_s >= 0
+    assert all(9e9 <= found.bandwidth[n] <= 18e9 for n in (2, 4))
+
+
+@pytest.mark.spec("CAL-2")
 def test_what_a_call_costs_by_itself_is_not_counted_twice() -> None:
     rows = [{"what": "product", "format": "f32", "m": 1, "chunk_bytes": 10_000, "ns_per_byte": 3.0}]
     processor = processor_of(rows, 1e-5)
