@@ -81,14 +81,14 @@ def to_json(known: Mapping[str, Any] | None, place: Path, device: Device, proces
     kept = known if known is not None and known.get("version") == _VERSION else {}
     return {
         "version": _VERSION,
-        "devices": dict(kept.get("devices", {}))
+        "devices": _section(kept, "devices")
         | {
             device_number(place): {
                 "bandwidth": {str(n): rate for n, rate in device.bandwidth.items()},
                 "latency_s": device.latency_s,
             }
         },
-        "processors": dict(kept.get("processors", {}))
+        "processors": _section(kept, "processors")
         | {
             blas_name(): {
                 "seconds_per_byte": {
@@ -99,6 +99,11 @@ def to_json(known: Mapping[str, Any] | None, place: Path, device: Device, proces
             }
         },
     }
+
+
+def _section(known: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = known.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def read_json(file: Path | None) -> dict[str, Any] | None:
@@ -158,7 +163,7 @@ def _processor_of(raw: Mapping[str, Any], file: Path | None) -> Processor | None
             for name in HERE.processor.seconds_per_byte
         }
         call_s = float(entry["call_s"])
-        if not all(seconds.values()) or not 0 <= call_s < math.inf:
+        if not all(1 in points for points in seconds.values()) or not 0 <= call_s < math.inf:
             return None
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
@@ -183,7 +188,7 @@ def observed_calibration(
     """
     device, processor = assumed.device, assumed.processor
     if bytes_per_s:
-        ratio = bytes_per_s / device.bandwidth[max((n for n in device.bandwidth if n <= readers), default=1)]
+        ratio = bytes_per_s / device.rate(readers)
         bandwidth = {n: rate * ratio for n, rate in device.bandwidth.items()}
         device = Device("this disk", bandwidth, 0.0, "as the locked chunks were read at this start")
     if seconds_per_byte:

@@ -51,8 +51,11 @@ class Device:
 
     def read_s(self, nbytes: int, readers: int) -> float:
         """Return the seconds that one read of `nbytes` takes while `readers` are under way."""
-        known = max((n for n in self.bandwidth if n <= readers), default=min(self.bandwidth))
-        return self.latency_s + nbytes * readers / self.bandwidth[known]
+        return self.latency_s + nbytes * readers / self.rate(readers)
+
+    def rate(self, readers: int) -> float:
+        """Return the bytes per second of `readers` together: those of the largest number known that is not above."""
+        return self.bandwidth[max((n for n in self.bandwidth if n <= readers), default=min(self.bandwidth))]
 
 
 @dataclass(frozen=True, slots=True)

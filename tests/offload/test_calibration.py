@@ -79,6 +79,18 @@ def test_other_disks_and_other_blas_builds_stay_in_the_file(tmp_path: Path) -> N
     }
 
 
+@pytest.mark.spec("CAL-1", "CAL-3")
+def test_a_file_whose_parts_are_nonsense_is_written_anew(tmp_path: Path) -> None:
+    after = to_json({"version": 1, "devices": 3, "processors": ["x"]}, tmp_path, FAST, EVEN)
+    assert (list(after["devices"]), list(after["processors"])) == ([device_number(tmp_path)], [blas_name()])
+
+
+@pytest.mark.spec("CAL-5")
+def test_what_a_start_shows_fits_a_device_that_knows_other_numbers_of_readers_only() -> None:
+    device = Device("d", {2: 3e9, 4: 4e9}, 0.0, "a test")
+    assert observed_calibration(Calibration(device, EVEN), "f32", 1, 6e9, None).device.bandwidth == {2: 6e9, 4: 8e9}
+
+
 @pytest.mark.spec("CAL-2")
 def test_the_fit_gives_a_device_back() -> None:
     device = Device("true", {1: 1.5e9, 2: 2.5e9, 4: 2.6e9}, 2e-4, "")
@@ -141,6 +153,7 @@ NONSENSE: list[object] = [
     {"bandwidth": {"1": 1e400}, "latency_s": 0}, {"bandwidth": {"1": 1e9}}, {"bandwidth": {"1": 1e9}, "latency_s": -1},
     {"seconds_per_byte": {}, "call_s": 0}, {"seconds_per_byte": {"f32": {"1": 1e-9}}, "call_s": 0},
     {"seconds_per_byte": {name: {} for name in FORMATS}, "call_s": 0},
+    {"seconds_per_byte": {name: {"8": 1e-9} for name in FORMATS}, "call_s": 0},
     {"seconds_per_byte": {name: {"1": 0} for name in FORMATS}, "call_s": 0},
     {"seconds_per_byte": {name: {"1": 1e-9} for name in FORMATS}, "call_s": "none"},
 ]  # fmt: skip
