@@ -1,7 +1,7 @@
 """Arrays: their types, the letters of their dimensions, their alignment, and bfloat16.
 
-Knows: numpy. Does not know: models, files, layouts.
-Spec: ARR-1, ARR-2, ARR-3. Tutorial: 07.
+Leaves to others: models, files, layouts.
+Read more: tutorial 07; clauses ARR-1 to ARR-3, SOURCE-6.
 
 The letters used in every docstring and nowhere redefined:
 
@@ -17,10 +17,12 @@ The letters used in every docstring and nowhere redefined:
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from refinfer.errors import RequestError
 
 __all__ = [
     "PAGE_BYTES",
@@ -31,6 +33,8 @@ __all__ = [
     "aligned_empty",
     "bf16_to_f32",
     "f32_to_bf16",
+    "require_rows",
+    "stored_to_f32",
 ]
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -90,3 +94,20 @@ def f32_to_bf16(values: Float32Array) -> UInt16Array:
     rounded = (wide + (((wide >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16)
     quiet_nan = (wide >> np.uint32(16)) | np.uint32(0x0040)
     return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
+
+
+def stored_to_f32(stored: npt.NDArray[Any]) -> Float32Array:
+    """Return float32, float16 or bfloat16 bits as aligned float32; copies unless it is that already."""
+    if stored.dtype == np.uint16:
+        return bf16_to_f32(stored)
+    return np.require(stored, np.float32, ["C", "A"])
+
+
+def require_rows(ids: IntArray, N: int) -> None:
+    """Check that a matrix of N rows has the rows `ids`; numpy would count negative ones from the end.
+
+    Raises:
+        RequestError: it does not have one of them.
+    """
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < N:
+        raise RequestError(f"rows {int(ids.min())} to {int(ids.max())} are asked for; there are 0 to {N - 1}")

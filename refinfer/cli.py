@@ -30,8 +30,8 @@ from refinfer.offload.prefetch import PREFETCH_THREADS
 from refinfer.packing.formats import FORMATS
 from refinfer.process import format_nbytes, parse_nbytes
 from refinfer.trace import RealClock, to_chrome
-from refinfer.weight_cache.file import NO_FILE
 from refinfer.weight_cache.load_or_build import Listener
+from refinfer.weight_cache.mapped_file import NO_FILE
 
 __all__ = ["main"]
 

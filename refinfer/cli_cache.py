@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from refinfer.bench.report import print_table
-from refinfer.errors import InputError, WeightCacheError
+from refinfer.errors import CacheFileError, InputError, WeightCacheError
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.folder import open_folder, readable
 from refinfer.offload.inventory import Inventory
 from refinfer.packing.formats import FORMATS
-from refinfer.prepare import IN_MEMORY, Prepared, cache_path, choose_format, prepare
+from refinfer.prepare import IN_MEMORY, cache_path, choose_format, prepare
 from refinfer.process import format_nbytes
 from refinfer.trace import RealClock
 from refinfer.weight_cache.directory import cache_directory, cache_files, describe, is_cache_file, remove
-from refinfer.weight_cache.file import MappedFile
-from refinfer.weight_cache.load_or_build import Listener
+from refinfer.weight_cache.load_or_build import Listener, Prepared
+from refinfer.weight_cache.mapped_file import MappedFile
 
 __all__ = ["ACTIONS", "pack", "run_cache"]
 
@@ -145,8 +145,8 @@ def _verify(args: argparse.Namespace) -> None:
     for path in _targets(args):
         try:
             problems = list(MappedFile(path).problems())
-        except InputError as error:
-            problems = [str(error)]
+        except CacheFileError as error:
+            problems = [error.reason]
         rows.append({"path": str(path), "problems": problems})
     if args.json:
         print(json.dumps(rows))

@@ -12,15 +12,17 @@ Spec: GEN-12 to GEN-18. Tutorial: 00, 12.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from refinfer.arrays import stored_to_f32
 from refinfer.errors import DamagedWeightsError, PackingError, RequestError, WeightCacheError, WeightsError
-from refinfer.model.checkpoint import Checkpoint, open_checkpoint, stored_to_f32
+from refinfer.model.checkpoint import Checkpoint, open_checkpoint
 from refinfer.model.folder import ModelFolder, readable
 from refinfer.model.kv_cache import kv_cache_nbytes
 from refinfer.model.transformer import Transformer, prefill_block, scratch_nbytes
-from refinfer.model.weights import RowMajorSource, WeightSource
+from refinfer.model.weights import RowMajorSource
 from refinfer.offload.budget import Budget, parse_budget
 from refinfer.offload.calibration import (
     calibration_file,
@@ -40,11 +42,13 @@ from refinfer.offload.source import PackedSource
 from refinfer.offload.store import FileStore, ThrottledStore
 from refinfer.offload.streamed import StreamedSource, staging_nbytes
 from refinfer.packing.formats import pack_matrix
-from refinfer.prepare import IN_MEMORY, Prepared, cache_path, choose_format, prepare
+from refinfer.prepare import IN_MEMORY, cache_path, choose_format, prepare
 from refinfer.trace import Clock, Trace
 from refinfer.weight_cache.directory import discard
-from refinfer.weight_cache.file import FileWeightCacheProvider, read_file
-from refinfer.weight_cache.load_or_build import Listener
+from refinfer.weight_cache.format import Entry
+from refinfer.weight_cache.key import PackKey
+from refinfer.weight_cache.load_or_build import Listener, Prepared
+from refinfer.weight_cache.mapped_file import read_file
 from refinfer.weight_cache.packers import LARGEST_BLOCK_BYTES
 
 __all__ = [
@@ -229,7 +233,7 @@ def require_finite_weights(checkpoint: Checkpoint) -> None:
 
 def _row_major(request: EngineRequest, checkpoint: Checkpoint, name: str) -> Engine:
     started = request.clock.now()
-    exact = request.weights in ("auto", "f32")
+    exact = name == choose_format(checkpoint, "auto")  # the format that keeps every weight as it is stored
     widen = stored_to_f32 if exact else lambda w: pack_matrix(w, name).unpack()
     source = RowMajorSource(request.model.config, checkpoint, widen)
     stats = WeightCacheStats(OFF, None, None, 0, 0, request.clock.now() - started)
@@ -241,15 +245,15 @@ def _packed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason: s
     started = request.clock.now()
     prepared = _prepare_somewhere(request, inventory, checkpoint, reason)
     stats, use = stats_of(prepared, request.clock.now() - started)
-    provider = prepared.provider
-    most_rows = prefill_block(request.model.config, request.max_positions)
-    source: WeightSource = PackedSource(inventory, provider, most_rows, request.clock, verify=request.verify)
+    mapped, most_rows = prepared.mapped, prefill_block(request.model.config, request.max_positions)
+    checked = mapped if request.verify else None
+    source = PackedSource(inventory, prepared.provider, prepared.keys, most_rows, request.clock, checked)
     engine = Engine(Transformer(source, request.max_positions), stats, use)
-    if not isinstance(provider, FileWeightCacheProvider):
+    if mapped is None:
         return engine
     if request.lock_memory:
-        provider.mapped.lock_memory()
-    return replace(engine, discard=lambda: discard(provider.path, provider.mapped.is_at))
+        mapped.lock_memory()
+    return replace(engine, discard=lambda: discard(mapped.path, mapped.is_at))
 
 
 def _prepare_somewhere(
@@ -268,14 +272,14 @@ def stats_of(prepared: Prepared, seconds: float) -> tuple[WeightCacheStats, Cach
     """Return what the command line tells of a cache that took `seconds` to prepare."""
     stats = WeightCacheStats(
         prepared.state,
-        str(prepared.path) if prepared.path else None,
+        str(prepared.mapped.path) if prepared.mapped else None,
         prepared.reason,
-        prepared.packed_buffers,
+        len(prepared.packed),
         prepared.packed_bytes,
         seconds,
     )
-    hits = prepared.held_buffers - prepared.packed_buffers
-    return stats, CacheUse(hits, prepared.packed_buffers, prepared.held_bytes, prepared.packing_s)
+    hits = len(prepared.provider) - len(prepared.packed)
+    return stats, CacheUse(hits, len(prepared.packed), prepared.held_bytes, prepared.packing_s)
 
 
 def fixed_of(inventory: Inventory, max_positions: int) -> Fixed:
@@ -313,13 +317,20 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
     started = clock.now()
     prepared = _prepare_within(budget, request, inventory, checkpoint, reason)
     stats, use = stats_of(prepared, clock.now() - started)
-    prepared.provider.delete_cache()  # the mapping goes before anything is read
+    keys, quiet = prepared.keys, not prepared.packed  # what was just written is still on its way to the disk
+    prepared.provider.delete_cache()
+    del prepared  # the mapping goes before anything is read
     store = FileStore(path)
     rate = streaming.disk_bandwidth
     try:
+        entries = _entries_of(path, keys)
+    except BaseException:
+        store.close()
+        raise
+    try:
         source = StreamedSource(
             inventory,
-            read_file(path)[1],
+            entries,
             store if rate is None else ThrottledStore(store, rate, clock),
             plan,
             budget,
@@ -330,9 +341,6 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
             traced=streaming.traced,
             where=str(path),
         )
-    except KeyError:
-        store.close()
-        raise DamagedWeightsError(f"{path} was replaced while it was opened; start again") from None
     except BaseException as error:
         store.close()
         if isinstance(error, DamagedWeightsError):
@@ -341,7 +349,6 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
     try:
         transformer = Transformer(source, positions)
         if not calibration.measured:
-            quiet = not prepared.packed_buffers  # what was just written is still on its way to the disk
             calibration = _observe(calibration, inventory, source, streaming.prefetch_threads, clock, quiet=quiet)
         prediction = _predict(plan, inventory, source, streaming, calibration)
     except BaseException:
@@ -357,6 +364,18 @@ def _streamed(request: EngineRequest, checkpoint: Checkpoint, name: str, reason:
             plan, inventory, prediction, budget.peak, store.bytes_read, seconds, source.wait_s - waited
         ),
     )
+
+
+def _entries_of(path: Path, keys: Mapping[str, PackKey]) -> dict[str, Entry]:
+    """Return the entries of the buffers with these keys, by name.
+
+    Raises:
+        DamagedWeightsError: the file does not have them; it had them a moment ago.
+    """
+    entries = {entry.key: entry for entry in read_file(path)[1].entries}
+    if not entries.keys() >= set(keys.values()):
+        raise DamagedWeightsError(f"{path} was replaced while it was opened")
+    return {name: entries[key] for name, key in keys.items()}
 
 
 def _observe(
@@ -403,7 +422,7 @@ def _prepare_within(
         )
     except WeightCacheError as error:
         raise RequestError(f"{error}; a budget needs a cache file: name another place with --weight-cache") from None
-    if prepared.packed_buffers:  # a block was in use, alone
+    if prepared.packed:  # a block was in use, alone
         budget.acquire(block, "packing")
         budget.release(block)
     return prepared

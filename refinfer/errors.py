@@ -1,8 +1,8 @@
 """Every error refinfer raises on purpose, in one tree.
 
-Knows: which kinds of trouble there are, and the exit status each has on the command line.
-Does not know: how errors are shown; `cli` prints them as one line on standard error.
-Spec: ERR-1, ERR-2. Tutorial: 07.
+The kinds of trouble, and the exit status each has on the command line. Leaves to others: how errors are shown; `cli`
+prints them as one line on standard error.
+Read more: tutorial 07; clauses ERR-1, ERR-2.
 """
 
 from __future__ import annotations
@@ -46,11 +46,15 @@ class WeightCacheError(RefinferError):
 
 
 class WeightCacheStateError(WeightCacheError):
-    """A verb was used in a state of the cache that does not have it, or with an offset that it never gave."""
+    """The cache's state does not allow this call, or the offset did not come from it."""
 
 
 class DamagedWeightsError(WeightCacheError):
-    """Packed weights do not agree with their checksum, or cannot be read whole."""
+    """Packed weights do not agree with their checksum, or cannot be read whole; `reason` says what is wrong."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; start again")
+        self.reason = reason
 
 
 class InputError(RefinferError):
@@ -64,7 +68,11 @@ class BudgetError(InputError):
 
 
 class CacheFileError(InputError):
-    """A file is not a weight cache that can be used; the text says why."""
+    """A file is not a weight cache that can be used; `reason` says why, without naming the file."""
+
+    def __init__(self, reason: str, path: object = None) -> None:
+        super().__init__(reason if path is None else f"{path}: {reason}")
+        self.reason = reason
 
 
 class ConfigError(InputError):

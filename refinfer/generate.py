@@ -183,7 +183,7 @@ def _open_sound(request: EngineRequest, reason: str | None = None, *, in_memory:
     except DamagedWeightsError as error:
         if reason is not None:
             raise
-        return open_engine(request, str(error).removesuffix("; start again"))
+        return open_engine(request, error.reason)
 
 
 def default_threads(config: ModelConfig) -> int:
@@ -353,7 +353,7 @@ class Session:
         try:
             return compute(self._transformer)
         except DamagedWeightsError as error:
-            reason = str(error).removesuffix("; start again")
+            reason = error.reason
         removed, kv_cache = self._open().discard(), self._transformer.kv_cache
         self.close()
         self._engine = _open_sound(self._request, reason, in_memory=not removed)

@@ -1,8 +1,7 @@
 """From a checkpoint to a provider that holds all its packed weights: loaded, built, or packed into memory.
 
-Knows: which tensor goes into which buffer, where the file lies, what to do when it cannot be written. Does not know:
-transformers, budgets, terminals.
-Spec: PREP-1 to PREP-6. Tutorial: 06.
+Which tensor goes into which buffer, and where the file lies. Leaves to others: transformers, budgets, terminals.
+Read more: tutorial 06; clauses PREP-1 to PREP-6.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,56 +19,28 @@ from refinfer.errors import RequestError
 from refinfer.model.checkpoint import Checkpoint
 from refinfer.model.weights import require_layers
 from refinfer.offload.inventory import Inventory
-from refinfer.packing.formats import FORMATS, Bytes
+from refinfer.packing.formats import FORMATS
+from refinfer.packing.layout import Bytes
 from refinfer.trace import Clock
 from refinfer.weight_cache.directory import SUFFIX, is_cache_file, path_for
 from refinfer.weight_cache.format import Provenance, SourceFile
 from refinfer.weight_cache.key import PackKey, WeightId
-from refinfer.weight_cache.load_or_build import SILENT, Contents, Listener, load_or_build
+from refinfer.weight_cache.load_or_build import SILENT, Contents, Listener, Prepared, load_or_build
 from refinfer.weight_cache.memory import MemoryWeightCacheProvider
 from refinfer.weight_cache.packers import (
     LARGEST_BLOCK_BYTES,
     matrix_key,
-    nbytes_of,
     pack_into,
     packer_fingerprint,
     rows_key,
     vectors_key,
 )
-from refinfer.weight_cache.provider import Pack, WeightCacheProvider
+from refinfer.weight_cache.provider import Pack
 
-__all__ = ["IN_MEMORY", "Prepared", "cache_path", "choose_format", "contents_of", "prepare"]
+__all__ = ["IN_MEMORY", "cache_path", "choose_format", "contents_of", "prepare"]
 
 IN_MEMORY: Final = ":memory"
 _STORED: Final = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A provider that holds a model, and how that came to be.
-
-    `state` is `loaded`, `built` or `memory`. `reason` says why it was built, or why it is in memory although a file
-    was asked for. `packed_buffers` and `packed_bytes` count what was packed now, `held_buffers` and `held_bytes` what
-    there is. `packing_s` is how long packing took, now or then, where that is known.
-    """
-
-    provider: WeightCacheProvider
-    state: str
-    path: Path | None
-    reason: str | None
-    packed_buffers: int
-    packed_bytes: int
-    packing_s: float | None
-
-    @property
-    def held_buffers(self) -> int:
-        """How many buffers the provider holds."""
-        return len(self.provider)
-
-    @property
-    def held_bytes(self) -> int:
-        """Their bytes."""
-        return sum(map(nbytes_of, self.provider))
 
 
 def choose_format(checkpoint: Checkpoint, weights: str) -> str:
@@ -100,7 +70,7 @@ def cache_path(checkpoint: Checkpoint, name: str, weight_cache: str | None) -> P
     try:
         path = Path(os.path.realpath(weight_cache))
         if not weight_cache or (path.exists() and not path.is_file()):
-            raise RequestError(f"--weight-cache must name a file, and {weight_cache!r} is none")
+            raise RequestError(f"--weight-cache must name a file, which {weight_cache!r} is not")
         of_the_model = path.parent == checkpoint.folder.resolve() and path.suffix != SUFFIX and path.exists()
     except (OSError, ValueError) as error:
         raise RequestError(f"--weight-cache {weight_cache!r} cannot be used: {error}") from None
@@ -193,17 +163,13 @@ def prepare(
     if weight_cache == IN_MEMORY:
         return _in_memory(inventory, checkpoint, clock, listener, reason)
     path = cache_path(checkpoint, inventory.format, weight_cache)
-    opened = load_or_build(
+    return load_or_build(
         path,
         checkpoint.paths,
         lambda sources: contents_of(inventory, checkpoint, sources, block),
         clock=clock,
         listener=listener,
         reason=reason,
-    )
-    state = "built" if opened.reason else "loaded"
-    return Prepared(
-        opened.provider, state, path, opened.reason, opened.packed_buffers, opened.packed_bytes, opened.packing_s
     )
 
 
@@ -216,12 +182,11 @@ def _in_memory(
         SourceFile(path.name, path.stat().st_size, hashlib.sha256(str(path).encode()).digest())
         for path in checkpoint.paths
     )
-    provider = MemoryWeightCacheProvider()
-    for key, pack in contents_of(inventory, checkpoint, sources).packs.items():
+    provider, contents = MemoryWeightCacheProvider(), contents_of(inventory, checkpoint, sources)
+    for key, pack in contents.packs.items():
         provider.get_or_pack(key, _reporting(pack, listener.progress))
     provider.finalize()
-    packed = sum(map(nbytes_of, provider))
-    return Prepared(provider, "memory", None, reason, len(provider), packed, clock.now() - started)
+    return Prepared(provider, contents.keys, "memory", reason, tuple(provider), clock.now() - started)
 
 
 def _reporting(pack: Pack, progress: Callable[[int], None]) -> Pack:

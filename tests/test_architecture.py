@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 import refinfer
+from refinfer.packing.formats import FORMATS
 
 PACKAGE = Path(refinfer.__file__).parent
 TESTS = Path(__file__).parent
@@ -25,7 +26,7 @@ GROUND = {"errors", "arrays", "trace", "process"}
 ROOMS = GROUND | {"model", "packing", "weight_cache", "offload"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
-    "arrays": set(),
+    "arrays": {"errors"},
     "trace": set(),
     "process": set(),
     "model": {"errors", "arrays"},
@@ -53,7 +54,7 @@ POWERS: dict[str, tuple[str, set[str]]] = {
         r"\bimport mmap\b|np\.memmap|\bmmap\.mmap\b",
         {
             "model/safetensors.py",
-            "weight_cache/file.py",
+            "weight_cache/mapped_file.py",
             "weight_cache/publish.py",
             "bench/machine.py",
             "bench/matmul.py",
@@ -83,15 +84,16 @@ POWERS: dict[str, tuple[str, set[str]]] = {
     ),
 }
 
-# The modules that carry the two ideas, in reading order; those that do not exist yet are read once they do.
+# The modules that carry the two ideas, in reading order.
 EVENING_PATH = (
     "packing/layout.py",
-    "packing/gemm.py",
+    "packing/int8.py",
     "packing/product.py",
     "packing/matmul.py",
     "weight_cache/provider.py",
     "weight_cache/format.py",
     "weight_cache/file.py",
+    "weight_cache/mapped_file.py",
     "offload/plan.py",
     "offload/prefetch.py",
     "offload/source.py",
@@ -162,6 +164,54 @@ def test_importing_refinfer_imports_neither_rich_nor_tokenizers() -> None:
     assert done.stdout.strip() == "[]"
 
 
+FORMAT_PAGES = {"packing/formats.py", *(f"packing/{name}.py" for name in FORMATS)}
+
+# Where a name that a format has is compared, or is the key of a table, and what it stands for there.
+ABOUT_SOMETHING_ELSE: dict[tuple[str, str], str] = {
+    ("model/synth.py", "{'f32', 'f16', 'bf16'}"): "the type a checkpoint is stored in",
+    ("model/synth.py", "dtype == 'f32'"): "the type a checkpoint is stored in",
+    ("model/synth.py", "dtype == 'bf16'"): "the type a checkpoint is stored in",
+    ("weight_cache/packers.py", "{'f32', 'f16', 'bf16'}"): "the type a table of rows is stored in",
+    ("weight_cache/packers.py", "key.format != 'f32'"): "the type that norms and biases are stored in",
+    ("bench/pack.py", "{'f32', 'bf16', 'int8', 'int4'}"): "what a bench packs from, format by format",
+}
+
+
+def comparisons_with(names: Iterable[str], module: str) -> Iterator[str]:
+    """Yield every comparison of a module with one of `names`: by `==`, `in`, `match`, or as the key of a table."""
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.Dict):
+            node = ast.Set([key for key in node.keys if key is not None])  # noqa: PLW2901
+        elif not isinstance(node, ast.Compare | ast.MatchValue):
+            continue
+        literals = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
+        if any(name in literals for name in names):
+            yield ast.unparse(node)
+
+
+@pytest.mark.spec("HOUSE-8")
+def test_only_the_pages_of_the_formats_and_their_table_compare_the_name_of_one() -> None:
+    elsewhere = [module for module in MODULES if module not in FORMAT_PAGES]
+    found = {(module, code) for module in elsewhere for code in comparisons_with(FORMATS, module)}
+    assert found == set(ABOUT_SOMETHING_ELSE)
+
+
+@pytest.mark.spec("HOUSE-8")
+@pytest.mark.parametrize(
+    "code",
+    [
+        "if name == 'int8': ...",
+        "wide = 'bf16' != format.name",
+        "wide = name in ('f32', 'other')",
+        "scale = {'int4': 2}[name]",
+        "match name:\n case 'int8' | 'int4': ...",
+    ],
+)
+def test_a_format_whose_name_is_compared_is_noticed(code: str, tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(code)
+    assert len(list(comparisons_with(FORMATS, str(tmp_path / "module.py")))) >= 1
+
+
 def lines_of_code(module: str) -> int:
     """Count the lines with code on them: neither blank, nor only a comment, nor part of a docstring."""
     tree = ast.parse((PACKAGE / module).read_text())
@@ -214,8 +264,15 @@ def test_every_clause_names_its_source() -> None:
 @pytest.mark.spec("HOUSE-6")
 @pytest.mark.parametrize("module", [m for m in MODULES if not m.endswith(("__init__.py", "__main__.py"))])
 def test_every_module_opens_with_a_doorplate(module: str) -> None:
-    doorplate = ast.get_docstring(ast.parse((PACKAGE / module).read_text())) or ""
-    for part in ("Knows:", "Does not know:", "Tutorial:"):
-        assert part in doorplate
-    named = re.findall(r"\b[A-Z]+-\d+", re.findall(r"Spec:.*|$", doorplate)[0])
+    docstring = ast.get_docstring(ast.parse((PACKAGE / module).read_text())) or ""
+    doorplate = re.sub(r"(?<!\n)\n(?!\n)", " ", docstring)  # a line to each paragraph
+    if "Read more:" in doorplate:
+        assert "Leaves to others:" in doorplate
+        more = doorplate.partition("Read more:")[2].partition("\n")[0]
+        assert re.match(r"\s+tutorials? \d\d", more)
+    else:
+        for part in ("Knows:", "Does not know:", "Tutorial:"):
+            assert part in doorplate
+        more = re.findall(r"Spec:.*|$", docstring)[0]
+    named = re.findall(r"\b[A-Z]+-\d+", more)
     assert set(named) <= set(re.findall(r"\*\*([A-Z]+-\d+)\*\*", SPEC.read_text()))

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes
 from numpy.testing import assert_array_equal
 
-from refinfer.arrays import Float32Array, IntArray, UInt16Array, aligned_empty, bf16_to_f32, f32_to_bf16
+from refinfer.arrays import (
+    Float32Array,
+    IntArray,
+    UInt16Array,
+    aligned_empty,
+    bf16_to_f32,
+    f32_to_bf16,
+    require_rows,
+    stored_to_f32,
+)
+from refinfer.errors import RequestError
 
 ALL_BITS = np.arange(1 << 16, dtype=np.uint16)
 EXPONENT, FRACTION = ALL_BITS >> 7 & 0xFF, ALL_BITS & 0x7F
@@ -117,3 +127,31 @@ def test_aligned_memory_starts_on_its_alignment_and_has_its_shape(shape: tuple[i
 @pytest.mark.spec("ARR-3")
 def test_aligned_memory_starts_on_a_cache_line_when_nothing_is_asked_for() -> None:
     assert {aligned_empty((n,)).ctypes.data % 64 for n in range(1, 100)} == {0}
+
+
+@pytest.mark.spec("ARR-1")
+@pytest.mark.parametrize("stored", [np.float32, np.float16, np.uint16])
+def test_every_stored_type_widens_to_the_numbers_it_stands_for(stored: npt.DTypeLike) -> None:
+    numbers = np.array([[0, 1, -2], [0.5, 1024, -0.125]], np.float32)
+    as_stored = f32_to_bf16(numbers) if stored is np.uint16 else numbers.astype(stored)
+    assert_array_equal(stored_to_f32(as_stored), numbers, strict=True)
+
+
+@pytest.mark.spec("SOURCE-5")
+def test_float32_is_not_copied_unless_it_lies_askew() -> None:
+    numbers = np.arange(6, dtype=np.float32).reshape(2, 3)
+    assert stored_to_f32(numbers) is numbers
+    askew = np.frombuffer(b"." + numbers.tobytes(), np.uint8)[1:].view(np.float32).reshape(2, 3)
+    assert not askew.flags.aligned
+    wide = stored_to_f32(askew)
+    assert wide.flags.aligned
+    assert_array_equal(wide, numbers)
+
+
+@pytest.mark.spec("SOURCE-6", "ERR-1")
+def test_rows_are_refused_unless_all_of_them_exist() -> None:
+    for there in ([], [0], [4, 0, 4]):
+        require_rows(np.array(there, np.int64), 5)
+    for missing in ([5], [-1], [0, 5], [-5, 0], [0, 1 << 40]):
+        with pytest.raises(RequestError, match=rf"rows {min(missing)} to {max(missing)} are asked for; .* 0 to 4"):
+            require_rows(np.array(missing, np.int64), 5)

@@ -25,9 +25,9 @@ from refinfer.model.config import SHAPES
 from refinfer.model.synth import write_checkpoint
 from refinfer.packing.formats import FORMATS
 from refinfer.process import format_nbytes
-from refinfer.weight_cache.file import MappedFile, read_file
+from refinfer.weight_cache.identity import side_path
+from refinfer.weight_cache.mapped_file import MappedFile, read_file
 from refinfer.weight_cache.publish import draft_path
-from refinfer.weight_cache.sources import side_path
 
 WATCHDOG_S = 60
 PACK_KEYS = ["state", "path", "reason", "packed_buffers", "packed_bytes", "load_or_build_s"]
@@ -115,7 +115,7 @@ def test_pack_makes_the_file_says_where_and_does_nothing_the_second_time(
 
 def packed_size(path: Path) -> str:
     _, index = read_file(path)
-    return format_nbytes(sum(entry.nbytes for entry in index.entries))
+    return format_nbytes(sum(entry.padded_nbytes for entry in index.entries))
 
 
 def took(err: str) -> str:

@@ -33,10 +33,12 @@ from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
 from refinfer.offload.inventory import Inventory
+from refinfer.offload.store import FileStore
 from refinfer.packing.formats import FORMATS
-from refinfer.weight_cache.file import MappedFile, read_file
 from refinfer.weight_cache.format import Entry
-from refinfer.weight_cache.sources import side_path
+from refinfer.weight_cache.identity import side_path
+from refinfer.weight_cache.mapped_file import MappedFile, read_file
+from refinfer.weight_cache.packers import record_nbytes
 
 WATCHDOG_S = 10
 NOBODY = 65534
@@ -93,6 +95,7 @@ def place_in(cache: Path, what: str) -> int:
     """Return where some part of a cache file lies."""
     entries = entries_of(cache)
     vectors = next(entry for (packer, _), entry in entries.items() if packer == "vectors")
+    table = entries["rows", "model.embed_tokens.weight"]
     places = {
         "header": 20,
         "index": cache.stat().st_size - 1,
@@ -100,7 +103,7 @@ def place_in(cache: Path, what: str) -> int:
         "first layer": entries["goi", "model.layers.0.self_attn.v_proj.weight"].offset,
         "last layer": entries["goi", "model.layers.2.mlp.down_proj.weight"].offset + 77,
         "output table": entries["goi", "lm_head.weight"].offset + 1234,
-        "a row of the prompt": entries["rows", "model.embed_tokens.weight"].offset + (4 * 40 + 8) * PROMPT[2] + 3,
+        "a row of the prompt": table.offset + record_nbytes(table.key) * PROMPT[2] + 3,
     }
     return places[what]
 
@@ -196,7 +199,7 @@ def test_the_first_start_builds_and_the_second_packs_nothing(name: str, folder: 
     first_tokens, first = start(folder, cache, weights=name)
     assert (first.state, first.path, first.reason) == ("built", str(cache), "there was no file yet")
     assert first.packed_buffers == BUFFERS
-    assert first.packed_bytes == sum(entry.nbytes for entry in entries_of(cache).values())
+    assert first.packed_bytes == sum(entry.padded_nbytes for entry in entries_of(cache).values())
     before = cache.read_bytes()
     second_tokens, second = start(folder, cache, weights=name)
     assert (second.state, second.path, second.reason) == ("loaded", str(cache), None)
@@ -654,7 +657,7 @@ def test_a_damaged_row_of_the_next_token_ends_the_run(budget: str | None, folder
     with opened(folder, built, budget=bytes_) as session:
         pieces = session.generate(token_ids=PROMPT, max_tokens=12)
         token = session.model.encode(next(pieces))[0]  # its row is looked up next
-        flip(built, table.offset + (4 * 40 + 8) * token + 9)
+        flip(built, table.offset + record_nbytes(table.key) * token + 9)
         with pytest.raises(DamagedWeightsError, match=REASONS["a row of the prompt"]):
             next(pieces)
     assert not built.exists()
@@ -737,6 +740,28 @@ def test_a_file_that_has_taken_the_place_of_the_damaged_one_stays(
             next(pieces)
     tokens, stats = start(folder, built)
     assert (tokens, stats.state) == (expected, "loaded")
+
+
+@pytest.mark.spec("GEN-16", "OPEN-7")
+def test_a_file_that_another_replaces_while_it_is_opened_is_not_removed(
+    tiny_config: ModelConfig, folder: Path, built: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the good file of another model, after the first one was looked at and before it is read."""
+    another = built.with_name("another")
+    write_checkpoint(built.parent / "m", replace(tiny_config, vocab_size=65), dtype="f32", seed=4)
+    start(built.parent / "m", another)
+    removed: list[Path] = []
+
+    def opening(path: Path) -> FileStore:
+        if another.exists():
+            another.replace(path)
+        return FileStore(path)
+
+    monkeypatch.setattr("refinfer.engine.FileStore", opening)
+    monkeypatch.setattr("refinfer.engine.discard", lambda path, is_at: removed.append(path))
+    tokens, stats = start(folder, built, budget="1GB")
+    assert (tokens, stats.state, stats.reason) == (expected, "built", f"{built} was replaced while it was opened")
+    assert not removed
 
 
 @pytest.mark.spec("GEN-6", "GEN-16")

@@ -101,6 +101,18 @@ def test_auto_keeps_every_weight_whatever_the_config_says_of_its_type(dtype: str
     np.testing.assert_allclose(auto, row_major, atol=1e-5)
 
 
+@pytest.mark.spec("PACK-28", "SOURCE-5")
+@pytest.mark.parametrize(("dtype", "weights"), [("f32", "f32"), ("f16", "f32"), ("bf16", "f32"), ("bf16", "bf16")])
+def test_unpacked_weights_in_a_format_that_loses_nothing_are_the_stored_ones(
+    dtype: str, weights: str, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "m", SHAPES["tiny"], dtype=dtype)
+    ids, off = list(range(20)), {"weight_cache": "off"}
+    np.testing.assert_array_equal(
+        logits_of(tmp_path / "m", ids, off | {"weights": weights}), logits_of(tmp_path / "m", ids, off)
+    )
+
+
 def logits_of(folder: Path, ids: list[int], options: dict[str, str]) -> Float32Array:
     with load(folder, weights=options.get("weights", "auto"), weight_cache=options.get("weight_cache")) as session:
         return session.logits(ids)

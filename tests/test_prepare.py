@@ -16,18 +16,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refinfer.engine import fixed_of
 from refinfer.errors import RequestError, WeightsError
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.folder import open_folder
 from refinfer.model.safetensors import SafetensorsFile, TensorSpec, write_safetensors
 from refinfer.model.synth import write_checkpoint
+from refinfer.model.transformer import Transformer, prefill_block
+from refinfer.model.weights import WeightSource
+from refinfer.offload.budget import Budget
 from refinfer.offload.inventory import Inventory
+from refinfer.offload.plan import make_plan, smallest_budget
+from refinfer.offload.source import PackedSource
+from refinfer.offload.store import FileStore
+from refinfer.offload.streamed import StreamedSource
 from refinfer.packing.formats import FORMATS, pack_matrix
-from refinfer.prepare import IN_MEMORY, Prepared, choose_format, prepare
+from refinfer.prepare import IN_MEMORY, choose_format, prepare
 from refinfer.trace import RealClock
 from refinfer.weight_cache.key import PackKey
-from refinfer.weight_cache.packers import layout_of_key, nbytes_of, record_nbytes
+from refinfer.weight_cache.load_or_build import Prepared
+from refinfer.weight_cache.mapped_file import NO_FILE, MappedFile, read_file
+from refinfer.weight_cache.packers import chunks_of, layout_of_key, padded_nbytes_of, record_nbytes
 from refinfer.weight_cache.provider import WeightCacheProvider
 
 WATCHDOG_S = 60
@@ -35,10 +45,18 @@ WATCHDOG_S = 60
 every_format = pytest.mark.parametrize("name", list(FORMATS))
 
 
-def prepared(folder: Path, name: str, where: str | os.PathLike[str] | None, block: int = 16 << 20) -> Prepared:
-    inventory = Inventory(open_folder(folder).config, name)
+def prepared(
+    folder: Path, name: str, where: str | os.PathLike[str] | None, chunk_nbytes: int | None = None
+) -> Prepared:
+    inventory = Inventory(open_folder(folder).config, name, chunk_nbytes)
     place = None if where is None else os.fspath(where)
-    return prepare(inventory, open_checkpoint(folder), place, clock=RealClock(), block=block)
+    return prepare(inventory, open_checkpoint(folder), place, clock=RealClock())
+
+
+def path_of(found: Prepared) -> Path:
+    """Return the path of the file that was mapped."""
+    assert found.mapped is not None
+    return found.mapped.path
 
 
 def check_contents(provider: WeightCacheProvider, folder: Path, inventory: Inventory) -> None:
@@ -53,6 +71,8 @@ def check_contents(provider: WeightCacheProvider, folder: Path, inventory: Inven
     ]
     for key in provider:
         check_buffer(provider, key, folder, inventory)
+    layouts = {matrix.name: matrix.layout for matrix in inventory.matrices}
+    assert {key.name: layout_of_key(key) for key in provider if key.packer == "goi"} == layouts
     norm = checkpoint.float32("model.norm.weight", shapes["model.norm.weight"])
     block = provider[next(iter(provider))].view(np.float32)
     np.testing.assert_array_equal(block[: sum(inventory.vectors.values())][-norm.size :], norm)
@@ -70,12 +90,13 @@ def check_buffer(provider: WeightCacheProvider, key: PackKey, folder: Path, inve
     stored = checkpoint.stored(key.name, shape)
     if key.packer == "rows":
         width, used = record_nbytes(key), shape[1] * stored.itemsize
-        rows = buffer[: width * shape[0]].reshape(shape[0], width)[:, :used]
+        rows = buffer[: width * shape[0]].reshape(shape[0], width)[:, 4 : 4 + used]
         assert rows.tobytes() == stored.tobytes()
         return
     layout = layout_of_key(key)
     assert layout.format.name == inventory.format
-    for chunk, alone in zip(layout.chunks, pack_matrix(stored, inventory.format).buffers, strict=True):
+    packed = pack_matrix(stored, inventory.format, inventory.chunk_nbytes)
+    for chunk, alone in zip(layout.chunks, packed.buffers, strict=True):
         np.testing.assert_array_equal(buffer[chunk.offset : chunk.offset + chunk.nbytes], alone)
 
 
@@ -93,13 +114,14 @@ def test_a_provider_holds_every_tensor_of_a_model_packed(family: Path, name: str
     found = prepared(family, name, where if where == IN_MEMORY else tmp_path / "cache")
     check_contents(found.provider, family, inventory)
     assert found.provider.is_finalized()
-    assert found.held_buffers == found.packed_buffers == len(found.provider)
-    assert found.held_bytes == found.packed_bytes == sum(map(nbytes_of, found.provider))
+    assert found.packed == tuple(found.provider)
+    assert found.keys == {key.name: key for key in found.provider}
+    assert found.held_bytes == found.packed_bytes == sum(map(padded_nbytes_of, found.provider))
     if where != IN_MEMORY:
         again = prepared(family, name, tmp_path / "cache")
         check_contents(again.provider, family, inventory)
-        assert (again.state, again.packed_buffers, again.packed_bytes) == ("loaded", 0, 0)
-        assert (again.held_buffers, again.held_bytes) == (found.held_buffers, found.held_bytes)
+        assert (again.state, again.packed, again.packed_bytes) == ("loaded", (), 0)
+        assert (again.keys, again.held_bytes) == (found.keys, found.held_bytes)
 
 
 @pytest.mark.spec("PREP-1", "SOURCE-3")
@@ -119,19 +141,90 @@ def test_a_checkpoint_in_shards_of_any_type_is_held_whole(
 @given(
     tied=st.booleans(), biases=st.booleans(), V=st.integers(1, 70), D=st.integers(1, 40),
     name=st.sampled_from(list(FORMATS)), block=st.sampled_from([1, 700, 16 << 20]),
+    chunk_nbytes=st.sampled_from([None, 1, 512, 5000]),
 )  # fmt: skip
-def test_any_model_is_held_whole_in_blocks_of_any_size(
-    tied: bool, biases: bool, V: int, D: int, name: str, block: int, tmp_path_factory: pytest.TempPathFactory
+def test_any_model_is_held_whole_in_blocks_and_chunks_of_any_size(
+    tied: bool,
+    biases: bool,
+    V: int,
+    D: int,
+    name: str,
+    block: int,
+    chunk_nbytes: int | None,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     config = replace(
         SHAPES["tiny"], vocab_size=V, hidden_size=D, num_hidden_layers=1, tie_word_embeddings=tied, o_bias=biases
     )
     folder = tmp_path_factory.mktemp("drawn") / "m"
     write_checkpoint(folder, config, dtype="f32")
-    inventory = Inventory(config, name)
+    inventory = Inventory(config, name, chunk_nbytes)
     for where in (IN_MEMORY, str(folder.with_name("cache"))):
         found = prepare(inventory, open_checkpoint(folder), where, clock=RealClock(), block=block)
         check_contents(found.provider, folder, inventory)
+
+
+POSITIONS = 16
+
+
+def logits_of(source: WeightSource) -> list[bytes]:
+    """Return the bits of the logits after a prompt and after one more token, and close the source."""
+    transformer = Transformer(source, POSITIONS)
+    bits = [transformer.decode(token_ids).tobytes() for token_ids in ([7, 1, 5], [2])]
+    source.close()
+    return bits
+
+
+def packed_logits(folder: Path, name: str, where: str, chunk_nbytes: int | None, reason: str | None) -> list[bytes]:
+    """Return the logits of weights in memory or mapped; check why they were packed, and the sizes of their chunks."""
+    inventory = Inventory(open_folder(folder).config, name, chunk_nbytes)
+    found = prepare(inventory, open_checkpoint(folder), where, clock=RealClock())
+    assert found.reason == reason
+    assert [chunks_of(found.keys[matrix.name]) for matrix in inventory.matrices] == [
+        matrix.layout.chunks for matrix in inventory.matrices
+    ]
+    most_rows = prefill_block(inventory.config, POSITIONS)
+    return logits_of(PackedSource(inventory, found.provider, found.keys, most_rows, RealClock(), found.mapped))
+
+
+def streamed_logits(folder: Path, name: str, file: Path, chunk_nbytes: int | None) -> list[bytes]:
+    """Return the logits of weights that are read from the file within the smallest budget."""
+    inventory = Inventory(open_folder(folder).config, name, chunk_nbytes)
+    found = prepare(inventory, open_checkpoint(folder), str(file), clock=RealClock())
+    found.provider.delete_cache()
+    of_key = {entry.key: entry for entry in read_file(file)[1].entries}
+    fixed = fixed_of(inventory, POSITIONS)
+    limit = smallest_budget(inventory, fixed)
+    source = StreamedSource(
+        inventory,
+        {tensor: of_key[key] for tensor, key in found.keys.items()},
+        FileStore(file),
+        make_plan("leading", inventory, fixed, limit),
+        Budget(limit),
+        most_rows=prefill_block(inventory.config, POSITIONS),
+        clock=RealClock(),
+    )
+    assert source.n_chunks == len(inventory.cycle)
+    return logits_of(source)
+
+
+@pytest.mark.spec("OPEN-4", "OFFLOAD-3")
+@every_format
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_file_holds_chunks_of_two_sizes_and_each_source_uses_its_own(name: str, tied: bool, tmp_path: Path) -> None:
+    folder, file = tmp_path / "m", tmp_path / "cache"
+    config = replace(SHAPES["tiny"], vocab_size=600, num_hidden_layers=1, tie_word_embeddings=tied)
+    write_checkpoint(folder, config, dtype="f32", seed=4)
+    one, other = (Inventory(config, name, chunk_nbytes) for chunk_nbytes in (None, 512))
+    assert len(other.cycle) > len(one.cycle)
+    n_matrices, n_buffers = len(one.matrices), len(one.matrices) + (1 if tied else 2)
+    reasons = {None: NO_FILE, 512: f"{n_matrices} of {n_buffers} buffers were missing"}
+    for chunk_nbytes in (None, 512, None, 512):
+        expected = packed_logits(folder, name, IN_MEMORY, chunk_nbytes, reason=None)
+        assert packed_logits(folder, name, str(file), chunk_nbytes, reasons.pop(chunk_nbytes, None)) == expected
+        assert streamed_logits(folder, name, file, chunk_nbytes) == expected
+    assert len(read_file(file)[1].entries) == n_buffers + n_matrices
+    assert list(MappedFile(file).problems()) == []
 
 
 def with_tensors(folder: Path, change: Callable[[dict[str, TensorSpec]], None], target: Path) -> Path:
@@ -198,11 +291,10 @@ def test_memory_holds_the_same_bytes_as_the_file_and_leaves_none(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     in_memory = prepared(family, name, IN_MEMORY)
-    assert (in_memory.state, in_memory.path, in_memory.reason) == ("memory", None, None)
+    assert (in_memory.state, in_memory.mapped, in_memory.reason) == ("memory", None, None)
     assert everything_in(tmp_path) == set()
     in_file = prepared(family, name, None)
-    assert in_file.path is not None
-    assert in_file.path.parent == tmp_path / "refinfer"
+    assert path_of(in_file).parent == tmp_path / "refinfer"
     kept = {(key.packer, key.name): in_file.provider[key].tobytes() for key in in_file.provider}
     packed = {(key.packer, key.name): in_memory.provider[key].tobytes() for key in in_memory.provider}
     assert list(packed.items()) == list(kept.items())
@@ -325,7 +417,7 @@ def test_a_link_is_followed_to_the_file_it_names(model: Path, tmp_path: Path) ->
     first, second = prepared(model, "f32", link), prepared(model, "f32", tmp_path / "place" / "real")
     assert (first.state, second.state) == ("built", "loaded")
     assert link.is_symlink()
-    assert first.path == second.path == (tmp_path / "place" / "real").resolve()
+    assert path_of(first) == path_of(second) == (tmp_path / "place" / "real").resolve()
 
 
 def without(name: str) -> Callable[[dict[str, TensorSpec]], None]:

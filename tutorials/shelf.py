@@ -11,7 +11,7 @@ import numpy as np
 
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import PackingError, WeightCacheStateError
-from refinfer.packing.formats import Bytes
+from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.key import PackKey
 from refinfer.weight_cache.provider import DictFace, State, lies_at, require, require_fitting
 

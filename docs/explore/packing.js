@@ -1,4 +1,4 @@
-// The packing explorer. Where everything lies was computed by refinfer.packing.layout; here it is looked up and drawn.
+// The packing explorer. Where everything lies was computed by refinfer.packing.xnnpack; here it is looked up and drawn.
 "use strict";
 
 (() => {

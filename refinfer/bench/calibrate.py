@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -26,11 +27,11 @@ from refinfer.offload.calibration import CALIBRATION_FILE, read_json, to_json
 from refinfer.offload.cost import Device, Processor
 from refinfer.offload.prefetch import Prefetcher
 from refinfer.offload.store import FileStore, Store
-from refinfer.packing.formats import FORMATS, Bytes, PackedMatrix, layout_of, pack_matrix
+from refinfer.packing.formats import FORMATS, PackedMatrix, layout_of, pack_matrix
+from refinfer.packing.layout import Bytes
 from refinfer.packing.matmul import matmul, scratch_floats
 from refinfer.packing.product import GemmScratch
 from refinfer.trace import Clock, RealClock
-from refinfer.weight_cache.checksum import checksum
 from refinfer.weight_cache.directory import cache_directory
 from refinfer.weight_cache.publish import write_small_file
 
@@ -101,7 +102,7 @@ def read_rows(store: Store, nbytes: int, clock: Clock, rounds: int = _ROUNDS) ->
 
         def read(number: int, slot: Bytes, thread: int, size: int = size) -> Bytes:
             store.read(number * size, slot)
-            checksum(slot)
+            zlib.crc32(slot.data)
             return slot
 
         for readers in READERS:
@@ -158,7 +159,7 @@ def product_rows(names: Sequence[str], clock: Clock, rounds: int = _ROUNDS) -> I
             for _ in range(rounds):
                 started = clock.now()
                 for packed in some:
-                    matmul(x, packed, out, scratch)
+                    matmul(x, packed.layout, packed.tiles, out, scratch)
                 seconds.append((clock.now() - started) / len(some))
             taken = 1e9 * statistics.median(seconds) / nbytes
             yield {"what": "product", "format": name, "m": M, "chunk_bytes": nbytes, "ns_per_byte": taken}
@@ -171,7 +172,7 @@ def _call_s(clock: Clock) -> float:
     scratch = GemmScratch(scratch_floats({layout_of("f32", *_TINY)}, 1))
     started = clock.now()
     for _ in range(_CALLS):
-        matmul(x, packed, out, scratch)
+        matmul(x, packed.layout, packed.tiles, out, scratch)
     return (clock.now() - started) / _CALLS
 
 

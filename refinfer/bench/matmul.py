@@ -23,12 +23,12 @@ from threadpoolctl import threadpool_limits
 
 from refinfer.arrays import Float32Array
 from refinfer.bench.harness import interleave
+from refinfer.packing import int8
 from refinfer.packing.formats import FORMATS, PackedMatrix, pack_matrix
-from refinfer.packing.gemm import pack
-from refinfer.packing.layout import GoiLayout, TileShape
+from refinfer.packing.layout import TileShape
 from refinfer.packing.matmul import matmul, scratch_floats
 from refinfer.packing.product import GemmScratch, tile_rows
-from refinfer.packing.quantized import quantize_int8
+from refinfer.packing.xnnpack import GoiLayout, pack
 
 __all__ = ["ROWS_OF_X", "SHAPES", "Weights", "candidates", "machine_limits", "matmul_rows"]
 
@@ -93,13 +93,13 @@ class Weights:
         self.packed = {name: self._packed_copies(pack_matrix(w, name)) for name in FORMATS}
         self.packed_in_small_pages = self._packed_copies(pack_matrix(w, "f32"), _in_small_pages)
         self.xnnpack = {nr: self._xnnpack_copies(w, nr) for nr in (16, 32, 128) if self.N % nr == 0}
-        q, self.int8_scales = quantize_int8(w)
+        q, self.int8_scales = int8.quantize(w)
         self.int8 = _copies(q, self.n_copies)
 
     def _packed_copies(
         self, packed: PackedMatrix, memory: Callable[[int], npt.NDArray[np.uint8]] | None = None
     ) -> list[PackedMatrix]:
-        flat = np.zeros(packed.layout.nbytes, np.uint8)
+        flat = np.zeros(packed.layout.padded_nbytes, np.uint8)
         for chunk, buffer in zip(packed.layout.chunks, packed.buffers, strict=True):
             flat[chunk.offset : chunk.offset + chunk.nbytes] = buffer
         return [
@@ -148,7 +148,7 @@ def candidates(weights: Weights, x: Float32Array) -> dict[str, Candidate]:
     f32_bytes = 4.0 * N * K
 
     def packed_run(copies: list[PackedMatrix]) -> Callable[[int], object]:
-        return lambda i: matmul(x, copies[i], out=out, scratch=scratch)
+        return lambda i: matmul(x, copies[i].layout, copies[i].tiles, out=out, scratch=scratch)
 
     found: dict[str, Candidate] = {
         "naive": (f32_bytes, "naive", lambda i: x @ weights.row_major[i].T),

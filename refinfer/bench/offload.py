@@ -35,10 +35,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
-import refinfer.packing.matmul
 from refinfer.arrays import Float32Array
 from refinfer.bench.calibrate import calibrate
 from refinfer.bench.machine import describe_machine
@@ -53,9 +51,8 @@ from refinfer.offload.inventory import Inventory
 from refinfer.offload.plan import PLANS, smallest_budget
 from refinfer.offload.prefetch import PREFETCH_THREADS
 from refinfer.offload.streamed import StreamedSource
-from refinfer.packing.formats import Tiles
-from refinfer.packing.kernels import KERNELS
-from refinfer.packing.product import Product
+from refinfer.packing.formats import FORMATS
+from refinfer.packing.layout import Operand, Tiles
 
 __all__ = ["MODEL", "OFFLOAD_ROUNDS", "Arm", "arms", "can_limit_memory", "offload_bench", "run_arm", "steps"]
 
@@ -73,7 +70,6 @@ _ALL_SHARES: Final = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 _PLAN_SHARES: Final = (0.25, 0.5, 0.75)
 _HEADROOM_BYTES: Final = 16_000_000
 _MEMORY_GROUPS: Final = Path("/sys/fs/cgroup/memory")
-_Kernel = Callable[[Product, Tiles, Float32Array], None]
 _CHILD: Final = "from refinfer.bench.offload import child; import sys; child(*sys.argv[1:])"
 
 
@@ -151,18 +147,18 @@ def child(model: str, weight_cache: str, arm: str, report: str) -> None:
 def _multiply_often(products: int) -> None:
     """Let this process multiply each chunk `products` times over, with the same result."""
 
-    def often(kernel: _Kernel) -> _Kernel:
-        def multiply(product: Product, tiles: Tiles, out: Float32Array) -> None:
-            used = product.scratch.used
+    def often(once: Callable[[Operand, Tiles, Float32Array], None]) -> Callable[[Operand, Tiles, Float32Array], None]:
+        def multiply(operand: Operand, tiles: Tiles, out: Float32Array) -> None:
+            scratch = operand.scratch if hasattr(operand, "scratch") else operand[0].scratch
+            used = scratch.used
             for _ in range(products):
-                product.scratch.reset(used)
-                kernel(product, tiles, out)
+                scratch.reset(used)
+                once(operand, tiles, out)
 
         return multiply
 
-    if products > 1:
-        kernels = {name: often(kernel) for name, kernel in KERNELS.items()}
-        refinfer.packing.matmul.KERNELS = MappingProxyType(kernels)  # type: ignore[attr-defined]
+    for page in FORMATS.values() if products > 1 else ():
+        page.multiply = often(page.multiply)  # type: ignore[method-assign, assignment]
 
 
 def _io() -> int:

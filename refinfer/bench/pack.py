@@ -15,8 +15,8 @@ import numpy.typing as npt
 from refinfer.arrays import f32_to_bf16
 from refinfer.bench.harness import interleave
 from refinfer.packing.formats import layout_of, pack_chunk
-from refinfer.packing.gemm import pack_rows
-from refinfer.packing.layout import GoiLayout, TileShape
+from refinfer.packing.layout import TileShape
+from refinfer.packing.xnnpack import GoiLayout, pack_rows
 
 __all__ = ["PACK_ROUNDS", "PACK_SHAPE", "pack_bench_rows"]
 
@@ -54,7 +54,7 @@ def pack_bench_rows(
 
 def _packer(rows: npt.NDArray[Any], name: str) -> Callable[[], object]:
     layout = layout_of(name, *rows.shape)
-    memory = np.zeros(layout.nbytes, np.uint8)
+    memory = np.zeros(layout.padded_nbytes, np.uint8)
 
     def pack() -> None:
         for chunk in layout.chunks:

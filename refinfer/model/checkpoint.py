@@ -16,11 +16,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from refinfer.arrays import Float32Array, bf16_to_f32
+from refinfer.arrays import Float32Array, stored_to_f32
 from refinfer.errors import SafetensorsError, WeightsError
 from refinfer.model.safetensors import SafetensorsFile, TensorInfo
 
-__all__ = ["FLOAT_DTYPES", "INDEX_NAME", "SINGLE_NAME", "Checkpoint", "open_checkpoint", "stored_to_f32"]
+__all__ = ["FLOAT_DTYPES", "INDEX_NAME", "SINGLE_NAME", "Checkpoint", "open_checkpoint"]
 
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -95,13 +95,6 @@ class Checkpoint(Mapping[str, TensorInfo]):
             if tensor.dtype in FLOAT_DTYPES and not np.isfinite(self.float32(name, tensor.shape)).all():
                 return name
         return None
-
-
-def stored_to_f32(stored: npt.NDArray[Any]) -> Float32Array:
-    """Return float32, float16 or bfloat16 bits as aligned float32; copies unless it is that already."""
-    if stored.dtype == np.uint16:
-        return bf16_to_f32(stored)
-    return np.require(stored, np.float32, ["C", "A"])
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

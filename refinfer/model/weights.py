@@ -26,9 +26,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from refinfer.arrays import Float32Array, IntArray
-from refinfer.errors import GenerationError, RequestError, WeightsError
-from refinfer.model.checkpoint import Checkpoint, stored_to_f32
+from refinfer.arrays import Float32Array, IntArray, require_rows, stored_to_f32
+from refinfer.errors import GenerationError, WeightsError
+from refinfer.model.checkpoint import Checkpoint
 from refinfer.model.config import ModelConfig
 
 __all__ = [
@@ -143,7 +143,7 @@ class RowMajorMatrix:
 
     def rows(self, ids: IntArray) -> Float32Array:
         """Return the rows `ids` as a copy `[len(ids), K]`."""
-        _require_rows(ids, len(self.weight))
+        require_rows(ids, len(self.weight))
         return self.weight[ids]
 
 
@@ -161,14 +161,8 @@ class StoredRowTable:
 
     def rows(self, ids: IntArray) -> Float32Array:
         """Return the rows `ids` as float32 `[len(ids), K]`."""
-        _require_rows(ids, len(self._stored))
+        require_rows(ids, len(self._stored))
         return stored_to_f32(self._stored[ids])
-
-
-def _require_rows(ids: IntArray, N: int) -> None:
-    """Check that a matrix of N rows has the rows `ids`; numpy would count negative ones from the end."""
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < N:
-        raise RequestError(f"rows {int(ids.min())} to {int(ids.max())} are asked for; there are 0 to {N - 1}")
 
 
 class RowMajorSource:

@@ -27,8 +27,8 @@ from refinfer.errors import InputError
 from refinfer.offload.cost import HERE, Calibration, Device, Processor, calibration_of
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.matrices import Scratch
-from refinfer.packing.formats import Bytes
-from refinfer.packing.matmul import multiply_chunk, start_product
+from refinfer.packing.layout import Bytes
+from refinfer.packing.matmul import matmul
 from refinfer.trace import Clock
 from refinfer.weight_cache.directory import cache_directory
 
@@ -206,11 +206,11 @@ def product_seconds_per_byte(
     """Return what a byte of weights costs with one row of x: chunks in memory are multiplied, for 0.1 s at most."""
     spent, nbytes = 0.0, 0
     for number, chunk in chunks.items():
-        matrix = inventory.matrices[inventory.cycle[number].matrix]
-        x, out = np.ones((1, matrix.layout.K), np.float32), np.empty((1, matrix.layout.N), np.float32)
+        used = inventory.cycle[number]
+        layout = inventory.matrices[used.matrix].layout.alone(used.index)
+        x, out = np.ones((1, layout.K), np.float32), np.empty((1, layout.N), np.float32)
         started = clock.now()
-        product = start_product(x, matrix.layout, scratch.of(1))
-        multiply_chunk(product, matrix.layout, matrix.layout.chunks[inventory.cycle[number].index], chunk, out)
+        matmul(x, layout, [layout.tiles(chunk, layout.chunks[0])], out, scratch.of(1))
         spent += clock.now() - started
         nbytes += len(chunk)
         if spent > _MEASURE_S:

@@ -21,6 +21,7 @@ from refinfer.arrays import BoolArray
 from refinfer.errors import RequestError
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.simulate import Unit
+from refinfer.packing.formats import FORMATS
 
 __all__ = [
     "DEVICES",
@@ -115,21 +116,14 @@ DEVICES: Final[Mapping[str, Device]] = MappingProxyType(
 )
 """Disks by name. Bandwidths are sequential reads; what a phone keeps up when it is warm may be less."""
 
-_NANOSECONDS_PER_BYTE: Final = {
-    "f32": {1: 0.063, 8: 0.094, 64: 0.291, 256: 0.911},
-    "bf16": {1: 0.152, 8: 0.199, 64: 0.783, 256: 2.084},
-    "int8": {1: 0.231, 8: 0.360, 64: 1.251, 256: 3.865},
-    "int4": {1: 0.482, 8: 0.784, 64: 3.192, 256: 7.403},
-}
-
 HERE: Final = Calibration(
     DEVICES["virtual-disk"],
     Processor(
         "one core of the figures page",
         MappingProxyType(
             {
-                name: MappingProxyType({M: ns * 1e-9 for M, ns in points.items()})
-                for name, points in _NANOSECONDS_PER_BYTE.items()
+                name: MappingProxyType({M: ns * 1e-9 for M, ns in page.nanoseconds_per_byte.items()})
+                for name, page in FORMATS.items()
             }
         ),
         10e-6,

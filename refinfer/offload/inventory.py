@@ -15,7 +15,8 @@ import numpy as np
 
 from refinfer.arrays import PAGE_BYTES, IntArray
 from refinfer.model.config import ModelConfig
-from refinfer.packing.formats import PackedLayout, layout_of
+from refinfer.packing.formats import layout_of
+from refinfer.packing.layout import PackedLayout
 
 __all__ = ["CycleChunk", "Inventory", "InventoryMatrix"]
 
@@ -43,15 +44,16 @@ class CycleChunk:
     index: int
     layer: int
     kind: str
-    nbytes: int
+    padded_nbytes: int
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """The buffers of one model in one format."""
+    """The buffers of one model in one format; `chunk_nbytes` is the aim for a chunk, None the format's usual one."""
 
     config: ModelConfig
     format: str
+    chunk_nbytes: int | None = None
 
     @cached_property
     def matrices(self) -> tuple[InventoryMatrix, ...]:
@@ -64,10 +66,13 @@ class Inventory:
         for layer in range(config.num_hidden_layers):
             for name, (N, K) in shapes.items():
                 kind = name.removesuffix(".weight").rpartition(".")[2]
-                yield InventoryMatrix(f"model.layers.{layer}.{name}", layer, kind, layout_of(self.format, N, K))
+                yield InventoryMatrix(f"model.layers.{layer}.{name}", layer, kind, self._layout(N, K))
         output = _EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
-        layout = layout_of(self.format, config.vocab_size, config.hidden_size)
+        layout = self._layout(config.vocab_size, config.hidden_size)
         yield InventoryMatrix(output, config.num_hidden_layers, "lm_head", layout)
+
+    def _layout(self, N: int, K: int) -> PackedLayout:
+        return layout_of(self.format, N, K, self.chunk_nbytes)
 
     @cached_property
     def cycle(self) -> tuple[CycleChunk, ...]:
@@ -81,7 +86,7 @@ class Inventory:
     @cached_property
     def sizes(self) -> IntArray:
         """The bytes of every chunk of the cycle."""
-        return np.array([chunk.nbytes for chunk in self.cycle], np.int64)
+        return np.array([chunk.padded_nbytes for chunk in self.cycle], np.int64)
 
     @cached_property
     def chunks_of_kind(self) -> dict[str, IntArray]:
@@ -95,8 +100,8 @@ class Inventory:
     def kind_sizes(self) -> dict[str, int]:
         """The packed bytes of one matrix of each kind in a layer, in execution order; the output table last."""
         first = self.matrices[0].layer
-        return {matrix.kind: matrix.layout.nbytes for matrix in self.matrices if matrix.layer == first} | {
-            "lm_head": self.matrices[-1].layout.nbytes
+        return {matrix.kind: matrix.layout.padded_nbytes for matrix in self.matrices if matrix.layer == first} | {
+            "lm_head": self.matrices[-1].layout.padded_nbytes
         }
 
     @cached_property

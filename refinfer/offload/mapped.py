@@ -1,27 +1,28 @@
 """A mapped file as a place of weights: checked at first use, and again after anybody wrote to it.
 
-Knows: when a chunk has to be checked. Does not know: how a matrix is multiplied, how the file came to be.
-Spec: OFFLOAD-4, OFFLOAD-5. Tutorial: 06.
+When a chunk has to be checked. Leaves to others: how a matrix is multiplied, how the file came to be.
+Read more: tutorial 06; clauses OFFLOAD-4, OFFLOAD-5.
 
 Checking everything at each token would cost more than multiplying. So each chunk is checked once, and the file's
 times are looked at before and after every pass, which takes a microsecond: whoever writes to the file changes them,
-and then everything is checked anew before the token is shown.
+and then everything is checked again before the token is shown.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from refinfer.arrays import Float32Array, IntArray
 from refinfer.model.weights import Matrix, RowTable
-from refinfer.offload.matrices import ResidentMatrix, damaged
-from refinfer.packing.formats import Bytes
+from refinfer.offload.matrices import damaged
+from refinfer.packing.formats import PackedMatrix
+from refinfer.packing.layout import Tiles
 from refinfer.trace import Clock
-from refinfer.weight_cache.file import MappedFile
 from refinfer.weight_cache.format import Entry
+from refinfer.weight_cache.mapped_file import MappedFile
 
-__all__ = ["FirstTable", "LastMatrix", "MappedMatrix", "Watch"]
+__all__ = ["FirstTable", "LastMatrix", "MappedChunks", "Watch"]
 
 
 class Watch:
@@ -33,9 +34,9 @@ class Watch:
     def __init__(self, mapped: MappedFile, vectors: Entry, clock: Clock) -> None:
         self.mapped = mapped
         self._clock = clock
-        # The times of a file do not tell a write in the same tick of the system's clock from the one before.
+        # Two writes within one clock tick can leave the same times.
         self._restless_until = self._clock.now() + mapped.tick_s if mapped.age_s < mapped.tick_s else -math.inf
-        self.matrices: list[MappedMatrix] = []
+        self.chunks: list[MappedChunks] = []
         self.epoch = 0
         self._vectors = vectors
         self._vectors_checked_in = -1
@@ -67,59 +68,48 @@ class Watch:
         before = self.epoch
         self.begin()
         if self.epoch != before:
-            for matrix in self.matrices:
-                matrix.check()
+            for chunks in self.chunks:
+                chunks.check()
 
 
-class MappedMatrix:
-    """A packed matrix in a mapped file: each chunk is checked just before it is first used."""
+class MappedChunks:
+    """The chunks of a matrix in a mapped file: each is checked just before it is first used."""
 
-    def __init__(self, matrix: ResidentMatrix, entry: Entry, watch: Watch) -> None:
-        self._matrix = matrix
+    def __init__(self, packed: PackedMatrix, entry: Entry, watch: Watch) -> None:
+        self._tiles = packed.tiles
         self._entry = entry
         self._watch = watch
         self._checked_in = -1
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(N, K)`."""
-        return self._matrix.shape
-
-    def matmul(self, x: Float32Array, out: Float32Array | None = None) -> Float32Array:
-        """Return `x @ W.T + bias`, chunk by chunk.
+    def in_order(self) -> Iterable[Tiles]:
+        """Give the tiles of every chunk; checked and multiplied in turn, a chunk is in the cache when it is multiplied.
 
         Raises:
             DamagedWeightsError: a chunk does not agree with its checksum.
         """
-        if self._checked_in == self._watch.epoch:
-            return self._matrix.matmul(x, out)
-        # Checked and multiplied in turn, a chunk is still in the processor's cache when it is multiplied.
-        y = self._matrix.matmul_arriving(x, self._checked_buffers(), out)
-        self._checked_in = self._watch.epoch
-        return y
+        return self._tiles if self._checked_in == self._watch.epoch else self._checked()
 
-    def rows(self, ids: IntArray) -> Float32Array:
-        """Return the rows `ids` as float32 `[len(ids), K]`.
+    def some(self, numbers: Sequence[int]) -> Iterable[Tiles]:
+        """Give the tiles of the chunks with these numbers, after a check of all.
 
         Raises:
             DamagedWeightsError: a chunk does not agree with its checksum.
         """
         self.check()
-        return self._matrix.rows(ids)
+        return [self._tiles[number] for number in numbers]
 
     def check(self) -> None:
         """Check all chunks, unless that has been done since the file was last written to."""
-        if self._checked_in != self._watch.epoch:
-            for _ in self._checked_buffers():
-                pass
-            self._checked_in = self._watch.epoch
+        for _ in self.in_order():
+            pass
 
-    def _checked_buffers(self) -> Iterator[Bytes]:
-        mapped = self._watch.mapped
-        for number, (chunk, buffer) in enumerate(zip(self._entry.chunks, self._matrix.packed.buffers, strict=True)):
+    def _checked(self) -> Iterator[Tiles]:
+        mapped, epoch = self._watch.mapped, self._watch.epoch
+        for number, (chunk, tiles) in enumerate(zip(self._entry.chunks, self._tiles, strict=True)):
             if not mapped.is_sound(chunk):
                 raise damaged(str(mapped.path), self._entry.key, number)
-            yield buffer
+            yield tiles
+        self._checked_in = epoch
 
 
 class FirstTable:

@@ -1,34 +1,35 @@
 """Matrices and tables over packed chunks, wherever those lie.
 
-Knows: how a product walks over chunks, how single rows are read. Does not know: files, plans.
-Spec: OFFLOAD-3, OFFLOAD-6. Tutorial: 06.
+One matrix class over anything that gives chunks, and a table of single rows. Leaves to others: files, plans.
+Read more: tutorial 06; clauses OFFLOAD-3, OFFLOAD-6.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from refinfer.arrays import Float32Array, IntArray
+from refinfer.arrays import Float32Array, IntArray, require_rows, stored_to_f32
 from refinfer.errors import DamagedWeightsError
-from refinfer.model.checkpoint import stored_to_f32
 from refinfer.offload.inventory import Inventory
-from refinfer.packing.formats import Bytes, PackedLayout, PackedMatrix
-from refinfer.packing.gemm import require_rows
-from refinfer.packing.matmul import matmul, multiply_chunk, scratch_floats, start_product
+from refinfer.packing.formats import PackedMatrix
+from refinfer.packing.layout import Bytes, PackedLayout, Tiles
+from refinfer.packing.matmul import matmul, scratch_floats, unpack_rows
 from refinfer.packing.product import GemmScratch
 from refinfer.weight_cache.key import PackKey
-from refinfer.weight_cache.packers import chunks_of, record_nbytes, rows_of_records
+from refinfer.weight_cache.packers import chunks_of, record_nbytes, row_of_record
 
 __all__ = [
+    "ChunkedMatrix",
+    "Chunks",
     "RecordTable",
-    "ResidentMatrix",
+    "ResidentChunks",
     "Scratch",
     "damaged",
     "gemm_scratch_nbytes",
-    "product_of_chunks",
     "vectors_of",
 ]
 
@@ -51,25 +52,6 @@ class Scratch:
         return self._reserved if self._most_rows >= M else GemmScratch(scratch_floats(self._layouts, M))
 
 
-def product_of_chunks(
-    x: Float32Array,
-    layout: PackedLayout,
-    buffers: Iterator[Bytes],
-    bias: Float32Array | None,
-    out: Float32Array | None,
-    scratch: GemmScratch,
-) -> Float32Array:
-    """Return `x @ W.T + bias`, taking each chunk as it arrives."""
-    if out is None:
-        out = np.empty((len(x), layout.N), np.float32)
-    product = start_product(x, layout, scratch)
-    for chunk, buffer in zip(layout.chunks, buffers, strict=True):
-        multiply_chunk(product, layout, chunk, buffer, out)
-    if bias is not None:
-        np.add(out, bias, out=out)
-    return out
-
-
 def vectors_of(block: Float32Array, inventory: Inventory) -> dict[str, Float32Array]:
     """Cut the block of norms and biases into its vectors."""
     vectors, end = {}, 0
@@ -79,39 +61,68 @@ def vectors_of(block: Float32Array, inventory: Inventory) -> dict[str, Float32Ar
     return vectors
 
 
-class ResidentMatrix:
-    """A packed matrix in memory, with its bias and the scratch it shares with the others of its source."""
+class Chunks(Protocol):
+    """The chunks of one packed matrix, wherever they are: in memory, in a mapped file, or still to be read."""
 
-    def __init__(self, packed: PackedMatrix, bias: Float32Array | None, scratch: Scratch) -> None:
-        self.packed = packed
+    def in_order(self) -> Iterable[Tiles]:
+        """Give the tiles of every chunk, each valid until the next is asked for."""
+        ...
+
+    def some(self, numbers: Sequence[int]) -> Iterable[Tiles]:
+        """Give the tiles of the chunks with these numbers, for single rows; each valid until the next is asked for."""
+        ...
+
+
+class ResidentChunks:
+    """Chunks that stay in memory."""
+
+    def __init__(self, packed: PackedMatrix) -> None:
+        self._tiles = packed.tiles
+
+    def in_order(self) -> Iterable[Tiles]:
+        """Give the tiles of every chunk."""
+        return self._tiles
+
+    def some(self, numbers: Sequence[int]) -> Iterable[Tiles]:
+        """Give the tiles of the chunks with these numbers."""
+        return [self._tiles[number] for number in numbers]
+
+
+class ChunkedMatrix:
+    """A matrix `[N, K]` over packed chunks, with its bias, and the scratch that it shares with its source's others."""
+
+    def __init__(self, layout: PackedLayout, chunks: Chunks, bias: Float32Array | None, scratch: Scratch) -> None:
+        self.shape = layout.N, layout.K
+        self._layout = layout
+        self._chunks = chunks
         self._bias = bias
         self._scratch = scratch
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(N, K)`."""
-        return self.packed.layout.N, self.packed.layout.K
-
     def matmul(self, x: Float32Array, out: Float32Array | None = None) -> Float32Array:
-        """Return `x @ W.T + bias`, chunk by chunk."""
-        y = matmul(x, self.packed, out, self._scratch.of(len(x)))
+        """Return `x @ W.T + bias`, chunk by chunk.
+
+        Raises:
+            DamagedWeightsError: a chunk cannot be read, or does not agree with its checksum.
+        """
+        y = matmul(x, self._layout, self._chunks.in_order(), out, self._scratch.of(len(x)))
         if self._bias is not None:
             np.add(y, self._bias, out=y)
         return y
 
-    def matmul_arriving(self, x: Float32Array, buffers: Iterator[Bytes], out: Float32Array | None) -> Float32Array:
-        """Return the same bits, taking each chunk from `buffers`."""
-        return product_of_chunks(x, self.packed.layout, buffers, self._bias, out, self._scratch.of(len(x)))
-
     def rows(self, ids: IntArray) -> Float32Array:
-        """Return the rows `ids` as float32 `[len(ids), K]`."""
-        return self.packed.unpack_rows(ids)
+        """Return the rows `ids` as float32 `[len(ids), K]`.
+
+        Raises:
+            RequestError: there is no such row.
+            DamagedWeightsError: a chunk cannot be read, or does not agree with its checksum.
+        """
+        return unpack_rows(ids, self._layout, self._chunks.some)
 
 
 def damaged(where: str, key: PackKey, chunk: int | None = None) -> DamagedWeightsError:
     """Return the error of a buffer or chunk that does not agree with its checksum."""
     part = key.name if chunk is None else f"{key.name}, chunk {chunk},"
-    return DamagedWeightsError(f"{where}: {part} does not agree with its checksum: the file is damaged; start again")
+    return DamagedWeightsError(f"{where}: {part} does not agree with its checksum: the file is damaged")
 
 
 class RecordTable:
@@ -136,8 +147,8 @@ class RecordTable:
         for i, row in enumerate(ids.tolist()):
             chunk = chunks_of(self._key)[bisect_right(self._first_rows, row) - 1]
             record = self._read(chunk.offset + (row - chunk.first_row) * nbytes, nbytes)
-            stored = rows_of_records(record[None], self._key, ids[i : i + 1])
+            stored = row_of_record(record, self._key, row)
             if stored is None:
                 raise damaged(self._where, self._key)
-            out[i] = stored_to_f32(stored[0])
+            out[i] = stored_to_f32(stored)
         return out

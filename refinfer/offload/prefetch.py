@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from refinfer.errors import GenerationError
-from refinfer.packing.formats import Bytes
+from refinfer.packing.layout import Bytes
 
 __all__ = ["PREFETCH_THREADS", "Prefetcher", "Read"]
 

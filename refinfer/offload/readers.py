@@ -12,7 +12,7 @@ from typing import Protocol
 
 from refinfer.errors import GenerationError
 from refinfer.offload.prefetch import Read
-from refinfer.packing.formats import Bytes
+from refinfer.packing.layout import Bytes
 
 __all__ = ["Closed", "LruPages", "OnDemand", "Reader"]
 

@@ -50,8 +50,8 @@ def layer_rows(inventory: Inventory, plan: Plan) -> list[dict[str, Any]]:
     for number, chunk in enumerate(inventory.cycle):
         empty = {"layer": chunk.layer, "kind": chunk.kind, "bytes": 0, "locked_bytes": 0}
         row = rows.setdefault((chunk.layer, chunk.kind), empty)
-        row["bytes"] += chunk.nbytes
-        row["locked_bytes"] += chunk.nbytes * (number in plan.locked)
+        row["bytes"] += chunk.padded_nbytes
+        row["locked_bytes"] += chunk.padded_nbytes * (number in plan.locked)
     return list(rows.values())
 
 

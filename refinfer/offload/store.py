@@ -21,7 +21,7 @@ from typing import Final, Protocol, Self
 
 from refinfer.arrays import PAGE_BYTES, aligned_empty
 from refinfer.errors import CacheFileError, DamagedWeightsError, GenerationError
-from refinfer.packing.formats import Bytes
+from refinfer.packing.layout import Bytes
 from refinfer.trace import Clock
 
 __all__ = ["FileStore", "Store", "ThrottledStore"]
@@ -113,7 +113,7 @@ class FileStore:
                 while done < len(view):
                     n = self._read(descriptor, offset + done, view[done:])
                     if n == 0:
-                        raise DamagedWeightsError(f"{self.path} was cut short while it was in use; start again")
+                        raise DamagedWeightsError(f"{self.path} was cut short while it was in use")
                     done += n
             except OSError as error:
                 raise DamagedWeightsError(f"{self.path} cannot be read: {error.strerror}") from None

@@ -13,32 +13,29 @@ The file is never mapped: what is not counted in the account is not in memory.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import accumulate, pairwise
-from typing import Final
 
 import numpy as np
 
-from refinfer.arrays import PAGE_BYTES, Float32Array, IntArray, aligned_empty
+from refinfer.arrays import PAGE_BYTES, Float32Array, aligned_empty
 from refinfer.model.weights import LayerWeights, Matrix, RowTable, assemble, walk
 from refinfer.offload.budget import Budget
 from refinfer.offload.inventory import Inventory
-from refinfer.offload.matrices import RecordTable, Scratch, damaged, product_of_chunks, vectors_of
+from refinfer.offload.matrices import ChunkedMatrix, RecordTable, Scratch, damaged, vectors_of
 from refinfer.offload.plan import Plan
 from refinfer.offload.prefetch import Prefetcher
 from refinfer.offload.readers import Closed, LruPages, OnDemand, Reader
 from refinfer.offload.store import Store
-from refinfer.packing.formats import Bytes, PackedLayout
-from refinfer.packing.gemm import require_rows
+from refinfer.packing.layout import Bytes, PackedLayout, Tiles
+from refinfer.packing.matmul import UNPACKED_AT_ONCE
 from refinfer.trace import Clock, Span, Trace
-from refinfer.weight_cache.checksum import checksum, checksum_scratch
-from refinfer.weight_cache.format import Entry, Index
+from refinfer.weight_cache.format import Entry
 from refinfer.weight_cache.packers import layout_of_key
 
-__all__ = ["StreamedMatrix", "StreamedSource", "staging_nbytes"]
-
-_ROWS_AT_ONCE: Final = 16  # of a tied table, unpacked together
+__all__ = ["StreamedChunks", "StreamedSource", "staging_nbytes"]
 
 
 def staging_nbytes(inventory: Inventory, most_rows: int) -> int:
@@ -46,7 +43,7 @@ def staging_nbytes(inventory: Inventory, most_rows: int) -> int:
     K = inventory.config.hidden_size
     result = 4 * most_rows * K
     if inventory.table is None:  # a chunk of the tied table; its rows as bytes, as float32, and what comes between
-        return result + 4 * _ROWS_AT_ONCE * 4 * K + _table_chunk_nbytes(inventory)
+        return result + 4 * UNPACKED_AT_ONCE * 4 * K + _table_chunk_nbytes(inventory)
     return result + 4 * K + 2 * PAGE_BYTES
 
 
@@ -54,43 +51,34 @@ def _table_chunk_nbytes(inventory: Inventory) -> int:
     return max(chunk.padded_nbytes for chunk in inventory.matrices[-1].layout.chunks)
 
 
-class StreamedMatrix:
-    """A packed matrix whose chunks come one by one from its source."""
+class StreamedChunks:
+    """The chunks of a matrix that come one by one from its source; `first` is the number of the first in the cycle."""
 
-    def __init__(self, layout: PackedLayout, bias: Float32Array | None, first: int, source: StreamedSource) -> None:
-        self.shape = layout.N, layout.K
+    def __init__(self, layout: PackedLayout, first: int, source: StreamedSource) -> None:
         self._layout = layout
-        self._bias = bias
         self._first = first
         self._source = source
 
-    def matmul(self, x: Float32Array, out: Float32Array | None = None) -> Float32Array:
-        """Return `x @ W.T + bias`, chunk by chunk.
+    def in_order(self) -> Iterator[Tiles]:
+        """Give the tiles of every chunk; each is released when the next is asked for.
 
         Raises:
             DamagedWeightsError: a chunk cannot be read, or does not agree with its checksum.
         """
-        buffers = self._source.chunks(self._first, len(self._layout.chunks))
-        return product_of_chunks(x, self._layout, buffers, self._bias, out, self._source.scratch.of(len(x)))
+        for chunk, buffer in zip(
+            self._layout.chunks, self._source.chunks(self._first, len(self._layout.chunks)), strict=True
+        ):
+            yield self._layout.tiles(buffer, chunk)
 
-    def rows(self, ids: IntArray) -> Float32Array:
-        """Return the rows `ids` as float32 `[len(ids), K]`; reads each chunk that holds one once, out of turn.
+    def some(self, numbers: Sequence[int]) -> Iterator[Tiles]:
+        """Give the tiles of the chunks with these numbers, read out of turn.
 
         Raises:
             DamagedWeightsError: a chunk cannot be read, or does not agree with its checksum.
         """
-        layout = self._layout
-        require_rows(ids, layout.N)
-        out = np.empty((len(ids), layout.K), np.float32)
-        chunk_of = np.searchsorted([chunk.first_row for chunk in layout.chunks], ids, side="right") - 1
-        for c in np.unique(chunk_of):
-            here = np.flatnonzero(chunk_of == c)
-            for chunk in self._source.out_of_turn(self._first + int(c)):
-                tiles = layout.tiles(chunk, layout.chunks[c])
-                for some in np.split(here, range(_ROWS_AT_ONCE, len(here), _ROWS_AT_ONCE)):
-                    which, lane = np.divmod(ids[some] - layout.chunks[c].first_row, layout.tile.nr)
-                    out[some] = layout.format.unpack_rows(tiles, which, lane)
-        return out
+        for number in numbers:
+            for buffer in self._source.out_of_turn(self._first + number):
+                yield self._layout.tiles(buffer, self._layout.chunks[number])
 
 
 class StreamedSource:
@@ -108,7 +96,7 @@ class StreamedSource:
     def __init__(
         self,
         inventory: Inventory,
-        index: Index,
+        entries: Mapping[str, Entry],
         store: Store,
         plan: Plan,
         budget: Budget,
@@ -137,13 +125,10 @@ class StreamedSource:
         self._where = where
         self._store = store
         self._clock = clock
-        # For each thread, and last for whoever computes: what C's allocator would keep for each is twice as much.
-        self._sums = [checksum_scratch() for _ in range(threads + 1)]
-        entries = {(entry.key.packer, entry.key.name): entry for entry in index.entries}
-        of_matrix = [entries["goi", matrix.name] for matrix in inventory.matrices]
+        of_matrix = [entries[matrix.name] for matrix in inventory.matrices]
         self._chunks = [(of_matrix[c.matrix], c.index) for c in inventory.cycle]
-        block = entries["vectors", inventory.vectors_name]
-        vectors = vectors_of(self._checked(block, 0, _pages(block.nbytes)).view(np.float32), inventory)
+        block = entries[inventory.vectors_name]
+        vectors = vectors_of(self._checked(block, 0, _pages(block.padded_nbytes)).view(np.float32), inventory)
         self._locked: dict[int, Bytes] = {}
         self._staging = _pages(_table_chunk_nbytes(inventory) if inventory.table is None else 0)
         self.lock_s = 0.0
@@ -154,10 +139,11 @@ class StreamedSource:
             firsts.setdefault(inventory.matrices[chunk.matrix].name, number)
 
         def matrix(name: str, bias: Float32Array | None) -> Matrix:
-            return StreamedMatrix(layout_of_key(entries["goi", name].key), bias, firsts[name], self)
+            layout = layout_of_key(entries[name].key)
+            return ChunkedMatrix(layout, StreamedChunks(layout, firsts[name], self), bias, self.scratch)
 
         def table(name: str) -> RowTable:
-            entry = entries["rows", name]
+            entry = entries[name]
             return RecordTable(entry.key, where, _RecordReader(entry, store).read)
 
         self.embed_tokens, self._layers, self.norm, self.lm_head = assemble(
@@ -244,24 +230,24 @@ class StreamedSource:
     def _read(self, number: int, slot: Bytes, thread: int) -> Bytes:
         """Read and check a chunk; a prefetch thread runs this."""
         started = self._clock.now() if self._spans is not None else 0.0
-        chunk = self._checked(*self._chunks[number], slot, thread)
+        chunk = self._checked(*self._chunks[number], slot)
         self._note(f"disk {thread + 1}", "read", number, started)
         return chunk
 
-    def _checked(self, entry: Entry, number: int, into: Bytes, thread: int = -1) -> Bytes:
+    def _checked(self, entry: Entry, number: int, into: Bytes) -> Bytes:
         chunk = entry.chunks[number]
         self._store.read(chunk.offset, into[: chunk.padded_nbytes])
-        if checksum(into[: chunk.nbytes], self._sums[thread]) != chunk.checksum:
+        if zlib.crc32(into[: chunk.nbytes].data) != chunk.checksum:
             raise damaged(self._where, entry.key, number)
         return into[: chunk.nbytes]
 
     def _lock(self, numbers: Sequence[int], memory: Bytes, threads: int) -> None:
         """Read what is locked into its places, with as many threads as read ahead later; nothing is released."""
-        ends = accumulate((self._inventory.cycle[number].nbytes for number in numbers), initial=0)
+        ends = accumulate((self._inventory.cycle[number].padded_nbytes for number in numbers), initial=0)
         slots = [memory[start:end] for start, end in pairwise(ends)]
 
         def read(number: int, slot: Bytes, thread: int) -> Bytes:
-            return self._checked(*self._chunks[number], slot, thread)
+            return self._checked(*self._chunks[number], slot)
 
         memory[::PAGE_BYTES] = 0  # the kernel gives the pages now, not while reading is timed
         started = self._clock.now()

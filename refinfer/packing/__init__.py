@@ -1,8 +1,8 @@
 """The packing room: how weights are laid out for a matmul, and the matmul that reads them.
 
-Knows: arrays and bytes. Does not know: models, files, memory budgets.
+Leaves to others: models, files, memory budgets.
 
-Read in this order: `layout` (where everything goes, no data), `gemm` (float packers), `quantized` (int8 and int4),
-`formats` (the four formats of the engine, and a packed matrix), `product` and `kernels` (which numpy calls, and what
-they do to a chunk), `matmul` (the numpy core).
+Read in this order: `product` (one numpy call), `layout` (tiles, chunks, what a format is), a page for each format
+(`f32`, `bf16`, `int8`, `int4`), `formats` (their table), `matmul` (the product over chunks). `xnnpack` stands by
+itself: the layouts that the article packs.
 """

@@ -1,31 +1,54 @@
-"""Where every weight, bias and pad of a packed matrix lies: index arithmetic, no data.
+r"""The words of this room: tile, chunk, weight format, and where each chunk of a packed matrix lies.
 
-Knows: XNNPACK's `goi` order for any tile shape, and how a row of tiles is cut into chunks. Does not know: bytes,
-arrays, number formats.
-Spec: PACK-1 to PACK-5. Tutorial: 01.
+Index arithmetic and one Protocol, no data. Leaves to others: the weight formats (a page for each: `f32`, `bf16`,
+`int8`, `int4`), and XNNPACK's own layouts (`xnnpack`).
+Read more: tutorial 01; clauses PACK-4, PACK-5.
 
-A matrix `[N, K]` is cut into tiles of `nr` rows. XNNPACK's micro-kernel computes `nr` outputs at once and wants to
-walk straight through memory, so a tile is stored as its kernel reads it:
+A matrix `[N, K]` is cut into tiles of `nr` rows, and a row of tiles into chunks:
 
-    nr biases | step 0: kr weights of row 0, kr of row 1, ... of row nr-1 | step 1: ... | ...
-
-With `sr > 1` the rows of a step start at different places, row j rotated by j * kr inside each kr * sr columns, so
-that a kernel can shuffle its inputs instead of broadcasting them.
+    row 0     +--------+ \
+              | tile 0 |  |
+    row nr    +--------+  |  chunk 0, starts on a page, padded with zeros to the next
+              | tile 1 |  |
+    row 2nr   +--------+ <
+              | tile 2 |  |  chunk 1
+    ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeAlias
 
-from refinfer.arrays import PAGE_BYTES
+import numpy as np
+import numpy.typing as npt
+
+from refinfer.arrays import PAGE_BYTES, Float32Array, IntArray
 from refinfer.errors import PackingError
+from refinfer.packing.product import GemmScratch
 
-__all__ = ["Chunk", "GoiLayout", "TileShape", "count_chunks", "cut_into_chunks", "draw"]
+__all__ = [
+    "Bytes",
+    "Chunk",
+    "Format",
+    "Operand",
+    "PackedLayout",
+    "TileShape",
+    "Tiles",
+    "count_chunks",
+    "cut_into_chunks",
+    "part_of_tiles",
+]
 
+Bytes: TypeAlias = npt.NDArray[np.uint8]
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+Tiles: TypeAlias = Any
+"""The tiles of one chunk: whatever a format's `view` returns."""
+
+Operand: TypeAlias = Any
+"""x as the chunks of a product want it: whatever a format's `start` returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,110 +71,11 @@ class TileShape:
 
 
 @dataclass(frozen=True, slots=True)
-class GoiLayout:
-    """A packed matrix of `N` outputs and `K` inputs, in elements; `has_bias` puts nr biases in front of each tile.
-
-    The name is XNNPACK's: the source is ordered groups, outputs, inputs (`xnn_pack_f32_gemm_goi_w`,
-    `src/reference/packing.cc`); there is one group.
-
-    Raises:
-        PackingError: N or K is below one.
-
-    Examples:
-        >>> GoiLayout(5, 3, TileShape(4, kr=2), has_bias=True).weight_index(4, 2)
-        32
-    """
-
-    N: int
-    K: int
-    tile: TileShape
-    has_bias: bool = False
-
-    def __post_init__(self) -> None:
-        if min(self.N, self.K) < 1:
-            raise PackingError(f"a matrix of {self.N} outputs and {self.K} inputs cannot be packed")
-
-    @property
-    def n_tiles(self) -> int:
-        """How many tiles hold all rows."""
-        return -(-self.N // self.tile.nr)
-
-    @property
-    def padded_k(self) -> int:
-        """K rounded up to whole groups of `kr * sr` columns."""
-        return _round_up(self.K, self.tile.kr * self.tile.sr)
-
-    @property
-    def tile_elements(self) -> int:
-        """Elements of one tile, its biases and pads included."""
-        return self.tile.nr * (self.padded_k + self.has_bias)
-
-    @property
-    def elements(self) -> int:
-        """Elements of all tiles."""
-        return self.n_tiles * self.tile_elements
-
-    def bias_index(self, n: int) -> int:
-        """Return where the bias of output `n` lies."""
-        t, j = divmod(n, self.tile.nr)
-        return t * self.tile_elements + j
-
-    # --8<-- [start:weight_index]
-    def weight_index(self, n: int, k: int) -> int:
-        """Return where the weight of output `n` and input `k` lies; `k` may be a pad, up to `padded_k - 1`."""
-        nr, kr, sr = self.tile.nr, self.tile.kr, self.tile.sr
-        t, j = divmod(n, nr)
-        group, within = divmod(k, kr * sr)
-        block, offset = divmod(within, kr)
-        step = group * sr + (block - j) % sr  # row j starts j blocks later, and wraps
-        return t * self.tile_elements + nr * self.has_bias + (step * nr + j) * kr + offset
-
-    # --8<-- [end:weight_index]
-
-    def labels(self) -> list[str]:
-        """Return what lies at each index: `b3`, `w21`, `0` for a pad in K, `--` for the lanes of missing rows."""
-        digits = len(str(max(self.N, self.K) - 1))
-        labels = ["--"] * self.elements
-        for n in range(self.N):
-            if self.has_bias:
-                labels[self.bias_index(n)] = f"b{n}"
-            for k in range(self.padded_k):
-                name = f"w{n}{k}" if digits == 1 else f"w{n},{k}"
-                labels[self.weight_index(n, k)] = name if k < self.K else "0"
-        return labels
-
-
-def draw(layout: GoiLayout) -> str:
-    """Draw a small layout: a line for the biases of a tile, then one for each step of `kr` columns.
-
-    Examples:
-        >>> print(draw(GoiLayout(2, 3, TileShape(2, kr=2), has_bias=True)))
-        @ 0: b0 b1
-        @ 2: w00 w01 | w10 w11
-        @ 6: w02 0   | w12 0
-    """
-    nr, kr, labels = layout.tile.nr, layout.tile.kr, layout.labels()
-    digits = max(2, len(str(layout.elements)))
-    pad = "0".ljust(max(map(len, labels)) if kr > 1 else 1)  # as wide as a weight, so that columns stay columns
-    between = " | " if kr > 1 and layout.tile.sr == 1 else " "
-    lines = []
-    for start in range(0, layout.elements, layout.tile_elements):
-        steps = start + nr * layout.has_bias
-        if layout.has_bias:
-            lines.append(f"@{start:{digits}}: " + " ".join(labels[start:steps]))
-        for step in range(steps, start + layout.tile_elements, nr * kr):
-            rows = [labels[i : i + kr] for i in range(step, step + nr * kr, kr)]
-            drawn = between.join(" ".join(pad if x == "0" else x for x in row) for row in rows)
-            lines.append(f"@{step:{digits}}: {drawn.rstrip()}")
-    return "\n".join(lines)
-
-
-@dataclass(frozen=True, slots=True)
 class Chunk:
     """A run of whole tiles: the unit that is checksummed, read, locked and multiplied.
 
-    `offset` and `nbytes` are its place in the packed matrix, in bytes; `nbytes` without the padding that brings the
-    next chunk to a page. It holds the rows `first_row` to `first_row + n_rows - 1`, `n_rows` without missing rows.
+    `offset` and `nbytes` are its place in the packed matrix, in bytes. It holds the `n_rows` rows from `first_row` on;
+    the lanes of missing rows in a last tile are not counted.
     """
 
     first_row: int
@@ -161,28 +85,28 @@ class Chunk:
 
     @property
     def padded_nbytes(self) -> int:
-        """The bytes it takes in a file: whole pages."""
-        return _round_up(self.nbytes, PAGE_BYTES)
+        """The bytes it takes in a file: `nbytes` rounded up to whole pages."""
+        return -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
-def count_chunks(N: int, nr: int, tile_nbytes: int, target_nbytes: int) -> int:
+def count_chunks(N: int, nr: int, tile_nbytes: int, chunk_nbytes: int) -> int:
     """Return how many chunks `cut_into_chunks` would cut."""
     n_tiles = -(-N // nr)
-    return min(n_tiles, max(1, round(n_tiles * tile_nbytes / target_nbytes)))
+    return min(n_tiles, max(1, round(n_tiles * tile_nbytes / chunk_nbytes)))
 
 
-def cut_into_chunks(N: int, nr: int, tile_nbytes: int, target_nbytes: int) -> tuple[Chunk, ...]:
-    """Cut a row of tiles into chunks of about `target_nbytes`, as equal as whole tiles allow, each on a page.
+def cut_into_chunks(N: int, nr: int, tile_nbytes: int, chunk_nbytes: int) -> tuple[Chunk, ...]:
+    """Cut a row of tiles into chunks of about `chunk_nbytes`, as equal as whole tiles allow, each on a page.
 
-    A matrix below one and a half targets is one chunk; a tile larger than the target is a chunk by itself.
+    A matrix below one and a half times the aim is one chunk; a tile larger than the aim is a chunk by itself.
     """
-    return tuple(_cut(N, nr, tile_nbytes, target_nbytes))
+    return tuple(_cut(N, nr, tile_nbytes, chunk_nbytes))
 
 
 # --8<-- [start:cut]
-def _cut(N: int, nr: int, tile_nbytes: int, target_nbytes: int) -> Iterator[Chunk]:
+def _cut(N: int, nr: int, tile_nbytes: int, chunk_nbytes: int) -> Iterator[Chunk]:
     n_tiles = -(-N // nr)
-    n_chunks = count_chunks(N, nr, tile_nbytes, target_nbytes)
+    n_chunks = count_chunks(N, nr, tile_nbytes, chunk_nbytes)
     offset = 0
     for i in range(n_chunks):
         first, end = i * n_tiles // n_chunks, (i + 1) * n_tiles // n_chunks
@@ -192,3 +116,98 @@ def _cut(N: int, nr: int, tile_nbytes: int, target_nbytes: int) -> Iterator[Chun
 
 
 # --8<-- [end:cut]
+
+
+class Format(Protocol):
+    """A weight format. Each is a module of this room that has these names, so that the module is its whole page."""
+
+    @property
+    def name(self) -> str:
+        """The name on the command line and in keys."""
+        ...
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """The usual aim for a chunk: about a million weights (two million in int4)."""
+        ...
+
+    @property
+    def nanoseconds_per_byte(self) -> Mapping[int, float]:
+        """What a product costs for each packed byte, by rows of x, as measured on one core of the figures page."""
+        ...
+
+    def tile_shape(self, N: int, K: int) -> TileShape:
+        """Return the tile shape for a matrix `[N, K]`; it does not depend on the aim for a chunk."""
+        ...
+
+    def tile_nbytes(self, nr: int, K: int) -> int:
+        """Return the bytes of a tile of `nr` rows."""
+        ...
+
+    def view(self, raw: Bytes, nr: int, K: int) -> Tiles:
+        """See tiles `[T, tile_nbytes]` as their typed parts. Copies nothing."""
+        ...
+
+    def pack(self, rows: npt.NDArray[Any], tiles: Tiles) -> None:
+        """Fill tiles of zeros from rows `[n, K]` as stored: float32, float16, or bfloat16 as its bits."""
+        ...
+
+    def unpack_rows(self, tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:
+        """Return the float32 rows in lanes `lane` of tiles `which` that a product with those tiles uses."""
+        ...
+
+    def start(self, x: Float32Array, scratch: GemmScratch) -> Operand:
+        """Return what all chunks share of a product: x `[M, K]` in the form that `multiply` wants."""
+        ...
+
+    def multiply(self, operand: Operand, tiles: Tiles, out: Float32Array) -> None:
+        """Write the outputs of one chunk, `[M, n_rows]`; `operand` is what `start` returned."""
+        ...
+
+    def scratch_floats(self, layout: PackedLayout, M: int) -> int:
+        """Return exactly the floats of scratch that a product of M rows of x takes, `start` included."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Everything about a packed matrix `[N, K]` but its bytes; `chunk_nbytes` is the aim its chunks were cut for."""
+
+    format: Format
+    N: int
+    K: int
+    tile: TileShape
+    chunk_nbytes: int
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def padded_nbytes(self) -> int:
+        """The bytes of all chunks, each padded to whole pages."""
+        return sum(chunk.padded_nbytes for chunk in self.chunks)
+
+    @property
+    def most_rows(self) -> int:
+        """The rows of the largest chunk."""
+        return max(chunk.n_rows for chunk in self.chunks)
+
+    def alone(self, index: int) -> PackedLayout:
+        """Return the layout of the matrix that is one chunk of this one."""
+        chunk = self.chunks[index]
+        return replace(self, N=chunk.n_rows, chunks=(replace(chunk, first_row=0, offset=0),))
+
+    def tiles(self, buffer: Bytes, chunk: Chunk) -> Tiles:
+        """See the bytes of a chunk, in a buffer at least as large, as the format's typed tiles.
+
+        Raises:
+            PackingError: the buffer is not contiguous bytes, or too small.
+        """
+        if buffer.dtype != np.uint8 or buffer.ndim != 1 or not buffer.flags.c_contiguous or buffer.size < chunk.nbytes:
+            raise PackingError(f"a chunk of {chunk.nbytes} bytes does not lie in {buffer.dtype} {list(buffer.shape)}")
+        raw = buffer[: chunk.nbytes].reshape(-1, self.format.tile_nbytes(self.tile.nr, self.K))
+        return self.format.view(raw, self.tile.nr, self.K)
+
+
+def part_of_tiles(raw: Bytes, start: int, dtype: npt.DTypeLike, *shape: int) -> npt.NDArray[Any]:
+    """See the part of each tile `[T, tile_nbytes]` that starts at its byte `start` as `[T, *shape]`. Copies nothing."""
+    end = start + math.prod(shape) * np.dtype(dtype).itemsize
+    return raw[:, start:end].view(dtype).reshape(len(raw), *shape)

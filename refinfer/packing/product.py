@@ -1,7 +1,7 @@
-"""One product with float32 rows of weights: which numpy call for how many rows of x, and the scratch behind it.
+"""One product with float32 rows of weights: which numpy call for how many rows of x, and the memory it works in.
 
-Knows: numpy and what BLAS is quick at. Does not know: packed formats, chunks.
-Spec: PACK-25, PACK-26. Tutorial: 02.
+Records what BLAS is quick at and how much a processor's cache holds. Leaves to others: weight formats, chunks.
+Read more: tutorial 02; clauses PACK-25, PACK-26.
 """
 
 from __future__ import annotations
@@ -9,14 +9,34 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from refinfer.arrays import Float32Array, aligned_empty
 from refinfer.errors import PackingError
 
-__all__ = ["GEMM_CONFIG", "Call", "GemmScratch", "Product", "call_for", "tile_rows"]
+__all__ = [
+    "CACHED_FLOATS",
+    "FEW_ROWS",
+    "GEMM_CONFIG",
+    "MANY_FLOATS",
+    "Call",
+    "GemmScratch",
+    "Product",
+    "call_for",
+    "rows_at_once",
+    "tile_rows",
+]
+
+FEW_ROWS: Final = 16
+"""Up to this many rows of x, widening weights costs more than multiplying them."""
+
+CACHED_FLOATS: Final = 1 << 17
+"""Weights to widen at a time for few rows of x: half a megabyte, which stays in a core's second-level cache."""
+
+MANY_FLOATS: Final = 1 << 20
+"""Weights to widen at a time for many rows of x: what BLAS needs to be efficient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +65,7 @@ OpenBLAS has a path for small matrices on AVX-512 (`kernel/x86_64/sgemm_small_ke
 
 @lru_cache(maxsize=256)
 def tile_rows(M: int, K: int) -> int:
-    """Return how many rows of weights one call by tiles takes; 0 where no number of at least 4 is small enough."""
+    """Return how many rows of weights one call by tiles takes; 0 if not even 4 are few enough."""
     return next((rows for rows in (16, 8, 4) if M * rows * K < _SMALL_MATMUL), 0)
 
 
@@ -54,6 +74,12 @@ def call_for(M: int, K: int) -> Call:
     """Return the entry of `GEMM_CONFIG` for M rows of x."""
     call = next(call for call in GEMM_CONFIG if call.most_rows >= M)
     return GEMM_CONFIG[2] if call.name == "tiles" and not tile_rows(M, K) else call
+
+
+def rows_at_once(M: int, nr: int, K: int) -> int:
+    """Return how many rows of weights to widen at a time for M rows of x: whole tiles, at least one."""
+    floats = CACHED_FLOATS if M <= FEW_ROWS else MANY_FLOATS
+    return max(1, floats // (K * nr)) * nr
 
 
 class GemmScratch:
@@ -87,21 +113,28 @@ class GemmScratch:
 
 
 class Product:
-    """One product under way: x, what was derived from it for every chunk, and the scratch behind both."""
+    """x `[M, K]` on its way through float32 rows of weights: the call to use, and x in the form that the call wants."""
 
-    __slots__ = ("M", "call", "columns", "parts", "row", "scratch", "x")
+    __slots__ = ("M", "call", "columns", "row", "scratch", "x")
 
-    row: Float32Array  # x[0], where there is one row
-    columns: Float32Array  # x.T, contiguous, after `take_columns`
-    parts: tuple[Any, ...]  # what a format wants of x besides
+    row: Float32Array  # x[0], for the call "dot"
+    columns: Float32Array  # x.T, contiguous, for the call "weights-first"
 
     def __init__(self, x: Float32Array, scratch: GemmScratch) -> None:
         self.x = x
         self.M, K = x.shape
         self.scratch = scratch
         self.call = call_for(self.M, K).name
-        if self.M == 1:
+        if self.call == "dot":
             self.row = x[0]
+        elif self.call == "weights-first":
+            self.columns = scratch.take(K, self.M)
+            np.copyto(self.columns, x.T)
+
+    @staticmethod
+    def scratch_floats(M: int, K: int, rows: int) -> int:
+        """Return the floats of scratch for calls with up to `rows` rows of weights: x and outputs, if transposed."""
+        return M * (K + rows) if call_for(M, K).name == "weights-first" else 0
 
     # --8<-- [start:rows]
     def rows(self, w: Float32Array, out: Float32Array) -> None:
@@ -120,12 +153,6 @@ class Product:
             self.scratch.reset(before)
 
     # --8<-- [end:rows]
-
-    def take_columns(self) -> None:
-        """Transpose x once for all chunks, where weights go first."""
-        if self.call == "weights-first":
-            self.columns = self.scratch.take(self.x.shape[1], self.M)
-            np.copyto(self.columns, self.x.T)
 
     # --8<-- [start:by_tiles]
     def _by_tiles(self, w: Float32Array, out: Float32Array) -> None:

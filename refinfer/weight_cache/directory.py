@@ -16,11 +16,11 @@ from typing import Any, Final
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import CacheFileError, InputError
 from refinfer.packing.formats import FORMATS
-from refinfer.weight_cache.file import read_file
 from refinfer.weight_cache.format import FORMAT_VERSION, MAGIC
+from refinfer.weight_cache.identity import SideFile, side_path
+from refinfer.weight_cache.mapped_file import read_file
 from refinfer.weight_cache.packers import packer_fingerprint
 from refinfer.weight_cache.publish import Draft, draft_path, remove_dead_draft
-from refinfer.weight_cache.sources import SideFile, side_path
 
 __all__ = [
     "SUFFIX",
@@ -89,7 +89,7 @@ def describe(path: Path) -> dict[str, Any]:
     try:
         header, index = read_file(path)
     except CacheFileError as error:
-        return row | {"reason": str(error), "model": None, "format": None, "buffers": None, "packed_bytes": None}
+        return row | {"reason": error.reason, "model": None, "format": None, "buffers": None, "packed_bytes": None}
     about = index.provenance
     current = about.format in FORMATS and packer_fingerprint(about.format) == about.packers
     return row | {

@@ -1,8 +1,8 @@
 """The bytes of a cache file: header and index, to dataclasses and back; no input or output.
 
-Knows: every byte that is not packed weights; `docs/file-format.md` draws them. Does not know: files, mappings, what
-packed weights mean.
-Spec: FILE-1 to FILE-8. Tutorial: 05.
+Every byte that is not packed weights; `docs/file-format.md` draws them. Leaves to others: files and mappings
+(`mapped_file`), what packed weights mean (`packers`).
+Read more: tutorial 05; clauses FILE-1 to FILE-8.
 
     0          4096                                            index offset        end of file
     +----------+---------+---------+--- ... ---+---------------+-------------------+
@@ -47,11 +47,12 @@ __all__ = [
 MAGIC: Final = b"\x89RWC\r\n\x1a\n"
 """As PNG's: a byte that is not text, a name, and line ends that a text transfer would change."""
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 BEING_BUILT: Final = 0
 COMPLETE: Final = 1
 
 _HEADER: Final = struct.Struct("<8sII32s32sQQQ24x32s")
+_CHUNK: Final = np.dtype([("offset", "<u8"), ("nbytes", "<u8"), ("checksum", "<u4")])
 _LARGEST_INDEX: Final = 1 << 28
 _NO_DIGEST: Final = bytes(DIGEST_BYTES)
 
@@ -100,7 +101,7 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """Where a chunk lies in the file, and its checksum (`checksum`)."""
+    """Where a chunk lies in the file, and the CRC-32 of its bytes without the padding."""
 
     offset: int
     nbytes: int
@@ -108,7 +109,7 @@ class StoredChunk:
 
     @property
     def padded_nbytes(self) -> int:
-        """The bytes it takes: whole pages."""
+        """The bytes it takes: `nbytes` rounded up to whole pages."""
         return -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
@@ -126,8 +127,8 @@ class Entry:
         return self.chunks[0].offset
 
     @property
-    def nbytes(self) -> int:
-        """The bytes it takes, pads included."""
+    def padded_nbytes(self) -> int:
+        """The bytes it takes: all its chunks, each padded to whole pages."""
         return self.chunks[-1].offset + self.chunks[-1].padded_nbytes - self.offset
 
 
@@ -210,11 +211,10 @@ def _encode_index(index: Index) -> bytes:
     for entry in index.entries:
         key = entry.key
         parts += [_text(key.packer), _text(key.format), struct.pack(f"<B{len(key.shape)}Q", len(key.shape), *key.shape)]
-        parts.append(struct.pack("<IIII", key.tile.nr, key.tile.kr, key.tile.sr, key.flags))
-        for weight in (key.weights, key.bias):
-            parts.append(b"\0" if weight is None else b"\1" + weight.source + _text(weight.name))
+        parts.append(struct.pack("<IIII", key.tile.nr, key.tile.kr, key.tile.sr, key.chunk_nbytes))
+        parts.append(key.weights.source + _text(key.weights.name))
         parts.append(entry.digest + struct.pack("<I", len(entry.chunks)))
-        parts += [struct.pack("<QQQ", c.offset, c.nbytes, c.checksum) for c in entry.chunks]
+        parts += [struct.pack("<QQI", c.offset, c.nbytes, c.checksum) for c in entry.chunks]
     return b"".join(parts)
 
 
@@ -237,8 +237,8 @@ class _Cursor:
     def text(self) -> str:
         return self.raw(self.numbers("H")[0]).decode("utf-8", "surrogateescape")
 
-    def weight(self) -> WeightId | None:
-        return WeightId(self.raw(DIGEST_BYTES), self.text()) if self.numbers("B")[0] else None
+    def weight(self) -> WeightId:
+        return WeightId(self.raw(DIGEST_BYTES), self.text())
 
     def end(self) -> None:
         if self._at != len(self._data):
@@ -274,23 +274,19 @@ def decode_index(header: Header, data: bytes) -> Index:
 def _decode_entry(cursor: _Cursor, header: Header) -> Entry:
     packer, name = cursor.text(), cursor.text()
     shape = cursor.numbers(f"{cursor.numbers('B')[0]}Q")
-    nr, kr, sr, flags = cursor.numbers("IIII")
-    weights, bias = cursor.weight(), cursor.weight()
-    if weights is None:
-        raise CacheFileError("its index has a buffer of no tensor")
-    key = PackKey(packer, shape, name, TileShape(nr, kr, sr), weights, bias, flags)
+    nr, kr, sr, chunk_nbytes = cursor.numbers("IIII")
+    key = PackKey(packer, shape, name, TileShape(nr, kr, sr), chunk_nbytes, cursor.weight())
     digest = cursor.raw(DIGEST_BYTES)
     (n,) = cursor.numbers("I")
-    table = np.frombuffer(cursor.raw(24 * n), "<u8").reshape(n, 3).tolist()
+    chunks = tuple(StoredChunk(*row) for row in np.frombuffer(cursor.raw(_CHUNK.itemsize * n), _CHUNK).tolist())
     expected = chunks_of(key) if count_of(key) == n else ()  # so an absurd shape is known before its chunks are listed
-    if not expected or [c.nbytes for c in expected] != [nbytes for _, nbytes, _ in table]:
+    if not expected or [c.nbytes for c in expected] != [c.nbytes for c in chunks]:
         raise CacheFileError(f"{key.name!r} does not have the size of its shape")
-    chunks = tuple(StoredChunk(*row) for row in table)
     start = chunks[0].offset
     if start % PAGE_BYTES or start < PAGE_BYTES or start + sum(c.padded_nbytes for c in chunks) > header.index_offset:
         raise CacheFileError(f"{key.name!r} does not lie on the pages between header and index")
     if [c.offset for c in chunks] != [start + c.offset for c in expected]:
-        raise CacheFileError(f"the chunks of {key.name!r} do not lie one behind the other")
+        raise CacheFileError(f"the chunks of {key.name!r} do not lie one after another")
     return Entry(key, digest, chunks)
 
 
@@ -298,7 +294,7 @@ def _check_places(entries: Sequence[Entry]) -> None:
     """Check that no key is there twice, and that buffers share all of their bytes or none."""
     if len({entry.key for entry in entries}) != len(entries):
         raise CacheFileError("a key is there twice")
-    places = {(entry.offset, entry.nbytes, entry.digest, entry.chunks) for entry in entries}
+    places = {(entry.offset, entry.padded_nbytes, entry.digest, entry.chunks) for entry in entries}
     end = 0
     for offset, nbytes, *_ in sorted(places, key=lambda place: place[0]):
         if offset < end:

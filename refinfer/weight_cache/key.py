@@ -1,7 +1,7 @@
 """What identifies a packed buffer: everything that decides its bytes, and nothing else.
 
-Knows: the fields of a pack identifier. Does not know: how anything is packed (`packers`), where buffers are kept.
-Spec: KEY-1 to KEY-3. Tutorial: 04.
+The fields of a pack identifier. Leaves to others: how a tensor is packed (`packers`), where buffers are kept.
+Read more: tutorial 04; clauses KEY-1 to KEY-3.
 
 XNNPACK's identifier is `seed = N ^ K ^ nr ^ kr ^ sr ^ ...`, so that a matrix and its transpose share one, and the
 tensor's number in the model file, so that another model's tensor has it too. Here every field is kept and compared,
@@ -60,8 +60,8 @@ class WeightId:
 class PackKey:
     """The pack identifier: which packer made which tensor into which layout.
 
-    `packer` is one of `packers.PACKERS`; `shape` is the tensor's, `(N, K)` for a matrix; `tile` its tile shape.
-    `flags` and `bias` belong to packers that have variants or put biases into tiles; the engine's do not.
+    `packer` is one of `packers.PACKERS`; `shape` is the tensor's, `(N, K)` for a matrix; `tile` is its tile shape, and
+    `chunk_nbytes` the aim that its chunks were cut for.
 
     Raises:
         PackingError: sizes below one, or beyond any memory.
@@ -71,17 +71,17 @@ class PackKey:
     shape: tuple[int, ...]
     format: str
     tile: TileShape
+    chunk_nbytes: int
     weights: WeightId
-    bias: WeightId | None = None
-    flags: int = 0
 
     def __post_init__(self) -> None:
         if not self.shape or not all(1 <= size <= _LARGEST_SIZE for size in self.shape):
             raise PackingError(f"a tensor of shape {list(self.shape)} cannot be packed")
         require_name(self.packer)
         require_name(self.format)
-        if not all(0 <= n < 1 << 32 for n in (self.flags, self.tile.nr, self.tile.kr, self.tile.sr)):
-            raise PackingError(f"flags and tile sizes must be numbers of 32 bits, not {self.flags} and {self.tile}")
+        for what, n in {"nr": self.tile.nr, "kr": self.tile.kr, "sr": self.tile.sr, "aim": self.chunk_nbytes}.items():
+            if not 1 <= n < 1 << 32:
+                raise PackingError(f"{self.name!r}: the {what} must be a number of 32 bits above zero, not {n}")
 
     @property
     def name(self) -> str:

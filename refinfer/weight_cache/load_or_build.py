@@ -1,37 +1,41 @@
 """Load a cache file or build it: one call decides, and says why.
 
-Knows: in which order to look, to wait, to hash, to pack and to publish. Does not know: what is packed, and how.
-Spec: OPEN-1 to OPEN-8. Tutorial: 05, 06.
+The order in which to look, to wait, to hash, to pack and to publish. Leaves to others: what is packed, and how.
+Read more: tutorials 05, 06; clauses OPEN-1 to OPEN-8.
 
-    side file believed?  --yes-->  file good, all keys there?  --yes-->  mapped; nothing was read but headers
-            | no                            | no
-            v                               v
-    lock; someone else may have been here: look again, hash what is not believed, file good?  --yes-->  mapped
-            | no
-            v
-    pack (or copy what a good file already has), publish, note the digests in the side file  -->  mapped
+    _load_believed     the side file is believed?  --yes-->  the file is good and whole?  --yes-->  mapped
+                            | no                                  | no           (nothing was read but headers)
+                            v                                     v
+    Draft              take the lock; wait while another process builds
+                            |
+                            v
+    _load_identified   another process may have built it: hash what is not believed; good and whole?  --yes-->  mapped
+                            | no
+                            v
+    _build             pack, or copy what a good file already has; publish; note the digests in the side file
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from refinfer.errors import CacheFileError, WeightCacheError, WeightsError
-from refinfer.packing.formats import Bytes
+from refinfer.packing.layout import Bytes
 from refinfer.trace import Clock
 from refinfer.weight_cache.file import FileWeightCacheProvider
 from refinfer.weight_cache.format import Entry, Provenance, SourceFile
+from refinfer.weight_cache.identity import Record, SideFile, believed, identify, side_path, unchanged
 from refinfer.weight_cache.key import PackKey
-from refinfer.weight_cache.packers import nbytes_of
-from refinfer.weight_cache.provider import Pack
+from refinfer.weight_cache.mapped_file import MappedFile
+from refinfer.weight_cache.packers import padded_nbytes_of
+from refinfer.weight_cache.provider import Pack, WeightCacheProvider
 from refinfer.weight_cache.publish import Draft, remove_dead_draft, write_small_file
-from refinfer.weight_cache.sources import Record, SideFile, believed, identify, side_path, unchanged
 
-__all__ = ["SILENT", "Contents", "Listener", "Opened", "load_or_build"]
+__all__ = ["SILENT", "Contents", "Listener", "Prepared", "load_or_build"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +45,18 @@ class Contents:
     provenance: Provenance
     packs: dict[PackKey, Pack]
 
+    @property
+    def keys(self) -> Mapping[str, PackKey]:
+        """The keys by their tensor's name."""
+        return {key.name: key for key in self.packs}
+
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Who is told how it goes.
+    """Callbacks that report how it goes.
 
-    `progress` is told how many bytes were read or packed, `on_wait` that another process is packing, `warn` what does
-    not work as it was asked for, but is no reason to stop.
+    `progress` gets the number of bytes that were read or packed since the last call. `on_wait` is called when another
+    process is packing. `warn` gets a sentence about something that does not work as asked, but is no reason to stop.
     """
 
     progress: Callable[[int], None] = lambda nbytes: None
@@ -56,22 +65,46 @@ class Listener:
 
 
 SILENT: Final = Listener()
-"""Told nothing but warnings, which become Python's."""
+"""Ignores everything but warnings, which go to `warnings`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """A complete cache file, mapped.
+class Prepared:
+    """A provider that holds every buffer asked for, and how that came to be.
 
-    `reason` says why it was built; None if it was there. `packed_buffers` and `packed_bytes` count what was packed
-    now; `packing_s` is how long the packing took, now or then, where that is known.
+    `keys` are those asked for, by their tensor's name. `state` is `loaded`, `built` or `memory`; `reason` says why the
+    weights were packed although a file was asked for. `packed` are the keys that were packed now, `packing_s` the
+    seconds that packing took, now or when the file was built, if known. `mapped` is the file, if there is one.
     """
 
-    provider: FileWeightCacheProvider
-    reason: str | None
-    packed_buffers: int
-    packed_bytes: int
-    packing_s: float | None
+    provider: WeightCacheProvider
+    keys: Mapping[str, PackKey]
+    state: str
+    reason: str | None = None
+    packed: tuple[PackKey, ...] = ()
+    packing_s: float | None = None
+    mapped: MappedFile | None = None
+
+    @property
+    def packed_bytes(self) -> int:
+        """The bytes that were packed now."""
+        return sum(map(padded_nbytes_of, self.packed))
+
+    @property
+    def held_bytes(self) -> int:
+        """The bytes that the provider holds."""
+        return sum(map(padded_nbytes_of, self.provider))
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What `load_or_build` was asked for."""
+
+    path: Path
+    sources: Sequence[Path]
+    contents_of: Callable[[tuple[SourceFile, ...]], Contents]
+    clock: Clock
+    listener: Listener
 
 
 def load_or_build(
@@ -82,15 +115,15 @@ def load_or_build(
     clock: Clock,
     listener: Listener = SILENT,
     reason: str | None = None,
-) -> Opened:
-    """Map the cache file at `path`, after building it where it is missing, outdated, incomplete or damaged.
+) -> Prepared:
+    """Map the cache file at `path`, after building it if it is missing, outdated, incomplete or damaged.
 
     One process builds; others wait for it and map what it built.
 
     Args:
         path: the file.
         sources: the files that weights come from.
-        contents_of: says what the file must hold, given the identities of `sources`.
+        contents_of: returns what the file must hold, given the identities of `sources`.
         clock: what measures the packing.
         listener: who is told how it goes.
         reason: why the caller removed the file before, if it did.
@@ -100,95 +133,133 @@ def load_or_build(
         WeightsError: a source file cannot be read, or changes meanwhile.
         PackingError: weights that the format cannot hold.
     """
-    side = SideFile.read(side_path(path))
-    known = believed(sources, side)
-    if known is not None and (provider := _load(path, contents_of(known))[0]) is not None:
-        remove_dead_draft(path)
-        remove_dead_draft(side_path(path))
-        return Opened(provider, None, 0, 0, side.packing_s)
+    request = _Request(path, sources, contents_of, clock, listener)
+    if (loaded := _load_believed(request)) is not None:
+        return loaded
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = Draft(path, listener.on_wait)
     except OSError as error:
-        records = identify(sources, side, 0, listener.progress)
-        if (provider := _load(path, contents_of(_identities(records)))[0]) is not None:
-            return Opened(provider, None, 0, 0, side.packing_s)
+        if (loaded := _load_identified(request, 0)[0]) is not None:
+            return loaded
         raise WeightCacheError(f"{path} cannot be written: {error.strerror}") from None
     try:
-        side = SideFile.read(side_path(path))
-        records = identify(sources, side, draft.now_ns(), listener.progress)
-        contents = contents_of(_identities(records))
-        provider, partial, why = _load(path, contents)
-        if provider is not None:
-            if records != side.records:
-                _note(path, SideFile(records, side.packing_s))
-            return Opened(provider, None, 0, 0, side.packing_s)
-        started = clock.now()
-        provider = FileWeightCacheProvider(draft, contents.provenance)
-        packed = _pack(provider, contents, partial, listener)
-        if not unchanged(sources, records):
-            raise WeightsError(f"the files in {sources[0].parent} changed while they were packed; start again")
-        packing_s = clock.now() - started
-        draft.then = lambda: _note(path, SideFile(records, packing_s))  # who waits for the lock must not hash again
-        provider.finalize()
-        return Opened(provider, reason or why, len(packed), sum(map(nbytes_of, packed)), packing_s)
+        loaded, found, records = _load_identified(request, draft.now_ns())
+        if loaded is None:
+            return _build(request, draft, found, records, reason)
+        if records != SideFile.read(side_path(path)).records:
+            _note(path, SideFile(records, loaded.packing_s))
     except OSError as error:
         raise WeightCacheError(f"{path} cannot be written: {error.strerror}") from None
+    else:
+        return loaded
     finally:
         draft.abandon()
 
 
-def _identities(records: Sequence[Record]) -> tuple[SourceFile, ...]:
-    return tuple(record.source for record in records)
+# --8<-- [start:steps]
+def _load_believed(request: _Request) -> Prepared | None:
+    """Map the file if the side file is believed and the file is good and whole; no weight is read."""
+    side = SideFile.read(side_path(request.path))
+    known = believed(request.sources, side)
+    if known is None:
+        return None
+    found = _look(request.path, request.contents_of(known))
+    if not found.is_whole:
+        return None
+    remove_dead_draft(request.path)
+    remove_dead_draft(side_path(request.path))
+    return found.loaded(side.packing_s)
 
 
-# --8<-- [start:load]
-def _load(path: Path, contents: Contents) -> tuple[FileWeightCacheProvider | None, FileWeightCacheProvider | None, str]:
-    """Return a provider that has all of `contents`; or None, one that has part of it or None, and what is wrong."""
+def _load_identified(request: _Request, now_ns: int) -> tuple[Prepared | None, _Found, tuple[Record, ...]]:
+    """Take the digests that are not believed, and map the file if it is good and whole."""
+    side = SideFile.read(side_path(request.path))
+    records = identify(request.sources, side, now_ns, request.listener.progress)
+    found = _look(request.path, request.contents_of(tuple(record.source for record in records)))
+    return found.loaded(side.packing_s) if found.is_whole else None, found, records
+
+
+def _build(request: _Request, draft: Draft, found: _Found, records: tuple[Record, ...], reason: str | None) -> Prepared:
+    """Pack what the file that was found does not have, and publish a new one."""
+    started = request.clock.now()
+    provider = FileWeightCacheProvider(draft, found.contents.provenance)
+    packed = _pack(provider, found, request.listener)
+    if not unchanged(request.sources, records):
+        folder = request.sources[0].parent
+        raise WeightsError(f"the files in {folder} changed while they were packed; start again")
+    packing_s = request.clock.now() - started
+    # Before the lock is released: a process that waits for it must not hash again.
+    draft.then = lambda: _note(request.path, SideFile(records, packing_s))
+    provider.finalize()
+    why = reason or found.reason
+    return Prepared(provider, found.contents.keys, "built", why, tuple(packed), packing_s, provider.mapped)
+
+
+# --8<-- [end:steps]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What lies at a path: `provider` has all of `contents`, or some of it, or is None; `reason` says what is wrong."""
+
+    contents: Contents
+    provider: FileWeightCacheProvider | None
+    reason: str | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return self.reason is None
+
+    def loaded(self, packing_s: float | None) -> Prepared:
+        assert self.provider is not None
+        return Prepared(self.provider, self.contents.keys, "loaded", packing_s=packing_s, mapped=self.provider.mapped)
+
+
+# --8<-- [start:look]
+def _look(path: Path, contents: Contents) -> _Found:
+    """Map the file at `path`, if it was made from these files by this packing code, and compare it with `contents`."""
     try:
         provider = FileWeightCacheProvider.load(path)
     except CacheFileError as error:
-        return None, None, str(error)
-    found, wanted = provider.provenance, contents.provenance
-    if found.packers != wanted.packers:
-        return None, None, "the packing code changed"
-    if found.model_digest != wanted.model_digest:
-        return None, None, "the model's weights changed"
-    missing = sum(key not in provider for key in contents.packs)
-    if missing:
-        return None, provider, f"{missing} of {len(contents.packs)} buffers were missing"
-    return provider, None, ""
+        return _Found(contents, None, error.reason)
+    made_of, wanted = provider.provenance, contents.provenance
+    if made_of.packers != wanted.packers:
+        return _Found(contents, None, "the packing code changed")
+    if made_of.model_digest != wanted.model_digest:
+        return _Found(contents, None, "the model's weights changed")
+    if missing := sum(key not in provider for key in contents.packs):
+        return _Found(contents, provider, f"{missing} of {len(contents.packs)} buffers were missing")
+    return _Found(contents, provider)
 
 
-# --8<-- [end:load]
+# --8<-- [end:look]
 
 
-def _pack(
-    provider: FileWeightCacheProvider, contents: Contents, partial: FileWeightCacheProvider | None, listener: Listener
-) -> list[PackKey]:
-    """Fill `provider`; what a partial file has is copied. Return the keys that were packed."""
+def _pack(provider: FileWeightCacheProvider, found: _Found, listener: Listener) -> list[PackKey]:
+    """Fill `provider`; what was found is copied. Return the keys that were packed."""
+    packs, partial = found.contents.packs, found.provider
     stored = {entry.key: entry for entry in partial.entries} if partial else {}
     packed = []
-    for key in [*contents.packs, *(key for key in stored if key not in contents.packs)]:
-        copy = _copy_of(partial, stored[key]) if partial and key in stored else None
-        pack = copy or contents.packs.get(key)
+    for key in [*packs, *(key for key in stored if key not in packs)]:
+        copy = _copy_of(partial.mapped, stored[key]) if partial and key in stored else None
+        pack = copy or packs.get(key)
         if pack is None:
             continue  # damaged, and nobody asks for it
-        buffer = provider.reserve_space(nbytes_of(key))
+        buffer = provider.reserve_space(padded_nbytes_of(key))
         done = 0
         for so_far in pack(buffer):
             listener.progress(so_far - done)
             done = so_far
-            provider.let_go()
+            provider.drop_pages()
         provider.look_up_or_insert(key, buffer)
         if copy is None:
             packed.append(key)
     return packed
 
 
-def _copy_of(partial: FileWeightCacheProvider, entry: Entry) -> Pack | None:
-    """Return what packs by copying from another file; None where that is damaged."""
-    mapped = partial.mapped
+def _copy_of(mapped: MappedFile, entry: Entry) -> Pack | None:
+    """Return what packs by copying from a file, or None if the file is damaged there."""
     if not all(map(mapped.is_sound, entry.chunks)):
         return None
 
@@ -202,7 +273,7 @@ def _copy_of(partial: FileWeightCacheProvider, entry: Entry) -> Pack | None:
 
 
 def _note(path: Path, side: SideFile) -> None:
-    """Write the side file; without it the next start takes the digests again, no more."""
+    """Write the side file; without it the next start takes the digests again, and loses nothing else."""
     try:
         write_small_file(side_path(path), side.encode())
     except OSError:

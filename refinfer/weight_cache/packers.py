@@ -1,12 +1,15 @@
 """What each packer makes of a tensor: which chunks, which bytes; and a fingerprint of all that.
 
-Knows: the three kinds of buffer of a cache file. Does not know: keys of what, files, models.
-Spec: KEY-4 to KEY-8. Tutorial: 04.
+The three kinds of buffer of a cache file. Leaves to others: which tensor goes where (`prepare`), files, models.
+Read more: tutorial 04; clauses KEY-4 to KEY-8, SUM-3.
 
     goi       a matrix in the tiles of a weight format, cut into chunks (`packing.formats`)
     rows      a table of which single rows are read: each row as it is stored, then its own checksum
 
-              | K elements, zeros up to 8 bytes | checksum: u64 |   one record for each row, runs of them in chunks
+              | CRC-32, begun with the row's number: u32 | K elements, zeros up to 4 bytes |   a record for each row
+
+              The checksum comes first: a CRC at the end of its record would cancel the record out of the CRC of the
+              whole chunk, and rows that are sound by themselves could change places unseen.
 
     vectors   norms and biases as float32, one after another: one chunk, always resident
 """
@@ -14,34 +17,38 @@ Spec: KEY-4 to KEY-8. Tutorial: 04.
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from refinfer.arrays import IntArray, f32_to_bf16
+from refinfer.arrays import f32_to_bf16
 from refinfer.errors import PackingError
-from refinfer.packing.formats import Bytes, PackedLayout, format_of, layout_of, pack_chunk
-from refinfer.packing.layout import Chunk, TileShape, count_chunks, cut_into_chunks
-from refinfer.weight_cache.checksum import checksums, scrambled
+from refinfer.packing.formats import format_of, layout_of, pack_chunk
+from refinfer.packing.layout import Bytes, Chunk, PackedLayout, TileShape, count_chunks, cut_into_chunks
 from refinfer.weight_cache.key import PackKey, WeightId
 
 __all__ = [
+    "LARGEST_BLOCK_BYTES",
     "PACKERS",
     "STORED_TYPES",
+    "Packer",
     "chunks_of",
     "count_of",
     "layout_of_key",
     "matrix_key",
-    "nbytes_of",
     "pack_into",
     "packer_fingerprint",
+    "padded_nbytes_of",
     "record_nbytes",
+    "row_of_record",
     "rows_key",
-    "rows_of_records",
+    "scrambled",
     "vectors_key",
 ]
 
@@ -51,64 +58,130 @@ STORED_TYPES: Final[Mapping[str, np.dtype[Any]]] = MappingProxyType(
 """The types a row may be stored in; bfloat16 as its bits."""
 
 _ONE: Final = TileShape(1)
-_ROWS_CHUNK_BYTES: Final = 4 << 20
-_CHECKSUM_BYTES: Final = 8
-_WORD: Final = np.dtype("<u8")
-_ROW_FACTOR: Final = np.uint64(0x9E3779B97F4A7C15)
+_CHUNK_BYTES: Final = 4 << 20  # of a table of rows
+_CHECKSUM: Final = np.dtype("<u4")
 LARGEST_BLOCK_BYTES: Final = 16 << 20
 """Weights are packed in blocks of rows that take at most as much as stored and as float32 each."""
 
 
 def matrix_key(layout: PackedLayout, weights: WeightId) -> PackKey:
     """Return the key of a packed matrix."""
-    return PackKey("goi", (layout.N, layout.K), layout.format.name, layout.tile, weights)
+    return PackKey("goi", (layout.N, layout.K), layout.format.name, layout.tile, layout.chunk_nbytes, weights)
 
 
-def rows_key(shape: tuple[int, int], stored: str, weights: WeightId) -> PackKey:
+def rows_key(shape: tuple[int, int], stored: str, weights: WeightId, chunk_nbytes: int = _CHUNK_BYTES) -> PackKey:
     """Return the key of a table of rows; `stored` is one of `STORED_TYPES`."""
-    return PackKey("rows", shape, stored, _ONE, weights)
+    return PackKey("rows", shape, stored, _ONE, chunk_nbytes, weights)
 
 
 def vectors_key(n: int, weights: WeightId) -> PackKey:
     """Return the key of `n` float32 numbers in one block."""
-    return PackKey("vectors", (n,), "f32", _ONE, weights)
+    return PackKey("vectors", (n,), "f32", _ONE, _CHUNK_BYTES, weights)
 
 
 def layout_of_key(key: PackKey) -> PackedLayout:
     """Return how the matrix of a `goi` key is packed.
 
     Raises:
-        PackingError: it is none, or this version packs it in other tiles.
+        PackingError: it is not a matrix, or this version packs it in other tiles.
     """
-    if key.packer != "goi" or len(key.shape) != 2:
-        raise PackingError(f"{key.name!r} is not a packed matrix")
-    layout = layout_of(key.format, *key.shape)
-    if layout.tile != key.tile:
-        raise PackingError(f"{key.name!r} lies in tiles of {key.tile}, but {layout.tile} is what {key.format} uses")
-    return layout
+    _tiling_of_matrix(key)
+    return layout_of(key.format, key.shape[0], key.shape[1], key.chunk_nbytes)
 
 
 def record_nbytes(key: PackKey) -> int:
     """Return the bytes of one row of a `rows` key, its checksum included."""
-    return -(-key.shape[1] * STORED_TYPES[key.format].itemsize // 8) * 8 + _CHECKSUM_BYTES
+    size = _CHECKSUM.itemsize
+    return -(-key.shape[1] * STORED_TYPES[key.format].itemsize // size) * size + size
 
 
-def _chunks_of_rows(key: PackKey) -> tuple[Chunk, ...]:
+Tiling: TypeAlias = tuple[int, int, int]
+"""What decides where chunks are cut: the number of rows, the rows of a tile, the bytes of a tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packer:
+    """One kind of buffer: how its tiles lie, and how it is packed; `as_stored` if it keeps the stored type.
+
+    `pack` fills a buffer of zeros from a tensor as stored, in blocks whose size its last argument limits,
+    and yields the bytes done so far.
+    """
+
+    tiling: Callable[[PackKey], Tiling]
+    pack: Callable[[npt.NDArray[Any], PackKey, Bytes, int], Iterator[int]]
+    as_stored: bool
+
+
+def _tiling_of_matrix(key: PackKey) -> Tiling:
+    if key.packer != "goi" or len(key.shape) != 2:
+        raise PackingError(f"{key.name!r} is not a packed matrix")
+    packed_as, (N, K) = format_of(key.format), key.shape
+    tile = packed_as.tile_shape(N, K)
+    if tile != key.tile:
+        raise PackingError(f"{key.name!r} lies in tiles of {key.tile}, but {tile} is what {key.format} uses")
+    return N, tile.nr, packed_as.tile_nbytes(tile.nr, K)
+
+
+def _tiling_of_rows(key: PackKey) -> Tiling:
     if len(key.shape) != 2 or key.format not in STORED_TYPES:
         raise PackingError(f"{key.name!r} is not a table of rows")
-    return cut_into_chunks(key.shape[0], 1, record_nbytes(key), _ROWS_CHUNK_BYTES)
+    return key.shape[0], 1, record_nbytes(key)
 
 
-def _chunks_of_vectors(key: PackKey) -> tuple[Chunk, ...]:
+def _tiling_of_vectors(key: PackKey) -> Tiling:
     if len(key.shape) != 1 or key.format != "f32":
         raise PackingError(f"{key.name!r} is not a block of vectors")
-    return (Chunk(0, 1, 0, 4 * key.shape[0]),)
+    return 1, 1, 4 * key.shape[0]
 
 
-PACKERS: Final[Mapping[str, Callable[[PackKey], tuple[Chunk, ...]]]] = MappingProxyType(
-    {"goi": lambda key: layout_of_key(key).chunks, "rows": _chunks_of_rows, "vectors": _chunks_of_vectors}
+def _pack_matrix(stored: npt.NDArray[Any], key: PackKey, buffer: Bytes, most: int) -> Iterator[int]:
+    """Pack `stored` `[N, K]` in blocks of whole tiles, each at most `most` bytes as float32, or one tile."""
+    layout = layout_of_key(key)
+    nr, tile_nbytes = layout.tile.nr, layout.format.tile_nbytes(layout.tile.nr, layout.K)
+    block_nbytes = max(1, most // (4 * layout.K * nr)) * tile_nbytes
+    for chunk in layout.chunks:
+        for offset in range(0, chunk.nbytes, block_nbytes):
+            nbytes = min(block_nbytes, chunk.nbytes - offset)
+            row, start = offset // tile_nbytes * nr, chunk.offset + offset
+            n_rows = min(chunk.n_rows - row, nbytes // tile_nbytes * nr)
+            block = Chunk(chunk.first_row + row, n_rows, start, nbytes)
+            rows = stored[block.first_row : block.first_row + n_rows]
+            pack_chunk(rows, layout, block, buffer[start : start + nbytes])
+            yield start + nbytes
+
+
+def _pack_rows(stored: npt.NDArray[Any], key: PackKey, buffer: Bytes, most: int) -> Iterator[int]:
+    """Copy the rows of `stored` `[N, K]`, each with its checksum, chunk by chunk."""
+    nbytes, row_nbytes = record_nbytes(key), stored.shape[1] * stored.dtype.itemsize
+    for chunk in chunks_of(key):
+        records = buffer[chunk.offset : chunk.offset + chunk.nbytes].reshape(-1, nbytes)
+        rows = np.ascontiguousarray(stored[chunk.first_row : chunk.first_row + chunk.n_rows])
+        records[:, _CHECKSUM.itemsize : _CHECKSUM.itemsize + row_nbytes] = rows.view(np.uint8)
+        sums = [_row_checksum(record, chunk.first_row + i) for i, record in enumerate(records)]
+        records[:, : _CHECKSUM.itemsize].view(_CHECKSUM)[:, 0] = sums
+        yield chunk.offset + chunk.nbytes
+
+
+def _pack_vectors(stored: npt.NDArray[Any], key: PackKey, buffer: Bytes, most: int) -> Iterator[int]:
+    """Copy float32 numbers."""
+    buffer[: stored.nbytes].view(np.float32)[:] = stored
+    yield stored.nbytes
+
+
+PACKERS: Final[Mapping[str, Packer]] = MappingProxyType(
+    {
+        "goi": Packer(_tiling_of_matrix, _pack_matrix, as_stored=False),
+        "rows": Packer(_tiling_of_rows, _pack_rows, as_stored=True),
+        "vectors": Packer(_tiling_of_vectors, _pack_vectors, as_stored=True),
+    }
 )
-"""Each packer by name, with the chunks it makes."""
+"""Each packer by name."""
+
+
+def _tiling_of(key: PackKey) -> Tiling:
+    if key.packer not in PACKERS:
+        raise PackingError(f"{key.packer!r} is not a packer; there are {', '.join(PACKERS)}")
+    return PACKERS[key.packer].tiling(key)
 
 
 @lru_cache(maxsize=4096)
@@ -118,96 +191,48 @@ def chunks_of(key: PackKey) -> tuple[Chunk, ...]:
     Raises:
         PackingError: no packer makes such a buffer.
     """
-    if key.packer not in PACKERS:
-        raise PackingError(f"{key.packer!r} is not a packer; there are {', '.join(PACKERS)}")
-    return PACKERS[key.packer](key)
+    return cut_into_chunks(*_tiling_of(key), key.chunk_nbytes)
 
 
 def count_of(key: PackKey) -> int:
-    """Return how many chunks a buffer has, without listing them.
+    """Return how many chunks a buffer has, without listing them: a file may claim an absurd shape.
 
     Raises:
         PackingError: no packer makes such a buffer.
     """
-    if key.packer == "goi" and len(key.shape) == 2:
-        fmt, (N, K) = format_of(key.format), key.shape
-        tile = fmt.tile(N, K)
-        return count_chunks(N, tile.nr, fmt.tile_nbytes(tile, K), fmt.chunk_nbytes)
-    if key.packer == "rows" and len(key.shape) == 2 and key.format in STORED_TYPES:
-        return count_chunks(key.shape[0], 1, record_nbytes(key), _ROWS_CHUNK_BYTES)
-    return 1
+    return count_chunks(*_tiling_of(key), key.chunk_nbytes)
 
 
-def nbytes_of(key: PackKey) -> int:
-    """Return the bytes of a buffer: whole pages."""
+def padded_nbytes_of(key: PackKey) -> int:
+    """Return the bytes of a buffer: all its chunks, each padded to whole pages."""
     return sum(chunk.padded_nbytes for chunk in chunks_of(key))
 
 
-def _pack_blocks(
-    w: npt.NDArray[Any], layout: PackedLayout, buffer: Bytes, most: int = LARGEST_BLOCK_BYTES
-) -> Iterator[int]:
-    """Pack `w` `[N, K]`, as stored, into `buffer` of zeros, in blocks of whole tiles; yield the bytes done so far.
-
-    A block takes at most `most` bytes as float32, or one tile.
-    """
-    tile_nbytes = layout.format.tile_nbytes(layout.tile, layout.K)
-    n_tiles = max(1, most // (4 * layout.K * layout.tile.nr))
-    for chunk in layout.chunks:
-        for offset in range(0, chunk.nbytes, n_tiles * tile_nbytes):
-            nbytes = min(n_tiles * tile_nbytes, chunk.nbytes - offset)
-            first = offset // tile_nbytes * layout.tile.nr
-            n_rows = min(chunk.n_rows - first, nbytes // tile_nbytes * layout.tile.nr)
-            start = chunk.offset + offset
-            block = Chunk(chunk.first_row + first, n_rows, start, nbytes)
-            rows = w[block.first_row : block.first_row + n_rows]
-            pack_chunk(rows, layout, block, buffer[start : start + nbytes])
-            yield start + nbytes
-
-
-def _pack_records(w: npt.NDArray[Any], key: PackKey, buffer: Bytes) -> Iterator[int]:
-    """Copy the rows of `w` `[N, K]`, as stored, into `buffer` of zeros, each with its checksum; yield bytes done."""
-    stride, row_nbytes = record_nbytes(key), w.shape[1] * w.dtype.itemsize
-    for chunk in chunks_of(key):
-        records = buffer[chunk.offset : chunk.offset + chunk.nbytes].reshape(-1, stride)
-        rows = np.ascontiguousarray(w[chunk.first_row : chunk.first_row + chunk.n_rows])
-        records[:, :row_nbytes] = rows.view(np.uint8)
-        numbers = np.arange(chunk.first_row, chunk.first_row + chunk.n_rows)
-        records[:, -_CHECKSUM_BYTES:].view(_WORD)[:, 0] = _record_sums(records, numbers)
-        yield chunk.offset + chunk.nbytes
-
-
-def _record_sums(records: Bytes, numbers: IntArray) -> npt.NDArray[np.uint64]:
-    """Return what the checksums of records must be; each row's number is in it, so that no row passes for another."""
-    return checksums(records[:, :-_CHECKSUM_BYTES]) ^ ((numbers.astype(np.uint64) + np.uint64(1)) * _ROW_FACTOR)
-
-
-def rows_of_records(records: Bytes, key: PackKey, numbers: IntArray) -> npt.NDArray[Any] | None:
-    """Return the rows `numbers` of `records` `[n, record_nbytes]`, as stored; None where a checksum does not agree."""
-    if not np.array_equal(_record_sums(records, numbers), records[:, -_CHECKSUM_BYTES:].view(_WORD)[:, 0]):
-        return None
-    stored = STORED_TYPES[key.format]
-    return np.ascontiguousarray(records[:, : key.shape[1] * stored.itemsize]).view(stored)
-
-
-def _pack_vectors(vectors: npt.NDArray[np.float32], buffer: Bytes) -> Iterator[int]:
-    """Copy float32 numbers into `buffer`; yield the bytes done."""
-    buffer[: vectors.nbytes].view(np.float32)[:] = vectors
-    yield vectors.nbytes
-
-
 def pack_into(stored: npt.NDArray[Any], key: PackKey, buffer: Bytes, most: int = LARGEST_BLOCK_BYTES) -> Iterator[int]:
-    """Pack a tensor, as stored, into `buffer` of `nbytes_of(key)` zeros; yield the bytes done so far.
+    """Pack a tensor, as stored, into `buffer` of `padded_nbytes_of(key)` zeros; yield the bytes done so far.
 
     Raises:
         PackingError: the tensor does not fit the key, or holds what the format cannot.
     """
-    if stored.shape != key.shape or buffer.shape != (nbytes_of(key),):
+    if stored.shape != key.shape or buffer.shape != (padded_nbytes_of(key),):
         raise PackingError(f"{key.name!r}: {list(stored.shape)} does not fit {list(key.shape)} in {buffer.size} bytes")
-    if key.packer != "goi" and stored.dtype != STORED_TYPES[key.format]:
+    packer = PACKERS[key.packer]
+    if packer.as_stored and stored.dtype != STORED_TYPES[key.format]:
         raise PackingError(f"{key.name!r} is kept as {key.format}, and cannot be packed from {stored.dtype}")
-    if key.packer == "goi":
-        return _pack_blocks(stored, layout_of_key(key), buffer, most)
-    return _pack_records(stored, key, buffer) if key.packer == "rows" else _pack_vectors(stored, buffer)
+    return packer.pack(stored, key, buffer, most)
+
+
+def _row_checksum(record: Bytes, row: int) -> int:
+    """Return the CRC-32 of a record, begun with the row's number: so no row passes for another."""
+    return zlib.crc32(record[_CHECKSUM.itemsize :].data, row & 0xFFFFFFFF)
+
+
+def row_of_record(record: Bytes, key: PackKey, row: int) -> npt.NDArray[Any] | None:
+    """Return the row `[K]`, as stored, of a record `[record_nbytes]`, or None if its checksum does not agree."""
+    start, stored = _CHECKSUM.itemsize, STORED_TYPES[key.format]
+    if _row_checksum(record, row) != record[:start].view(_CHECKSUM)[0]:
+        return None
+    return record[start : start + key.shape[1] * stored.itemsize].view(stored)
 
 
 _SAMPLES: Final = ((1, 1), (37, 65), (64, 96), (529, 40))
@@ -220,21 +245,21 @@ _LARGE: Final = ((4096, 4096), (11008, 4096), (4096, 11008), (128256, 2048))
 def packer_fingerprint(name: str) -> bytes:
     """Return the SHA-256 of what packing in the format `name` makes of fixed pseudo-random operators.
 
-    Every stored type, odd sizes, with and without a bias, the chunks of large matrices. So whoever changes what
-    packing writes need not remember to raise a number. XNNPACK does the same for each of its operators
+    Every stored type, odd sizes, the chunks of large matrices. So whoever changes what packing writes need not
+    remember to raise a number. XNNPACK does the same for each of its operators
     (`src/operators/fingerprint_cache.c`), with a hash of 32 bits. Takes some milliseconds, once.
     """
     digest = hashlib.sha256()
     for N, K in _SAMPLES:
         for key, stored in _operators(name, N, K):
-            buffer = np.zeros(nbytes_of(key), np.uint8)
+            buffer = np.zeros(padded_nbytes_of(key), np.uint8)
             for _ in pack_into(stored, key, buffer):
                 pass
             digest.update(buffer.data)
     for N, K in _LARGE:
         layout = layout_of(name, N, K)
         places = [(chunk.first_row, chunk.n_rows, chunk.offset, chunk.nbytes) for chunk in layout.chunks]
-        digest.update(repr(layout.tile).encode() + np.array(places, _WORD).tobytes())
+        digest.update(f"{layout.tile!r} {layout.chunk_nbytes}".encode() + np.array(places, "<u8").tobytes())
     table = chunks_of(rows_key((200_000, 1024), "bf16", WeightId(bytes(32), "fingerprint")))
     digest.update(repr([(chunk.first_row, chunk.offset) for chunk in table]).encode())
     return digest.digest()
@@ -246,5 +271,15 @@ def _operators(name: str, N: int, K: int) -> Iterator[tuple[PackKey, npt.NDArray
     for dtype, stored in {"f32": w, "f16": w.astype(np.float16), "bf16": f32_to_bf16(w)}.items():
         yield matrix_key(layout_of(name, N, K), weights), stored
         yield rows_key((min(N, 3), K), dtype, weights), stored[:3]
-    bias = w[:, 0].copy()
-    yield vectors_key(N, weights), bias
+    yield vectors_key(N, weights), w[:, 0].copy()
+
+
+def scrambled(n: int, stream: int) -> npt.NDArray[np.uint64]:
+    """Return `n` fixed pseudo-random words: number i is splitmix64's of `i + 2^32 * stream`.
+
+    Written out because the fingerprint is part of the file format, and numpy does not promise its own streams.
+    """
+    z = (np.arange(1, n + 1, dtype=np.uint64) + np.uint64(stream << 32)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

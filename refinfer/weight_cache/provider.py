@@ -35,9 +35,9 @@ import numpy as np
 
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import PackingError, WeightCacheStateError
-from refinfer.packing.formats import Bytes
+from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.key import PackKey
-from refinfer.weight_cache.packers import nbytes_of
+from refinfer.weight_cache.packers import padded_nbytes_of
 
 __all__ = ["ALLOWED", "DictFace", "Pack", "State", "WeightCacheProvider", "lies_at", "require", "require_fitting"]
 
@@ -138,7 +138,7 @@ class DictFace(Mapping[PackKey, Bytes]):
         """
         offset = self.look_up(key)
         if offset is None:
-            nbytes = nbytes_of(key)
+            nbytes = padded_nbytes_of(key)
             buffer = np.zeros(nbytes, np.uint8) if self.is_finalized() else self.reserve_space(nbytes)
             for _ in pack(buffer):
                 pass
@@ -167,9 +167,9 @@ def require_fitting(key: PackKey, buffer: Bytes) -> None:
     Raises:
         PackingError: it is not one row of bytes, or of another size.
     """
-    if buffer.dtype != np.uint8 or buffer.shape != (nbytes_of(key),) or not buffer.flags.c_contiguous:
+    if buffer.dtype != np.uint8 or buffer.shape != (padded_nbytes_of(key),) or not buffer.flags.c_contiguous:
         raise PackingError(
-            f"{key.name!r} packs into {nbytes_of(key)} bytes in whole pages of {PAGE_BYTES}, "
+            f"{key.name!r} packs into {padded_nbytes_of(key)} bytes in whole pages of {PAGE_BYTES}, "
             f"not into {buffer.dtype} {list(buffer.shape)}"
         )
 

@@ -1,7 +1,7 @@
 """How a file comes into being: under another name, by one process at a time, and then all at once.
 
-Knows: temporary files, locks, fsync, renaming. Does not know: what is in a file.
-Spec: PUBLISH-1 to PUBLISH-7. Tutorial: 05.
+Temporary files, locks, fsync, renaming. Leaves to others: what is in a file.
+Read more: tutorial 05; clauses PUBLISH-1 to PUBLISH-7.
 
 A draft of `name` is `name.tmp`, and whoever holds its lock may write it. Publishing makes its bytes durable, then
 gives it its name, then makes the name durable. So whoever opens `name` finds the old file or the new one, whole, at
@@ -14,7 +14,7 @@ every instant, also after a crash; and whoever has mapped the old one keeps it.
     rename to name, fsync
     unlock                    looks: name is there
 
-Where there are no file locks (Windows), builders do not wait for each other: each has a draft of its own, and the
+Without file locks (Windows), builders do not wait for each other: each has a draft of its own, and the
 last one to publish wins.
 """
 
@@ -34,9 +34,10 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 import numpy as np
-import numpy.typing as npt
 
-__all__ = ["Draft", "draft_path", "map_behind", "remove_dead_draft", "write_small_file"]
+from refinfer.arrays import PAGE_BYTES
+
+__all__ = ["Draft", "Space", "draft_path", "remove_dead_draft", "write_small_file"]
 
 _GRANULE: Final = mmap.ALLOCATIONGRANULARITY
 _ZEROS: Final = bytes(1 << 20)
@@ -45,6 +46,21 @@ _ZEROS: Final = bytes(1 << 20)
 def draft_path(path: Path) -> Path:
     """Return where the draft of a file is written."""
     return path.with_name(f"{path.name}.tmp" if fcntl else f"{path.name}.{os.getpid()}.tmp")
+
+
+class Space:
+    """`nbytes` of a draft from `start` on, mapped for writing: `view`. The mapping lives as long as a view of it."""
+
+    def __init__(self, file: IO[bytes], start: int, nbytes: int) -> None:
+        before = start % _GRANULE
+        self.start = start
+        self._map = mmap.mmap(file.fileno(), before + nbytes, offset=start - before)
+        self.view = np.frombuffer(self._map, np.uint8)[before:]
+
+    def drop_pages(self) -> None:
+        """Take the pages out of this process; their content stays in the file."""
+        if hasattr(mmap.mmap, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class Draft:
@@ -68,34 +84,25 @@ class Draft:
         os.utime(self._file.fileno())
         return os.fstat(self._file.fileno()).st_mtime_ns
 
-    @property
-    def nbytes(self) -> int:
-        """How long the file is so far."""
-        return os.fstat(self._file.fileno()).st_size
-
-    def secure(self, start: int, nbytes: int) -> None:
-        """Make the file reach from `start` over `nbytes` for which the disk has room; zeros where it was shorter.
+    def grow(self, start: int, nbytes: int) -> Space:
+        """Make the file reach from `start` over whole pages of zeros for which the disk has room; return them mapped.
 
         Raises:
             OSError: the disk has no room.
         """
+        end = start + -(-nbytes // PAGE_BYTES) * PAGE_BYTES
         try:
-            os.posix_fallocate(self._file.fileno(), start, nbytes)
+            os.posix_fallocate(self._file.fileno(), start, end - start)
         except (AttributeError, OSError) as error:  # not on macOS, nor on every file system
             if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise
-            for at in range(max(start, self.nbytes), start + nbytes, len(_ZEROS)):
-                self.write(at, _ZEROS[: start + nbytes - at])
+            self.clear(start, end)
+        return Space(self._file, start, nbytes)
 
-    def map(self, start: int, nbytes: int) -> memoryview:
-        """Return the file's bytes from `start`, shared and writable."""
-        before = start % _GRANULE
-        return memoryview(mmap.mmap(self._file.fileno(), before + nbytes, offset=start - before))[before:]
-
-    def let_go(self, view: npt.NDArray[np.uint8]) -> None:
-        """Take the pages of a mapped view out of this process; their content stays in the file."""
-        if hasattr(mmap.mmap, "madvise") and (mapped := map_behind(view)) is not None:
-            mapped.madvise(mmap.MADV_DONTNEED)
+    def clear(self, start: int, end: int) -> None:
+        """Write zeros from `start` to `end`."""
+        for at in range(start, end, len(_ZEROS)):
+            self.write(at, _ZEROS[: end - at])
 
     def write(self, start: int, data: bytes) -> None:
         """Write `data` at `start`."""
@@ -131,14 +138,6 @@ class Draft:
         if fcntl:
             fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
-
-
-def map_behind(view: npt.NDArray[np.uint8]) -> mmap.mmap | None:
-    """Return the mapping that an array shows, or None where it shows memory of another kind."""
-    base: object = view
-    while isinstance(base, np.ndarray | memoryview):
-        base = base.base if isinstance(base, np.ndarray) else base.obj
-    return base if isinstance(base, mmap.mmap) else None
 
 
 def _open_locked(path: Path, on_wait: Callable[[], None]) -> IO[bytes]:

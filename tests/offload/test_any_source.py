@@ -17,11 +17,9 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +30,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refinfer.arrays import Float32Array
-from refinfer.engine import fixed_of
 from refinfer.errors import RefinferError
 from refinfer.generate import STORYTELLER
 from refinfer.model.checkpoint import open_checkpoint
@@ -41,19 +38,12 @@ from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
 from refinfer.model.transformer import Transformer, prefill_block
 from refinfer.model.weights import LayerWeights, Matrix, RowMajorMatrix, RowMajorSource, WeightSource
-from refinfer.offload.budget import Budget
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.plan import PLANS, make_plan, smallest_budget
-from refinfer.offload.source import PackedSource
-from refinfer.offload.store import FileStore
+from refinfer.offload.plan import PLANS, make_plan
 from refinfer.offload.streamed import StreamedSource
-from refinfer.packing import formats
 from refinfer.packing.formats import FORMATS
-from refinfer.prepare import prepare
-from refinfer.trace import RealClock
-from refinfer.weight_cache import packers
-from refinfer.weight_cache.file import read_file
-from refinfer.weight_cache.format import Index
+
+sys.path.insert(0, str(Path(__file__).parent))
+from packed_model import Logits, PackedModel, assert_same_logits, logits_of, threads_and_descriptors
 
 ROOT: Final = Path(__file__).parents[2]
 POSITIONS: Final = 64
@@ -61,90 +51,36 @@ ROUNDING: Final = {"f32": 0.0, "bf16": 2.0**-8, "int8": 0.51 / 127, "int4": 0.51
 """How wrong a weight may be, as a share of the largest of its row."""
 
 
-def forget_layouts() -> None:
-    """Forget what was derived from the sizes of chunks."""
-    packers.chunks_of.cache_clear()
-    packers.packer_fingerprint.cache_clear()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_chunks() -> Iterator[None]:
-    """Cut chunks of half a KiB, at least a tile, and int4 tiles of 16 rows: several to a tiny matrix."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "FORMATS", {name: replace(f, chunk_nbytes=512) for name, f in FORMATS.items()})
-        patch.setattr(formats, "_LARGEST_INT4_TILE", 16)
-        patch.setattr(formats, "_SMALLEST_INT4_TILE", 16)
-        patch.setattr(packers, "_LARGE", ())  # large matrices in such chunks would take seconds
-        forget_layouts()
-        yield
-    forget_layouts()
-
-
 # Our own sources.
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A model in a format, and its cache file, built at first use."""
+class Packed(PackedModel):
+    """A model in a format, and its cache file."""
 
-    config: ModelConfig
-    folder: Path
-    name: str
-    file: Path
-
-    @cached_property
-    def inventory(self) -> Inventory:
-        return Inventory(self.config, self.name)
-
-    @cached_property
-    def index(self) -> Index:
-        self.held(str(self.file)).close()
-        return read_file(self.file)[1]
-
-    def held(self, where: str = ":memory") -> PackedSource:
-        """Return the weights in memory, or mapped: in the file just built, or as it is found."""
-        prepared = prepare(self.inventory, open_checkpoint(self.folder), where, clock=RealClock())
-        return PackedSource(self.inventory, prepared.provider, prefill_block(self.config, POSITIONS), RealClock())
-
-    def mapped(self) -> PackedSource:
-        return self.held(str(self.file))
-
-    def streamed(
+    def within_a_budget(
         self, share: float = 0.5, plan: str = "balanced", ring: int | None = None, *, threads: int, paged: bool = False
     ) -> StreamedSource:
         """Return the weights within a budget: a share of the way from the smallest that works to all of them."""
-        inventory, fixed = self.inventory, fixed_of(self.inventory, POSITIONS)
-        ring_nbytes = None if ring is None else ring * int(inventory.sizes.max())
-        smallest = smallest_budget(inventory, fixed) + max(0, (ring or 2) - 2) * int(inventory.sizes.max())
-        most = max(smallest, fixed.total + inventory.streamable_nbytes)
-        budget = smallest + round(share * (most - smallest))
-        made = make_plan(plan, inventory, fixed, budget, ring_nbytes=ring_nbytes, readers=threads)
-        index = self.index
-        return StreamedSource(
-            inventory,
-            index,
-            FileStore(self.file),
-            made,
-            Budget(budget),
-            most_rows=prefill_block(self.config, POSITIONS),
-            clock=RealClock(),
-            threads=threads,
-            paged=paged,
-        )
+        inventory, slot = self.inventory, int(self.inventory.sizes.max())
+        smallest = self.smallest + max(0, (ring or 2) - 2) * slot
+        budget = smallest + round(share * (max(smallest, self.most) - smallest))
+        ring_nbytes = None if ring is None else ring * slot
+        made = make_plan(plan, inventory, self.fixed, budget, ring_nbytes=ring_nbytes, readers=threads)
+        return self.streamed(made, threads=threads, paged=paged)
 
 
 @lru_cache(maxsize=32)
 def packed(config: ModelConfig, folder: Path, name: str) -> Packed:
-    return Packed(config, folder, name, folder.parent / f"{folder.name} {name}")
+    return Packed(config, folder, name, folder.parent / f"{folder.name} {name}", POSITIONS)
 
 
 PLACES: Final[dict[str, Callable[[Packed], WeightSource]]] = {
-    "in memory": Packed.held,
-    "mapped": Packed.mapped,
-    "streamed": partial(Packed.streamed, threads=0),
-    "streamed by one thread": partial(Packed.streamed, threads=1),
-    "streamed by two threads": partial(Packed.streamed, threads=2),
-    "LRU-paged": partial(Packed.streamed, threads=0, paged=True),
+    "in memory": Packed.in_memory,
+    "mapped": Packed.packed,
+    "streamed": partial(Packed.within_a_budget, threads=0),
+    "streamed by one thread": partial(Packed.within_a_budget, threads=1),
+    "streamed by two threads": partial(Packed.within_a_budget, threads=2),
+    "LRU-paged": partial(Packed.within_a_budget, threads=0, paged=True),
 }
 
 
@@ -214,7 +150,7 @@ EVERYTHING: Final = replace(
     model_type="qwen3",
     vocab_size=45,
     hidden_size=20,
-    intermediate_size=36,
+    intermediate_size=530,  # more than a chunk also in int4
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -525,31 +461,10 @@ class Plain:
         """Do nothing."""
 
 
-Logits = list[npt.NDArray[np.uint32]]
-
-
-def logits_of(source: WeightSource, prompt: int = 40, steps: Sequence[int] = (1, 3), seed: int = 0) -> Logits:
-    """Return the bits of the logits of a prompt, of further tokens in steps, and of a text that begins anew."""
-    ids = np.random.default_rng(seed).integers(0, source.config.vocab_size, prompt + sum(steps)).tolist()
-    transformer = Transformer(source, POSITIONS)
-    logits, at = [transformer.prefill(ids[:prompt])], prompt
-    for n in steps:
-        logits.append(transformer.decode(ids[at : at + n]))
-        at += n
-    transformer.kv_cache.rewind(0)
-    logits.append(transformer.prefill(ids[:1]))
-    return [part.view(np.uint32) for part in logits]
-
-
-def assert_same_logits(got: Logits, expected: Logits) -> None:
-    for a, b in zip(got, expected, strict=True):
-        np.testing.assert_array_equal(a, b, strict=True)
-
-
 @pytest.mark.spec("SOURCE-2", "OFFLOAD-3")
 def test_a_transformer_makes_of_it_what_it_makes_of_the_same_weights_row_by_row(source: WeightSource) -> None:
     assert prefill_block(source.config, POSITIONS) < 40
-    for got, plain in zip(logits_of(source), logits_of(Plain(source)), strict=True):
+    for got, plain in zip(logits_of(source, POSITIONS), logits_of(Plain(source), POSITIONS), strict=True):
         np.testing.assert_allclose(got.view(np.float32), plain.view(np.float32), atol=2e-4)
 
 
@@ -576,12 +491,6 @@ def test_a_closed_source_says_so_when_it_is_used(make: Make, leave_after: int | 
             transformer.decode([1])
 
 
-def there() -> Counter[str]:
-    """Return the names of all threads, and what descriptors are open on."""
-    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    return Counter(thread.name for thread in threading.enumerate()) + Counter(str(link.readlink()) for link in links)
-
-
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc, as Linux has it")
 @pytest.mark.spec("OFFLOAD-11")
 @pytest.mark.parametrize("leave_after", [3, None])
@@ -594,11 +503,11 @@ def test_no_thread_and_no_descriptor_is_left_of_a_closed_source(
         source.close()
 
     use()  # whatever is opened once
-    before = there()
+    before = threads_and_descriptors()
     use()
-    if there() - before:
+    if threads_and_descriptors() - before:
         gc.collect()  # slow
-    assert not there() - before
+    assert not threads_and_descriptors() - before
 
 
 # What only ours promise: the same bits.
@@ -615,7 +524,7 @@ class Way:
     paged: bool
 
     def source_of(self, model: Packed) -> StreamedSource:
-        return model.streamed(self.share, self.plan, self.ring, threads=self.threads, paged=self.paged)
+        return model.within_a_budget(self.share, self.plan, self.ring, threads=self.threads, paged=self.paged)
 
 
 ways = st.builds(
@@ -644,18 +553,21 @@ requests = st.builds(
 def run(source: WeightSource, request: Request) -> Logits:
     """Return the bits of a request's logits, and close the source."""
     try:
-        return logits_of(source, request.prompt, request.steps)
+        return logits_of(source, POSITIONS, request.prompt, request.steps)
     finally:
         source.close()
 
 
 def check_all_agree(model: Packed, how: Sequence[Way], request: Request) -> None:
     """Hold that weights in memory, in a file just built, found and streamed in some ways give the same bits."""
-    expected = run(model.held(), request)
-    assert_same_logits(run(model.mapped(), request), expected)  # just built
-    assert_same_logits(run(model.mapped(), request), expected)  # and found
+    expected = run(model.in_memory(), request)
+    assert_same_logits(run(model.packed(), request), expected)  # just built
+    assert_same_logits(run(model.packed(), request), expected)  # and found
     for way in how:
         assert_same_logits(run(way.source_of(model), request), expected)
+
+
+more_than_an_int4_tile = st.integers(513, 1100)
 
 
 @st.composite
@@ -664,9 +576,9 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     G = draw(st.integers(1, 2))
     return replace(
         SHAPES["tiny"],
-        vocab_size=draw(st.integers(2, 150)),
+        vocab_size=draw(st.integers(2, 150) | more_than_an_int4_tile),
         hidden_size=draw(st.integers(3, 70)),
-        intermediate_size=draw(st.integers(1, 130)),
+        intermediate_size=draw(st.integers(1, 130) | more_than_an_int4_tile),
         num_hidden_layers=draw(st.integers(1, 2)),
         num_attention_heads=G * draw(st.integers(1, 3)),
         num_key_value_heads=G,
@@ -699,7 +611,7 @@ def test_any_model_has_the_same_bits_from_every_source(
 ) -> None:
     folder = tmp_path_factory.mktemp("drawn")
     write_checkpoint(folder / "m", config, dtype=dtype, seed=1)
-    check_all_agree(Packed(config, folder / "m", name, folder / "cache"), how, request)
+    check_all_agree(Packed(config, folder / "m", name, folder / "cache", POSITIONS), how, request)
 
 
 FAMILIES: Final = ["llama", "llama3-rope", "llama-bias", "mistral", "qwen2", "qwen3"]
@@ -711,9 +623,9 @@ FAMILIES: Final = ["llama", "llama3-rope", "llama-bias", "mistral", "qwen2", "qw
 def test_every_family_has_the_same_bits_from_every_source(family: str, name: str, tmp_path: Path) -> None:
     folder = Path(__file__).parents[1] / "golden" / family
     n = FAMILIES.index(family) + list(FORMATS).index(name)
-    model, request = Packed(open_folder(folder).config, folder, name, tmp_path / "cache"), Request(33, [2])
-    expected = run(model.held(), request)
-    assert_same_logits(run(model.mapped(), request), expected)
+    model, request = Packed(open_folder(folder).config, folder, name, tmp_path / "cache", POSITIONS), Request(33, [2])
+    expected = run(model.in_memory(), request)
+    assert_same_logits(run(model.packed(), request), expected)
     way = Way(PLANS[n % len(PLANS)], n % 2 / 2, None, n % 3, paged=False)
     assert_same_logits(run(way.source_of(model), request), expected)
 
@@ -728,25 +640,14 @@ def storytellers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tu
     @cache
     def storyteller(name: str) -> tuple[Packed, Logits]:
         folder = tmp_path_factory.mktemp("storyteller")
-        model = Packed(open_folder(STORYTELLER).config, STORYTELLER, name, folder / "cache")
+        config = open_folder(STORYTELLER).config
+        model = Packed(config, STORYTELLER, name, folder / "cache", POSITIONS, chunk_nbytes=None)
         check_all_agree(model, [], SHORT)
-        return model, run(model.mapped(), SHORT)
+        return model, run(model.packed(), SHORT)
 
     return storyteller
 
 
-@pytest.fixture
-def usual_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Cut chunks as everywhere else."""
-    monkeypatch.setattr(formats, "FORMATS", FORMATS)
-    monkeypatch.setattr(formats, "_LARGEST_INT4_TILE", 512)
-    monkeypatch.setattr(formats, "_SMALLEST_INT4_TILE", 64)
-    forget_layouts()
-    yield
-    forget_layouts()
-
-
-@pytest.mark.usefixtures("usual_chunks")
 @pytest.mark.spec("OFFLOAD-3")
 @settings(max_examples=8)
 @given(name=st.sampled_from(list(FORMATS)), way=ways)

@@ -81,8 +81,8 @@ def test_each_chunk_of_a_cycle_costs_its_read_and_its_product(name: str) -> None
     for M, readers in ((1, 0), (1, 1), (5, 4)):
         costs = costs_of(inventory, HERE, M=M, readers=readers)
         for chunk, read_s, compute_s in zip(inventory.cycle, costs.read_s, costs.compute_s, strict=True):
-            assert read_s == HERE.device.read_s(chunk.nbytes, max(1, readers))
-            assert compute_s == HERE.processor.product_s(name, chunk.nbytes, M)
+            assert read_s == HERE.device.read_s(chunk.padded_nbytes, max(1, readers))
+            assert compute_s == HERE.processor.product_s(name, chunk.padded_nbytes, M)
 
 
 @pytest.mark.spec("COST-1")
@@ -218,6 +218,7 @@ def test_the_default_rates_are_those_of_the_committed_figures(name: str) -> None
     nbytes = sum(chunk.nbytes for chunk in layout.chunks)
     rates = HERE.processor.seconds_per_byte[name]
     assert set(rates) == {1, 8, 64, 256}
+    assert {M: rate * 1e9 for M, rate in rates.items()} == pytest.approx(FORMATS[name].nanoseconds_per_byte)
     for M, seconds_a_byte in rates.items():
         (row,) = (r for r in figures if (r["format"], r["m"], r["n"], r["k"]) == (name, M, 4096, 4096))
         by_bytes = 1 / row["gb_per_s"]  # nanoseconds, of a figure with two decimals

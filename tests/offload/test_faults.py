@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,118 +35,48 @@ from refinfer.cli import main
 from refinfer.engine import fixed_of
 from refinfer.errors import DamagedWeightsError, GenerationError, RequestError
 from refinfer.generate import STORYTELLER, Session, load
-from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import ModelConfig
 from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
-from refinfer.model.transformer import Transformer, prefill_block
-from refinfer.offload.budget import Budget
+from refinfer.model.transformer import Transformer
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.plan import make_plan, smallest_budget
-from refinfer.offload.store import FileStore
 from refinfer.offload.streamed import StreamedSource
-from refinfer.packing import formats
-from refinfer.packing.formats import FORMATS
-from refinfer.prepare import prepare
-from refinfer.trace import RealClock
-from refinfer.weight_cache import packers
-from refinfer.weight_cache.file import read_file
-from refinfer.weight_cache.format import Index
-from refinfer.weight_cache.sources import side_path
+from refinfer.weight_cache.identity import side_path
 
-WATCHDOG_S: Final = 30.0
+sys.path.insert(0, str(Path(__file__).parent))
+from packed_model import WATCHDOG_S, PackedModel, change, threads_and_descriptors, within
+
 POSITIONS: Final = 24
 PROMPT: Final = [1, 2, 3, 4, 5]
 MOST: Final = 4  # tokens
 
-LARGE: Final = packers._LARGE
 every_number_of_threads = pytest.mark.parametrize("threads", [0, 1, 2])
-
-
-def forget_layouts() -> None:
-    """Forget what was derived from the sizes of chunks."""
-    packers.chunks_of.cache_clear()
-    packers.packer_fingerprint.cache_clear()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_chunks() -> Iterator[None]:
-    """Cut chunks of half a KiB, at least a tile: several to a tiny matrix."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "FORMATS", {name: replace(f, chunk_nbytes=512) for name, f in FORMATS.items()})
-        patch.setattr(packers, "_LARGE", ())  # large matrices in such chunks would take seconds
-        forget_layouts()
-        yield
-    forget_layouts()
-
-
-def there() -> Counter[str]:
-    """Return the names of all threads, and what descriptors are open on."""
-    descriptors = Path("/proc/self/fd")
-    links = [link for link in descriptors.iterdir() if link.is_symlink()] if descriptors.exists() else []
-    return Counter(thread.name for thread in threading.enumerate()) + Counter(str(link.readlink()) for link in links)
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    before = there()
+    before = threads_and_descriptors()
     yield
-    if there() - before:
+    if threads_and_descriptors() - before:
         gc.collect()  # slow
-    assert not there() - before
-
-
-def within(action: Callable[[], Any], seconds: float = WATCHDOG_S) -> Any:
-    """Do something in a helper thread; fail if it takes too long, raise what it raises."""
-    results: list[Any] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(action())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert not thread.is_alive(), "it hangs"
-    if errors:
-        raise errors[0]
-    return results[0]
+    assert not threads_and_descriptors() - before
 
 
 # A file that changes while it streams.
 
 
-@dataclass(frozen=True)
-class Streaming:
+class Streaming(PackedModel):
     """A model in a cache file that is put back after each accident; nothing of it is locked."""
-
-    folder: Path
-    config: ModelConfig
-    file: Path
-
-    @cached_property
-    def inventory(self) -> Inventory:
-        return Inventory(self.config, "int8")
 
     @cached_property
     def content(self) -> bytes:
-        prepare(self.inventory, open_checkpoint(self.folder), str(self.file), clock=RealClock()).provider.delete_cache()
-        return self.file.read_bytes()
-
-    @cached_property
-    def index(self) -> Index:
-        return read_file(self.file)[1]
+        return self.built.read_bytes()
 
     @cached_property
     def weights(self) -> list[tuple[int, int, int]]:
         """Where chunks lie that every token needs: first byte, end of the weights, end of the pages."""
-        matrices = {matrix.name for matrix in self.inventory.matrices}
-        entries = [entry for entry in self.index.entries if entry.key.packer == "goi" and entry.key.name in matrices]
-        chunks = [chunk for entry in entries for chunk in entry.chunks]
-        return [(c.offset, c.offset + c.nbytes, c.offset + c.padded_nbytes) for c in chunks]
+        return [(c.offset, c.offset + c.nbytes, c.offset + c.padded_nbytes) for c in self.chunks]
 
     def put_back(self) -> None:
         if self.file.exists() and self.file.stat().st_size == len(self.content):
@@ -158,25 +87,9 @@ class Streaming:
             self.file.write_bytes(self.content)
 
     def source(self, threads: int) -> StreamedSource:
-        fixed = fixed_of(self.inventory, POSITIONS)
-        budget = smallest_budget(self.inventory, fixed) + 8 * int(self.inventory.sizes.max())
-        plan = make_plan("none", self.inventory, fixed, budget, readers=threads)
-        store = FileStore(self.file)
-        try:
-            return StreamedSource(
-                self.inventory,
-                self.index,
-                store,
-                plan,
-                Budget(budget),
-                most_rows=prefill_block(self.config, POSITIONS),
-                clock=RealClock(),
-                threads=threads,
-                where=str(self.file),
-            )
-        except BaseException:
-            store.close()
-            raise
+        budget = self.smallest + 8 * int(self.inventory.sizes.max())
+        plan = make_plan("none", self.inventory, self.fixed, budget, readers=threads)
+        return self.streamed(plan, threads=threads)
 
     @cached_property
     def expected(self) -> npt.NDArray[np.uint32]:
@@ -210,7 +123,8 @@ class Streaming:
 
 @pytest.fixture(scope="module")
 def streaming(tiny_folder: Path, tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Streaming:
-    streaming = Streaming(tiny_folder, tiny_config, tmp_path_factory.mktemp("faults") / "cache")
+    file = tmp_path_factory.mktemp("faults") / "cache"
+    streaming = Streaming(tiny_config, tiny_folder, "int8", file, POSITIONS)
     assert streaming.content
     assert len(streaming.weights) > 40
     assert streaming.expected.size
@@ -219,14 +133,6 @@ def streaming(tiny_folder: Path, tiny_config: ModelConfig, tmp_path_factory: pyt
 
 def cut(path: Path, size: int) -> None:
     os.truncate(path, size)
-
-
-def change(path: Path, at: int) -> None:
-    with path.open("r+b", buffering=0) as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 0x10]))
 
 
 places = st.floats(0, 1, exclude_max=True)
@@ -276,7 +182,7 @@ def test_the_weights_of_another_model_written_over_them_are_found_before_a_token
 ) -> None:
     """Those of a good cache file of a model of the same shapes, in the place of the file in use."""
     write_checkpoint(tmp_path / "m", streaming.config, dtype="f32", seed=4)
-    other = Streaming(tmp_path / "m", streaming.config, tmp_path / "cache")
+    other = replace(streaming, folder=tmp_path / "m", file=tmp_path / "cache")
     assert other.content
     assert other.weights == streaming.weights
 
@@ -333,8 +239,8 @@ class Reads:
 
 
 SAID: Final = {
-    "fails": "cannot be read: Input/output error",
-    "fails once": "cannot be read: Connection timed out",
+    "fails": "cannot be read: Input/output error; start again",
+    "fails once": "cannot be read: Connection timed out; start again",
     "ends": "was cut short while it was in use; start again",
     "brings other bytes": "does not agree with its checksum: the file is damaged; start again",
 }
@@ -546,14 +452,9 @@ RATE: Final = 20_000
 
 @pytest.fixture(scope="module")
 def told_before(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """The storyteller, whose cache file is there, cut into chunks as a program cuts them."""
+    """The storyteller, whose cache file is there."""
     cache = tmp_path_factory.mktemp("told") / "weights"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "FORMATS", FORMATS)
-        patch.setattr(packers, "_LARGE", LARGE)
-        forget_layouts()
-        load(weights="f32", weight_cache=cache).close()
-    forget_layouts()
+    load(weights="f32", weight_cache=cache).close()
     return Site(STORYTELLER, cache)
 
 

@@ -19,7 +19,7 @@ from refinfer.offload.inventory import Inventory
 from refinfer.packing.formats import FORMATS, layout_of
 from refinfer.prepare import prepare
 from refinfer.trace import RealClock
-from refinfer.weight_cache.file import read_file
+from refinfer.weight_cache.mapped_file import read_file
 
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -53,15 +53,18 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 
 
 @pytest.mark.spec("OFFLOAD-1")
-@given(config=configs(), name=st.sampled_from(list(FORMATS)))
-def test_matrices_are_listed_layer_by_layer_and_the_output_table_comes_last(config: ModelConfig, name: str) -> None:
-    inventory = Inventory(config, name)
+@given(config=configs(), name=st.sampled_from(list(FORMATS)), chunk_nbytes=st.none() | st.integers(1, 1 << 20))
+def test_matrices_are_listed_layer_by_layer_and_the_output_table_comes_last(
+    config: ModelConfig, name: str, chunk_nbytes: int | None
+) -> None:
+    inventory = Inventory(config, name, chunk_nbytes)
     L = config.num_hidden_layers
     listed = [(matrix.layer, matrix.kind) for matrix in inventory.matrices]
     assert listed == [(layer, kind) for layer in range(L) for kind in KINDS] + [(L, "lm_head")]
     shapes = config.tensor_shapes()
     for matrix in inventory.matrices:
-        assert matrix.layout == layout_of(name, *shapes[matrix.name])
+        N, K = shapes[matrix.name]
+        assert matrix.layout == layout_of(name, N, K, chunk_nbytes)
         if matrix.kind != "lm_head":
             block = "self_attn" if matrix.kind in KINDS[:4] else "mlp"
             assert matrix.name == f"model.layers.{matrix.layer}.{block}.{matrix.kind}.weight"
@@ -88,8 +91,8 @@ def test_the_cycle_is_every_chunk_of_every_matrix_in_order(config: ModelConfig, 
         for number, matrix in enumerate(inventory.matrices)
         for index, chunk in enumerate(matrix.layout.chunks)
     ]
-    assert [(c.matrix, c.index, c.layer, c.kind, c.nbytes) for c in inventory.cycle] == expected
-    assert inventory.streamable_nbytes == sum(matrix.layout.nbytes for matrix in inventory.matrices)
+    assert [(c.matrix, c.index, c.layer, c.kind, c.padded_nbytes) for c in inventory.cycle] == expected
+    assert inventory.streamable_nbytes == sum(matrix.layout.padded_nbytes for matrix in inventory.matrices)
 
 
 @pytest.mark.spec("OFFLOAD-1")
@@ -111,9 +114,11 @@ def test_an_inventory_of_a_model_larger_than_any_disk_here_needs_no_weights() ->
 
 @pytest.mark.spec("OFFLOAD-2")
 @every_format
-def test_an_inventory_agrees_with_the_file_that_is_built(golden_folder: Path, name: str, tmp_path: Path) -> None:
-    config = open_folder(golden_folder).config
-    inventory = Inventory(config, name)
+@pytest.mark.parametrize("chunk_nbytes", [None, 512])
+def test_an_inventory_agrees_with_the_file_that_is_built(
+    golden_folder: Path, name: str, chunk_nbytes: int | None, tmp_path: Path
+) -> None:
+    inventory = Inventory(open_folder(golden_folder).config, name, chunk_nbytes)
     path = tmp_path / "cache"
     prepare(inventory, open_checkpoint(golden_folder), str(path), clock=RealClock())
     _, index = read_file(path)
@@ -123,15 +128,13 @@ def test_an_inventory_agrees_with_the_file_that_is_built(golden_folder: Path, na
     tables = [("rows", inventory.table)] if inventory.table else []
     assert sorted(entries) == sorted([*matrices, *tables, ("vectors", inventory.vectors_name)])
     stored = [chunk.padded_nbytes for key in matrices for chunk in entries[key].chunks]
-    assert stored == [chunk.nbytes for chunk in inventory.cycle]
+    assert stored == [chunk.padded_nbytes for chunk in inventory.cycle]
     for matrix in inventory.matrices:
         key = entries["goi", matrix.name].key
-        assert (key.shape, key.format, key.tile) == (
-            (matrix.layout.N, matrix.layout.K),
-            name,
-            matrix.layout.tile,
-        )
-    assert entries["vectors", inventory.vectors_name].nbytes == inventory.resident_nbytes
+        layout = matrix.layout
+        assert (key.shape, key.format, key.tile) == ((layout.N, layout.K), name, layout.tile)
+        assert key.chunk_nbytes == layout.chunk_nbytes == (chunk_nbytes or FORMATS[name].chunk_nbytes)
+    assert entries["vectors", inventory.vectors_name].padded_nbytes == inventory.resident_nbytes
     assert inventory.resident_nbytes % PAGE_BYTES == 0
 
 

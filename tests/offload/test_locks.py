@@ -16,7 +16,6 @@ from refinfer.model.config import SHAPES
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.locks import LOCKS, fill
 from refinfer.offload.plan import Fixed, make_plan, smallest_budget
-from refinfer.packing import formats
 from refinfer.packing.formats import FORMATS
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -40,16 +39,11 @@ def inventories(draw: st.DrawFn) -> Inventory:
         head_dim=draw(st.sampled_from([8, 32])),
     )
     chunk_nbytes = draw(st.sampled_from([4096, 10_000, 1 << 17]))
-    with pytest.MonkeyPatch.context() as patch:
-        small = {name: replace(fmt, chunk_nbytes=chunk_nbytes) for name, fmt in FORMATS.items()}
-        patch.setattr(formats, "FORMATS", small)
-        inventory = Inventory(config, draw(st.sampled_from(list(FORMATS))))
-        assert inventory.cycle  # made now, from small chunks
-    return inventory
+    return Inventory(config, draw(st.sampled_from(list(FORMATS))), chunk_nbytes)
 
 
 def nbytes_of(inventory: Inventory, numbers: Iterable[int]) -> int:
-    return sum(inventory.cycle[number].nbytes for number in numbers)
+    return sum(inventory.cycle[number].padded_nbytes for number in numbers)
 
 
 def numbers_of(locked: BoolArray) -> set[int]:
@@ -60,7 +54,7 @@ def largest_imbalance(inventory: Inventory, locked: BoolArray, among: list[int],
     """Return by how many bytes a beginning of `among` has more or less locked than `share` of it."""
     ahead, most = 0.0, 0.0
     for number in among:
-        ahead += inventory.cycle[number].nbytes * (bool(locked[number]) - share)
+        ahead += inventory.cycle[number].padded_nbytes * (bool(locked[number]) - share)
         most = max(most, abs(ahead))
     return most
 
@@ -76,7 +70,7 @@ def check_balance(inventory: Inventory, share: float) -> None:
     locked = LOCKS["balanced"](inventory, room)
     kept = nbytes_of(inventory, numbers_of(locked))
     assert kept <= room
-    one_of_each_size = sum({chunk.nbytes for chunk in inventory.cycle})
+    one_of_each_size = sum({chunk.padded_nbytes for chunk in inventory.cycle})
     everything = list(range(len(inventory.cycle)))
     # Any stretch lies between two beginnings, so that it is right to within a chunk of each size at either end.
     off = largest_imbalance(inventory, locked, everything, kept / inventory.streamable_nbytes)
@@ -102,8 +96,8 @@ def test_balanced_locks_evenly_on_published_shapes(shape: str, name: str) -> Non
 @pytest.mark.spec("PLAN-5")
 def test_of_equal_chunks_every_nth_is_locked() -> None:
     inventory = Inventory(replace(SHAPES["tiny"], vocab_size=64, intermediate_size=64, num_key_value_heads=8), "f32")
-    n, size = len(inventory.cycle), inventory.cycle[0].nbytes
-    assert {chunk.nbytes for chunk in inventory.cycle} == {size}
+    n, size = len(inventory.cycle), inventory.cycle[0].padded_nbytes
+    assert {chunk.padded_nbytes for chunk in inventory.cycle} == {size}
     for k in range(n + 1):
         locked = sorted(numbers_of(LOCKS["balanced"](inventory, k * size)))
         assert len(locked) == k
@@ -115,7 +109,7 @@ def order_of(inventory: Inventory, plan: str) -> list[str]:
     """Return the kinds in the order in which they are locked, written from the words of the plan."""
     nbytes: dict[str, int] = {}
     for matrix in inventory.matrices:
-        nbytes.setdefault(matrix.kind, matrix.layout.nbytes)
+        nbytes.setdefault(matrix.kind, matrix.layout.padded_nbytes)
     smallest_first = sorted(ATTENTION, key=lambda kind: (nbytes[kind], ATTENTION.index(kind)))
     groups = (smallest_first, list(FFN)) if plan == "attention-first" else (list(FFN), smallest_first)
     return [*groups[0], *groups[1], "lm_head"]
@@ -137,7 +131,7 @@ def test_kinds_are_locked_one_after_another_and_the_last_of_them_evenly(
             assert locked[of_kind].all()
             room -= total
             continue
-        one_of_each_size = sum({inventory.cycle[number].nbytes for number in of_kind})
+        one_of_each_size = sum({inventory.cycle[number].padded_nbytes for number in of_kind})
         kept = nbytes_of(inventory, (number for number in of_kind if locked[number]))
         assert room - one_of_each_size <= kept <= room
         assert largest_imbalance(inventory, locked, of_kind, kept / total) <= 2 * one_of_each_size
@@ -169,7 +163,7 @@ def algorithm_1(inventory: Inventory, size_mem: int) -> set[int]:
 
     The output table is kept first where it fits, as the paper's fixed memory has it.
     """
-    nbytes = [matrix.layout.nbytes for matrix in inventory.matrices]
+    nbytes = [matrix.layout.padded_nbytes for matrix in inventory.matrices]
     kinds = [matrix.kind for matrix in inventory.matrices]
     N = inventory.config.num_hidden_layers
     kept = []
@@ -201,7 +195,7 @@ def algorithm_1(inventory: Inventory, size_mem: int) -> set[int]:
 
 def guards_of(inventory: Inventory) -> list[int]:
     """Return the rooms at which Algorithm 1 turns, beside the output table and without it."""
-    nbytes = {matrix.kind: matrix.layout.nbytes for matrix in inventory.matrices}
+    nbytes = {matrix.kind: matrix.layout.padded_nbytes for matrix in inventory.matrices}
     N, table = inventory.config.num_hidden_layers, nbytes["lm_head"]
     ffn, attention = max(nbytes[kind] for kind in FFN), max(nbytes[kind] for kind in ATTENTION)
     guards = [0, N * ffn, 2 * N * ffn, 3 * N * ffn, 3 * N * ffn + 2 * N * attention, inventory.streamable_nbytes]
@@ -232,7 +226,7 @@ def test_flexinfer_keeps_what_algorithm_1_keeps_of_published_shapes(shape: str, 
 @pytest.mark.spec("PLAN-7")
 def test_what_flexinfer_leaves_is_reported_and_is_as_much_as_its_guards_leave() -> None:
     inventory, fixed = Inventory(SHAPES["llama2-70b"], "int4"), Fixed(1, 2, 3)
-    nbytes = {matrix.kind: matrix.layout.nbytes for matrix in inventory.matrices}
+    nbytes = {matrix.kind: matrix.layout.padded_nbytes for matrix in inventory.matrices}
     layers = inventory.config.num_hidden_layers * (sum(nbytes.values()) - nbytes["lm_head"])
     guard = nbytes["lm_head"] + 80 * (3 * nbytes["gate_proj"] + 2 * nbytes["q_proj"])
     ring = 2 * int(inventory.sizes.max())
@@ -255,9 +249,9 @@ def test_less_than_a_chunk_is_left(inventory: Inventory, plan: str, share: float
     room = int(share * inventory.streamable_nbytes)
     locked = LOCKS[plan](inventory, room)
     left = room - nbytes_of(inventory, numbers_of(locked))
-    assert 0 <= left < max(chunk.nbytes for chunk in inventory.cycle)
+    assert 0 <= left < max(chunk.padded_nbytes for chunk in inventory.cycle)
     if plan != "leading":
-        assert all(left < chunk.nbytes for n, chunk in enumerate(inventory.cycle) if not locked[n])
+        assert all(left < chunk.padded_nbytes for n, chunk in enumerate(inventory.cycle) if not locked[n])
 
 
 @pytest.mark.spec("PLAN-8")
@@ -270,7 +264,7 @@ def test_less_than_a_chunk_of_a_budget_is_left_on_published_shapes(shape: str, p
         for budget in (least, *(least + (most - least) * i // 9 for i in range(1, 9)), most - 1):
             if budget < most:
                 account = make_plan(plan, inventory, fixed, budget).account
-                assert 0 <= account.unused < max(chunk.nbytes for chunk in inventory.cycle)
+                assert 0 <= account.unused < max(chunk.padded_nbytes for chunk in inventory.cycle)
 
 
 @pytest.mark.spec("PLAN-8", "PLAN-10")
@@ -287,7 +281,7 @@ def test_filling_up_keeps_what_is_locked_and_stops_where_nothing_fits(
     assert (after | before == after).all()
     left = room - nbytes_of(inventory, numbers_of(after))
     assert left >= 0
-    assert all(left < chunk.nbytes for n, chunk in enumerate(inventory.cycle) if not after[n])
+    assert all(left < chunk.padded_nbytes for n, chunk in enumerate(inventory.cycle) if not after[n])
 
 
 @pytest.mark.spec("PLAN-5", "PLAN-6", "PLAN-7")

@@ -21,7 +21,6 @@ from refinfer.offload.inventory import Inventory
 from refinfer.offload.locks import LOCKS, fill
 from refinfer.offload.optimal import RINGS, family, locked_array, search, token_s
 from refinfer.offload.plan import PLANS, Fixed, make_plan, smallest_budget
-from refinfer.packing import formats
 from refinfer.packing.formats import FORMATS
 
 NOTHING = Fixed(0, 0, 0)
@@ -30,12 +29,7 @@ A_BIT = 1 + 1e-8
 
 def inventory_of(name: str, chunk_nbytes: int, **sizes: Any) -> Inventory:
     """Return the inventory of a small model with chunks of about `chunk_nbytes`."""
-    with pytest.MonkeyPatch.context() as patch:
-        small = {known: replace(fmt, chunk_nbytes=chunk_nbytes) for known, fmt in FORMATS.items()}
-        patch.setattr(formats, "FORMATS", small)
-        inventory = Inventory(replace(SHAPES["tiny"], num_key_value_heads=1, **sizes), name)
-        assert inventory.cycle  # made now, from small chunks
-    return inventory
+    return Inventory(replace(SHAPES["tiny"], num_key_value_heads=1, **sizes), name, chunk_nbytes)
 
 
 def inventory_drawn_by(rng: random.Random, layers: int) -> Inventory:
@@ -90,7 +84,7 @@ def seconds_of(costs: Costs, locked: Sequence[bool], slots: int) -> float:
 
 def members_by_hand(inventory: Inventory, left: int) -> Iterator[tuple[int, str, list[bool]]]:
     """Yield the ring, the simple plan and the locks of each member, as the family is stated."""
-    slot = max(chunk.nbytes for chunk in inventory.cycle)
+    slot = max(chunk.padded_nbytes for chunk in inventory.cycle)
     for slots, name in itertools.product((2, 3, 4, 5, 6, 7, 8, 12, 16, 24), LOCKS):
         room = left - slots * slot
         if room >= 0:
@@ -117,7 +111,7 @@ def test_brute_force_over_the_family_finds_nothing_better(seed: int, layers: int
         (slots, [n for n, kept in enumerate(locked) if kept]) for slots, _, locked in members
     ]
     streamed = {
-        (sum(c.nbytes for c, kept in zip(inventory.cycle, locked, strict=True) if not kept), slots)
+        (sum(c.padded_nbytes for c, kept in zip(inventory.cycle, locked, strict=True) if not kept), slots)
         for (slots, _, locked), took in zip(members, seconds, strict=True)
         if took <= fastest * A_BIT
     }
@@ -275,7 +269,7 @@ def test_optimal_leaves_less_than_a_chunk_from_the_smallest_budget_to_all(shape:
         budgets = budgets[-1:]
     for budget in budgets:
         account = make_plan("optimal", inventory, fixed, budget).account
-        assert 0 <= account.unused < max(chunk.nbytes for chunk in inventory.cycle)
+        assert 0 <= account.unused < max(chunk.padded_nbytes for chunk in inventory.cycle)
 
 
 @pytest.mark.spec("PLAN-11", "PLAN-4")
@@ -285,5 +279,5 @@ def test_no_chunk_that_streams_would_fit_into_what_optimal_leaves(seed: int, lay
     inventory = inventory_drawn_by(random.Random(seed), layers)
     least, most = smallest_budget(inventory, NOTHING), inventory.streamable_nbytes
     plan = make_plan("optimal", inventory, NOTHING, least + int(share * (most - least)))
-    streamed = [chunk.nbytes for number, chunk in enumerate(inventory.cycle) if number not in plan.locked]
+    streamed = [chunk.padded_nbytes for number, chunk in enumerate(inventory.cycle) if number not in plan.locked]
     assert all(plan.account.unused < nbytes for nbytes in streamed)

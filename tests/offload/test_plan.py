@@ -29,14 +29,14 @@ inventories = st.sampled_from(list(INVENTORIES.values()))
 
 
 def slot_of(inventory: Inventory) -> int:
-    return max(chunk.nbytes for chunk in inventory.cycle)
+    return max(chunk.padded_nbytes for chunk in inventory.cycle)
 
 
 def locked_by_hand(inventory: Inventory, room: int) -> set[int]:
     """Take chunks from the first on until one does not fit."""
     locked: set[int] = set()
     for number, chunk in enumerate(inventory.cycle):
-        if sum(inventory.cycle[n].nbytes for n in locked) + chunk.nbytes > room:
+        if sum(inventory.cycle[n].padded_nbytes for n in locked) + chunk.padded_nbytes > room:
             return locked
         locked.add(number)
     return locked
@@ -49,10 +49,10 @@ def check(plan: Plan, inventory: Inventory, fixed: Fixed, budget: int) -> None:
     assert parts + account.unused == account.budget == budget
     assert account.unused >= 0
     assert (account.resident, account.kv_cache, account.scratch) == (fixed.resident, fixed.kv_cache, fixed.scratch)
-    assert account.locked == sum(inventory.cycle[number].nbytes for number in plan.locked)
+    assert account.locked == sum(inventory.cycle[number].padded_nbytes for number in plan.locked)
     assert account.ring == plan.ring_slots * plan.slot_nbytes
     streaming = set(range(len(inventory.cycle))) - plan.locked
-    assert all(inventory.cycle[number].nbytes <= plan.slot_nbytes for number in streaming)
+    assert all(inventory.cycle[number].padded_nbytes <= plan.slot_nbytes for number in streaming)
     assert plan.ring_slots >= (2 if streaming else 0)
 
 
@@ -87,7 +87,7 @@ def test_each_chunk_more_is_locked_as_soon_as_there_is_room_for_it(key: tuple[st
     inventory, fixed = INVENTORIES[key], Fixed(4096, 5000, 6000)
     ring, end = 2 * slot_of(inventory), 0
     for n, chunk in enumerate(inventory.cycle):
-        end += chunk.nbytes
+        end += chunk.padded_nbytes
         budget = fixed.total + ring + end
         if budget >= fixed.total + inventory.streamable_nbytes:
             break  # here everything fits, and no ring is needed
@@ -96,7 +96,7 @@ def test_each_chunk_more_is_locked_as_soon_as_there_is_room_for_it(key: tuple[st
         )
         assert before.locked == set(range(n))
         assert after.locked == set(range(n + 1))
-        assert before.account.unused == chunk.nbytes - 1
+        assert before.account.unused == chunk.padded_nbytes - 1
         assert after.account.unused == 0
 
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -34,19 +34,20 @@ from refinfer.engine import fixed_of
 from refinfer.errors import DamagedWeightsError, GenerationError, RefinferError
 from refinfer.generate import Session, load
 from refinfer.model.config import ModelConfig
-from refinfer.offload import matrices, prefetch
+from refinfer.model.synth import write_checkpoint
+from refinfer.offload import prefetch
 from refinfer.offload.inventory import Inventory
 from refinfer.offload.plan import make_plan, smallest_budget
 from refinfer.offload.prefetch import Prefetcher
 from refinfer.offload.store import FileStore
 from refinfer.offload.streamed import StreamedSource
-from refinfer.packing import formats
-from refinfer.packing.formats import FORMATS, Bytes
-from refinfer.packing.matmul import multiply_chunk
+from refinfer.packing import int8
+from refinfer.packing.layout import Bytes
 from refinfer.trace import Span, Trace
-from refinfer.weight_cache import packers
 
-WATCHDOG_S: Final = 30.0
+sys.path.insert(0, str(Path(__file__).parent))
+from packed_model import WATCHDOG_S, threads_and_descriptors, within
+
 POISON: Final = 0xEE  # what a slot holds while it is read into
 SLOT_BYTES: Final = 16
 
@@ -613,26 +614,6 @@ def test_threads_that_run_as_they_like_give_the_same_chunks(threads: int, slots:
     assert not collisions
 
 
-def within(action: Callable[[], Any], seconds: float = WATCHDOG_S) -> Any:
-    """Do something in a helper thread; fail if it takes too long, raise what it raises."""
-    results: list[Any] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(action())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    assert not thread.is_alive(), "it hangs"
-    if errors:
-        raise errors[0]
-    return results[0]
-
-
 @pytest.mark.spec("FETCH-3")
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("slots", [1, 2, 3, 7])
@@ -674,7 +655,7 @@ def test_what_is_taken_stays_until_it_is_released_and_its_slot_is_read_into_only
 
 
 @pytest.mark.spec("FETCH-4")
-def test_a_chunk_is_given_while_those_after_it_are_being_read_and_not_before_it_is_there() -> None:
+def test_a_chunk_is_given_while_those_after_it_are_being_read_and_not_before_it_is_threads_and_descriptors() -> None:
     with World(range(3), 3, 3) as world:
         first, second, third = world.under_way
         world.take(0)
@@ -689,7 +670,7 @@ def test_a_chunk_is_given_while_those_after_it_are_being_read_and_not_before_it_
 
 
 @pytest.mark.spec("FETCH-5")
-def test_another_chunk_waits_for_reads_under_way_drops_them_and_goes_on_from_there() -> None:
+def test_another_chunk_waits_for_reads_under_way_drops_them_and_goes_on_from_threads_and_descriptors() -> None:
     with World(range(5), 3, 2) as world:
         first, second = world.under_way
         world.take(3)
@@ -763,25 +744,6 @@ def test_closing_waits_for_the_read_under_way_and_again_is_allowed_from_several_
 # Sessions: many small chunks, real files.
 
 
-def forget_layouts() -> None:
-    """Forget what was derived from the sizes of chunks."""
-    packers.chunks_of.cache_clear()
-    packers.packer_fingerprint.cache_clear()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_chunks() -> Iterator[None]:
-    """Cut chunks of half a KiB, at least a tile, and int4 tiles of 16 rows: several to a tiny matrix."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "FORMATS", {name: replace(f, chunk_nbytes=512) for name, f in FORMATS.items()})
-        patch.setattr(formats, "_LARGEST_INT4_TILE", 16)
-        patch.setattr(formats, "_SMALLEST_INT4_TILE", 16)
-        patch.setattr(packers, "_LARGE", ())
-        forget_layouts()
-        yield
-    forget_layouts()
-
-
 POSITIONS: Final = 64
 PROMPT: Final = np.random.default_rng(5).integers(0, 261, 40).tolist()
 
@@ -799,10 +761,10 @@ class Model:
     def inventory(self) -> Inventory:
         return Inventory(self.config, self.name)
 
-    def budget(self, slots: int = 8, share: float = 0.1) -> int:
+    def budget(self, slots: int = 8, share: float = 0.1, positions: int = POSITIONS) -> int:
         """Return a budget for a ring of `slots`, some locks beside it, and all that is fixed."""
         inventory = self.inventory
-        smallest = smallest_budget(inventory, fixed_of(inventory, POSITIONS))
+        smallest = smallest_budget(inventory, fixed_of(inventory, positions))
         return smallest + slots * int(inventory.sizes.max()) + int(share * inventory.streamable_nbytes)
 
     def ring(self, slots: int) -> int:
@@ -818,9 +780,20 @@ class Model:
         return load(self.folder, weights=self.name, max_positions=POSITIONS, threads=1, **given | options)
 
 
+@pytest.fixture(scope="module")
+def written(tiny_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
+    """A checkpoint of ten layers."""
+    folder = tmp_path_factory.mktemp("prefetch") / "m"
+    config = replace(tiny_config, num_hidden_layers=10)
+    write_checkpoint(folder, config, dtype="f32", seed=3)
+    return folder, config
+
+
 @pytest.fixture
-def one(tiny_folder: Path, tiny_config: ModelConfig, tmp_path: Path) -> Model:
-    return Model(tiny_folder, tiny_config, "int8", str(tmp_path / "cache"))
+def one(written: tuple[Path, ModelConfig], tmp_path: Path) -> Model:
+    model = Model(*written, int8.name, str(tmp_path / "cache"))
+    assert len(model.inventory.cycle) == 7 * 10 + 1
+    return model
 
 
 def bits(session: Session, ids: Sequence[int] = PROMPT) -> npt.NDArray[np.uint32]:
@@ -850,7 +823,7 @@ def test_generations_that_are_left_in_the_middle_do_not_change_what_comes_next(o
 
 def multiplying_fails(patch: pytest.MonkeyPatch, at: int, then: Callable[[], None] = lambda: None) -> None:
     """Let the product with the chunk `at` of all that come fail, once; call `then` at each later one."""
-    real, count = multiply_chunk, [0]
+    real, count = int8.multiply, [0]
 
     def multiply(*arguments: Any) -> None:
         count[0] += 1
@@ -860,7 +833,7 @@ def multiplying_fails(patch: pytest.MonkeyPatch, at: int, then: Callable[[], Non
             then()
         real(*arguments)
 
-    patch.setattr(matrices, "multiply_chunk", multiply)
+    patch.setattr(int8, "multiply", multiply)
 
 
 @pytest.mark.spec("FETCH-5", "FETCH-8")
@@ -946,20 +919,14 @@ class Gate:
 # Nothing is left.
 
 
-def there() -> Counter[str]:
-    """Return the names of all threads, and what descriptors are open on."""
-    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    return Counter(thread.name for thread in threading.enumerate()) + Counter(str(link.readlink()) for link in links)
-
-
 def prefetching() -> int:
     return sum(thread.name.startswith("prefetch-") for thread in threading.enumerate())
 
 
 def assert_nothing_is_left(before: Counter[str]) -> None:
-    if there() - before:
+    if threads_and_descriptors() - before:
         gc.collect()  # slow
-    assert not there() - before
+    assert not threads_and_descriptors() - before
 
 
 def ends_normally(session: Session) -> None:
@@ -1041,7 +1008,7 @@ ENDS = {
 )
 def test_no_thread_and_no_descriptor_is_left_after_a_session(one: Model, end: str, threads: int) -> None:
     one.load().close()
-    before = there()
+    before = threads_and_descriptors()
     expected = {
         "ends_by_an_exception": ZeroDivisionError,
         "ends_by_a_product_that_fails": ValueError,
@@ -1066,7 +1033,7 @@ def test_closing_a_session_while_it_waits_for_a_chunk_leaves_nothing(
     one: Model, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one.load().close()
-    before = there()
+    before = threads_and_descriptors()
     waits, begun, go = threading.Event(), threading.Event(), threading.Event()
 
     class Condition(threading.Condition):
@@ -1119,7 +1086,7 @@ def test_a_session_that_could_not_be_opened_leaves_nothing(one: Model, monkeypat
         raise MemoryError
 
     one.load().close()
-    before, source = there(), StreamedSource.__init__
+    before, source = threads_and_descriptors(), StreamedSource.__init__
     made: list[StreamedSource] = []
 
     def making(self: StreamedSource, *arguments: Any, **options: Any) -> None:
@@ -1198,9 +1165,7 @@ def wait_until_it_rests(program: subprocess.Popen[str]) -> None:
 @pytest.mark.spec("FETCH-8", "FETCH-7")
 @pytest.mark.parametrize("stuck", [0, 25], ids=["first chunk", "later chunk"])
 def test_an_interrupt_while_a_chunk_is_waited_for_ends_the_program_in_one_line(one: Model, stuck: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "FORMATS", FORMATS)
-        budget = one.budget(0, 0.0)  # the program cuts chunks as everywhere else
+    budget = one.budget(0, 0.0)
     ready, theirs = os.pipe()
     argv = ["generate", "--model", str(one.folder), "--budget", str(budget), "--plan", "none", "--token-ids", "1,2,3"]
     argv += ["--max-tokens", "61", "--weight-cache", one.cache, "--prefetch-threads", "2", "--weights", "int8"]
@@ -1252,18 +1217,9 @@ def test_a_traced_run_shows_every_chunk_read_before_it_is_computed(
     one: Model, threads: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokens, slack = 3, 0.01  # times are written in thousandths of a microsecond
-    file, budget = tmp_path / "trace.json", one.budget()
-    argv = [
-        "generate",
-        "--model",
-        str(one.folder),
-        "--weights",
-        one.name,
-        "--weight-cache",
-        one.cache,
-        "--threads",
-        "1",
-    ]
+    file, budget = tmp_path / "trace.json", one.budget(positions=1 + tokens)
+    argv = ["generate", "--model", str(one.folder), "--weights", one.name, "--weight-cache", one.cache]
+    argv += ["--threads", "1"]
     argv += ["--budget", str(budget), "--plan", "balanced", "--prefetch-threads", str(threads), "--trace", str(file)]
     argv += ["--token-ids", "7", "--max-tokens", str(tokens), "--json"]
     assert within(lambda: main(argv)) == 0

@@ -18,7 +18,7 @@ from refinfer.generate import load
 from refinfer.offload.readers import LruPages, OnDemand
 from refinfer.offload.store import ThrottledStore
 from refinfer.offload.streamed import StreamedSource
-from refinfer.packing.formats import Bytes
+from refinfer.packing.layout import Bytes
 
 WATCHDOG_S: Final = 30.0
 

@@ -37,7 +37,7 @@ def test_a_row_says_where_every_byte_of_the_budget_goes(name: str, budget: int) 
     assert sum(row[f"{part}_bytes"] for part in parts) == row["budget_bytes"] == budget
     assert [row[f"{part}_bytes"] for part in parts[:3]] == [8192, 70_000, 12_345]
     assert row["locked_bytes"] + row["streamed_bytes_per_token"] == STORYTELLER.streamable_nbytes
-    assert row["locked_bytes"] == sum(STORYTELLER.cycle[number].nbytes for number in plan.locked)
+    assert row["locked_bytes"] == sum(STORYTELLER.cycle[number].padded_nbytes for number in plan.locked)
     assert (row["plan"], row["locked_chunks"], row["chunks"]) == (name, len(plan.locked), 43)
     assert row["ring_chunks"] == plan.ring_slots
     assert row["predicted_tokens_per_s"] == pytest.approx(1 / plan.token_s)
@@ -52,8 +52,8 @@ def test_rows_by_layer_say_what_is_locked_of_each_kind_in_each_layer(name: str) 
     whole: dict[tuple[int, str], int] = defaultdict(int)
     locked: dict[tuple[int, str], int] = defaultdict(int)
     for number, chunk in enumerate(STORYTELLER.cycle):
-        whole[chunk.layer, chunk.kind] += chunk.nbytes
-        locked[chunk.layer, chunk.kind] += chunk.nbytes if number in plan.locked else 0
+        whole[chunk.layer, chunk.kind] += chunk.padded_nbytes
+        locked[chunk.layer, chunk.kind] += chunk.padded_nbytes if number in plan.locked else 0
     assert [(row["layer"], row["kind"]) for row in rows] == list(whole)
     assert [(row["bytes"], row["locked_bytes"]) for row in rows] == [(whole[key], locked[key]) for key in whole]
     assert len(rows) == 6 * 7 + 1
@@ -132,12 +132,12 @@ def test_a_sweep_tells_every_plan_synchronous_mmap_and_the_bound_for_each_budget
         best = plan_of("optimal", budget, calibration, readers)
         assert row["ideal_tokens_per_s"] == pytest.approx(1 / best.ideal_token_s)
         reading = sum(
-            calibration.device.read_s(chunk.nbytes, 1)
+            calibration.device.read_s(chunk.padded_nbytes, 1)
             for number, chunk in enumerate(STORYTELLER.cycle)
             if number not in best.locked
         )
         assert rates["synchronous"] == pytest.approx(1 / (computing + reading))
-        everything = sum(calibration.device.read_s(chunk.nbytes, 1) for chunk in STORYTELLER.cycle)
+        everything = sum(calibration.device.read_s(chunk.padded_nbytes, 1) for chunk in STORYTELLER.cycle)
         faults = everything / MMAP_SHARE if budget < MOST else 0
         assert rates["mmap"] == pytest.approx(1 / (computing + faults), rel=1e-6)
         assert rates["mmap"] <= rates["belady"] * (1 + 1e-9)

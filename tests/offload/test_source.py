@@ -25,43 +25,23 @@ from hypothesis import strategies as st
 
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import DamagedWeightsError
-from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES
 from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
-from refinfer.model.transformer import Transformer, prefill_block
+from refinfer.model.transformer import Transformer
 from refinfer.model.weights import LayerWeights, WeightSource
-from refinfer.offload.inventory import Inventory
 from refinfer.offload.source import PackedSource
-from refinfer.packing import formats
-from refinfer.packing.formats import FORMATS
-from refinfer.prepare import prepare
 from refinfer.trace import Clock, RealClock
-from refinfer.weight_cache import packers
-from refinfer.weight_cache.file import FileWeightCacheProvider, MappedFile, read_file
-from refinfer.weight_cache.format import Entry, StoredChunk
+from refinfer.weight_cache.file import FileWeightCacheProvider
+from refinfer.weight_cache.format import StoredChunk
+from refinfer.weight_cache.mapped_file import MappedFile
+from refinfer.weight_cache.packers import record_nbytes
+
+sys.path.insert(0, str(Path(__file__).parent))
+from packed_model import PackedModel, change
 
 POSITIONS = 48
 WATCHDOG_S = 60
-
-
-def forget_layouts() -> None:
-    """Forget what was derived from the sizes of chunks."""
-    packers.chunks_of.cache_clear()
-    packers.packer_fingerprint.cache_clear()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_chunks() -> Iterator[None]:
-    """Cut chunks of half a KiB, at least a tile, and int4 tiles of 16 rows: several to a tiny matrix."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "FORMATS", {name: replace(f, chunk_nbytes=512) for name, f in FORMATS.items()})
-        patch.setattr(formats, "_LARGEST_INT4_TILE", 16)
-        patch.setattr(formats, "_SMALLEST_INT4_TILE", 16)
-        patch.setattr(packers, "_LARGE", ())  # large matrices in such chunks would take seconds
-        forget_layouts()
-        yield
-    forget_layouts()
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -86,17 +66,11 @@ class Mapped:
     """A model in its mapped cache file, and a transformer over it."""
 
     def __init__(self, folder: Path, path: Path, name: str = "int8") -> None:
-        self.path = path
-        self.inventory = Inventory(open_folder(folder).config, name)
-        prepared = prepare(self.inventory, open_checkpoint(folder), str(path), clock=RealClock())
-        assert isinstance(prepared.provider, FileWeightCacheProvider)
-        self.provider = prepared.provider
-        self.source = PackedSource(
-            self.inventory, self.provider, prefill_block(self.inventory.config, POSITIONS), RealClock()
-        )
+        self.model = PackedModel(open_folder(folder).config, folder, name, path, POSITIONS)
+        self.path, self.inventory = path, self.model.inventory
+        self.source = self.model.packed()
         self.transformer = Transformer(self.source, POSITIONS)
-        index = read_file(path)[1]
-        self.entries = {(entry.key.packer, entry.key.name): entry for entry in index.entries}
+        self.entries, self.vectors = self.model.entries, self.model.vectors
 
     def token(self, token_id: int = 7) -> npt.NDArray[np.uint32]:
         """Return the bits of the logits behind one token, from an empty text."""
@@ -106,34 +80,21 @@ class Mapped:
     def again(self, clock: Clock | None = None) -> Transformer:
         """Return a transformer over the same file, mapped once more."""
         provider = FileWeightCacheProvider.load(self.path)
-        return Transformer(
-            PackedSource(self.inventory, provider, self.transformer.block, clock or RealClock()), POSITIONS
-        )  # fmt: skip
-
-    @property
-    def vectors(self) -> Entry:
-        return self.entries["vectors", self.inventory.vectors_name]
+        keys = {entry.key.name: entry.key for entry in provider.entries}
+        rows = self.transformer.block
+        source = PackedSource(self.inventory, provider, keys, rows, clock or RealClock(), provider.mapped)
+        return Transformer(source, POSITIONS)
 
     def chunks(self) -> Iterator[tuple[str, int, int, int]]:
         """Walk over the matrices' chunks: name, number, offset, bytes."""
         for matrix in self.inventory.matrices:
-            for number, chunk in enumerate(self.entries["goi", matrix.name].chunks):
+            for number, chunk in enumerate(self.entries[matrix.name].chunks):
                 yield matrix.name, number, chunk.offset, chunk.nbytes
 
 
 @pytest.fixture
 def mapped(folder: Path, tmp_path: Path) -> Mapped:
     return Mapped(folder, tmp_path / "cache")
-
-
-def change(path: Path, offset: int, by: int = 0x10) -> None:
-    """Change a byte, in place."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        byte = os.pread(descriptor, 1, offset)[0]
-        os.pwrite(descriptor, bytes([byte ^ by]), offset)
-    finally:
-        os.close(descriptor)
 
 
 @pytest.mark.spec("OFFLOAD-4")
@@ -181,11 +142,8 @@ def test_damage_is_found_again_and_again_until_it_is_put_right(mapped: Mapped) -
 def test_a_damaged_embedding_row_is_found_when_its_token_comes(folder: Path, tmp_path: Path) -> None:
     mapped = Mapped(folder, tmp_path / "cache", "f32")
     expected = [mapped.token(7), mapped.token(8)]
-    if mapped.inventory.table is None:
-        entry, nbytes = mapped.entries["goi", "model.embed_tokens.weight"], 4 * 40
-    else:
-        entry = mapped.entries["rows", "model.embed_tokens.weight"]
-        nbytes = packers.record_nbytes(entry.key)
+    entry = mapped.entries["model.embed_tokens.weight"]
+    nbytes = record_nbytes(entry.key) if mapped.inventory.table else 4 * 40
     for at in (entry.offset + 7 * nbytes, entry.offset + 8 * nbytes - 1):
         change(mapped.path, at)
         with pytest.raises(DamagedWeightsError, match=r"model\.embed_tokens\.weight.*does not agree"):
@@ -556,8 +514,8 @@ def test_a_file_cut_short_and_grown_again_is_found_damaged(mapped: Mapped) -> No
 @pytest.mark.spec("OFFLOAD-6")
 def test_another_row_that_is_damaged_is_nothing_to_a_look_up(tmp_path: Path, tiny_folder: Path) -> None:
     mapped = Mapped(tiny_folder, tmp_path / "cache")
-    entry = mapped.entries["rows", "model.embed_tokens.weight"]
-    nbytes = packers.record_nbytes(entry.key)
+    entry = mapped.entries["model.embed_tokens.weight"]
+    nbytes = record_nbytes(entry.key)
     expected = mapped.source.embed_tokens.rows(np.arange(261))
     for row in (0, 130, 260):
         change(mapped.path, entry.offset + row * nbytes + 5)

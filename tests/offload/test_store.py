@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from refinfer.arrays import PAGE_BYTES, aligned_empty
 from refinfer.errors import CacheFileError, DamagedWeightsError, GenerationError
 from refinfer.offload.store import FileStore
-from refinfer.packing.formats import Bytes
+from refinfer.packing.layout import Bytes
 
 N_PAGES = 64
 O_DIRECT = getattr(os, "O_DIRECT", 0)

@@ -25,7 +25,8 @@ from refinfer.offload.optimal import locked_array
 from refinfer.offload.plan import PLANS, Fixed, Plan, make_plan
 from refinfer.offload.report import MMAP_SHARE, layer_rows
 from refinfer.offload.simulate import Ring, Simulation, Synchronous, Unit, lru_misses, simulate
-from refinfer.packing.layout import GoiLayout, TileShape
+from refinfer.packing.layout import TileShape
+from refinfer.packing.xnnpack import GoiLayout
 from refinfer.trace import Span
 
 DATA: Final = Path(__file__).parents[2] / "docs" / "explore" / "data"

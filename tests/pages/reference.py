@@ -2,9 +2,10 @@
 
     python tests/pages/reference.py
 
-A module's doorplate gives its clauses and tutorials, `__all__` its names, the folder of tests its tests. What no module
-says of itself, and only a reader of the two originals knows, is `ORIGINS`: what of the article, of the paper, or of the
-code of XNNPACK and LiteRT the module implements. Its order is the reading order.
+A module's doorplate gives its clauses and tutorials, `__all__` its names (without it, all that are not private), the
+folder of tests its tests. What no module says of itself, and only a reader of the two originals knows, is `ORIGINS`:
+what of the article, of the paper, or of the code of XNNPACK and LiteRT the module implements. Its order is the reading
+order.
 """
 
 from __future__ import annotations
@@ -64,19 +65,24 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
         "model.synth": OWN,
     },
     "The packing room": {
+        "packing.product": "XNNPACK, `src/configs/gemm-config.c`, in spirit: the number of rows picks the kernel",
         "packing.layout": (
-            "the article: weights are repacked into an internal layout that is read in sequence. XNNPACK, "
-            "`src/reference/packing.cc`, `xnn_pack_f32_gemm_goi_w`: where each weight goes. Chunks are refinfer's"
+            "the article: weights are repacked into an internal layout that is read in sequence. XNNPACK's words for "
+            "a tile are nr, kr and sr. Chunks are refinfer's"
         ),
-        "packing.gemm": "XNNPACK, `src/reference/packing.cc`, `xnn_pack_f32_gemm_goi_w`, byte for byte",
-        "packing.quantized": (
-            "XNNPACK, `src/reference/packing.cc`, `xnn_pack_qs8_gemm_goi_w`, byte for byte; int4 in blocks of 32 is "
-            "refinfer's own layout of an idea known from llama.cpp's Q4_0, the format of the paper's models"
+        "packing.f32": "refinfer itself: whole rows, which BLAS likes; XNNPACK's own tile is in `packing/xnnpack`",
+        "packing.bf16": "refinfer itself: whole rows, read as words, because numpy has no bfloat16",
+        "packing.int8": "XNNPACK's quantised weights, a scale for each output channel, in a tile of refinfer's own",
+        "packing.int4": (
+            "refinfer's own layout of an idea known from llama.cpp's Q4_0, the format of the paper's models: a scale "
+            "for each block of 32"
         ),
         "packing.formats": "refinfer itself; XNNPACK too has a tile for each type, in `src/configs/gemm-config.c`",
-        "packing.product": "XNNPACK, `src/configs/gemm-config.c`, in spirit: the number of rows picks the kernel",
-        "packing.kernels": "refinfer itself: what XNNPACK's micro-kernels do, with the operations that numpy has",
         "packing.matmul": "the article's reason for packing: at inference, packed weights are read front to back",
+        "packing.xnnpack": (
+            "XNNPACK, `src/reference/packing.cc`, `xnn_pack_f32_gemm_goi_w` and `xnn_pack_qs8_gemm_goi_w`, byte for "
+            "byte: the layouts that the article is about"
+        ),
     },
     "The weight cache room": {
         "weight_cache.key": (
@@ -84,7 +90,6 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
             "identifier. Field by field, where those have an XOR and a number"
         ),
         "weight_cache.packers": "XNNPACK, `src/operators/fingerprint_cache.c`: a fingerprint of what packing does",
-        "weight_cache.checksum": "refinfer itself; the file of LiteRT has no checksum",
         "weight_cache.provider": (
             "the article: an interface that behaves as a dictionary which XNNPACK fills and queries. XNNPACK, "
             "`include/xnnpack.h`, `xnn_weights_cache_provider`"
@@ -92,13 +97,17 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
         "weight_cache.memory": (
             "LiteRT's path `:memory`, and the article's plan for later: one copy of equal weights also without a file"
         ),
-        "weight_cache.format": "LiteRT, `weight_cache.h` (the header) and `weight_cache_schema.fbs` (the index)",
-        "weight_cache.publish": "refinfer itself; LiteRT writes its file in place, without a lock and without fsync",
-        "weight_cache.file": (
-            "the article: packed weights are saved to and loaded from disk by mmap, and processes share the pages. "
-            "LiteRT, `weight_cache.cc` and `mmap_handle.cc`"
+        "weight_cache.format": (
+            "LiteRT, `weight_cache.h` (the header) and `weight_cache_schema.fbs` (the index). The checksums are "
+            "refinfer's: LiteRT's file has none"
         ),
-        "weight_cache.sources": (
+        "weight_cache.publish": "refinfer itself; LiteRT writes its file in place, without a lock and without fsync",
+        "weight_cache.mapped_file": (
+            "the article: packed weights are loaded from disk by mmap, and processes share the pages. LiteRT, "
+            "`mmap_handle.cc`. The checks are refinfer's"
+        ),
+        "weight_cache.file": "the article: packed weights are saved to disk once. LiteRT, `weight_cache.cc`",
+        "weight_cache.identity": (
             "the article: the cache is invalid once weights or structure of the model change. LiteRT leaves that to "
             "its users; how it is noticed here is git's, from its index"
         ),
@@ -182,14 +191,14 @@ class Module:
     def clauses(self) -> list[str]:
         """The clauses of its doorplate, ranges written out."""
         found = []
-        for kind, first, last in re.findall(r"([A-Z]+)-(\d+)(?: to [A-Z]+-(\d+))?", self._doorplate("Spec")):
+        for kind, first, last in re.findall(r"([A-Z]+)-(\d+)(?: to [A-Z]+-(\d+))?", self._doorplate):
             found += [f"{kind}-{number}" for number in range(int(first), int(last or first) + 1)]
         return found
 
     @property
     def tutorials(self) -> list[str]:
         """The tutorials of its doorplate, by the names of their files."""
-        numbers = re.findall(r"\d+", self._doorplate("Tutorial"))
+        numbers = re.findall(r"(?<![-\d])\d\d\b", self._doorplate)
         return [path.name for path in TUTORIALS if path.name.partition("-")[0] in numbers]
 
     @property
@@ -206,15 +215,16 @@ class Module:
         holders = [path for path in TESTS.rglob("test_*.py") if marks.search(path.read_text())]
         return sorted(path.relative_to(ROOT).as_posix() for path in users or holders)
 
-    def _doorplate(self, part: str) -> str:
-        found = re.search(rf"\b{part}: ([^.]*)\.", self.docstring)
-        return found[1] if found else ""
+    @property
+    def _doorplate(self) -> str:
+        """Where to read more: its tutorials and its clauses."""
+        return " ".join(re.findall(r"\b(?:Read more|Spec|Tutorial): ([^.]*)\.", self.docstring))
 
 
 def read_module(path: Path) -> Module:
     """Read one module without importing it."""
     tree = ast.parse(path.read_text())
-    public: list[str] = []
+    public: list[str] | None = None
     order: list[str] = []
     for node in tree.body:
         match node:
@@ -225,6 +235,8 @@ def read_module(path: Path) -> Module:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                 order.append(name)
     name = path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+    if public is None:  # a weight format: what its Protocol asks for, and more
+        public = [each for each in order if not each.startswith("_")]
     return Module(name, ast.get_docstring(tree) or "", tuple(sorted(public, key=order.index)))
 
 

@@ -28,7 +28,8 @@ from refinfer.offload.plan import PLANS, make_plan
 from refinfer.offload.report import layer_rows, simulate_plan, sweep_rows
 from refinfer.offload.simulate import Ring
 from refinfer.packing.formats import layout_of
-from refinfer.packing.layout import GoiLayout, TileShape, draw
+from refinfer.packing.layout import TileShape
+from refinfer.packing.xnnpack import GoiLayout, draw
 from refinfer.process import format_nbytes
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from refinfer.model.config import SHAPES
 from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
 from refinfer.offload.inventory import Inventory
-from refinfer.prepare import Prepared, cache_path, prepare
+from refinfer.prepare import cache_path, prepare
 from refinfer.trace import RealClock
 from refinfer.weight_cache.directory import (
     SUFFIX,
@@ -32,10 +34,15 @@ from refinfer.weight_cache.directory import (
     path_for,
     remove,
 )
-from refinfer.weight_cache.file import read_file
+from refinfer.weight_cache.identity import side_path
+from refinfer.weight_cache.load_or_build import Prepared
+from refinfer.weight_cache.mapped_file import NO_FILE, read_file
 from refinfer.weight_cache.packers import packer_fingerprint
 from refinfer.weight_cache.publish import draft_path
-from refinfer.weight_cache.sources import side_path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from build_site import mapped_of
+from file_contents import make_version
 
 PACKERS = bytes(32)
 
@@ -65,9 +72,9 @@ def test_a_model_is_packed_into_that_directory(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not there yet"))
     site = Site(tmp_path)
     prepared = site.pack()
-    assert prepared.path is not None
-    assert prepared.path.parent == tmp_path / "not there yet" / "refinfer"
-    assert prepared.path == path_for(site.folder, "f32", packer_fingerprint("f32"))
+    path = mapped_of(prepared).path
+    assert path.parent == tmp_path / "not there yet" / "refinfer"
+    assert path == path_for(site.folder, "f32", packer_fingerprint("f32"))
 
 
 NAMES = ["model", "a model", "m\u00f6del", "..", "-", "m" * 255, "a.b_c-d", "[x]", "$(rm)", "\u200b", "\udcff"]
@@ -148,7 +155,7 @@ def test_a_changed_model_replaces_its_file(tmp_path: Path, monkeypatch: pytest.M
         config = replace(SHAPES["tiny"], num_hidden_layers=1)
         write_checkpoint(folder, config, dtype="f32", seed=seed)
         prepared = prepare(Inventory(config, "f32"), open_checkpoint(folder), None, clock=RealClock())
-        paths.append(prepared.path)
+        paths.append(mapped_of(prepared).path)
     assert prepared.reason == "the model's weights changed"
     assert paths[0] == paths[1]
     assert [path.suffix for path in sorted((tmp_path / "home" / "refinfer").iterdir())] == [SUFFIX, ".json"]
@@ -165,7 +172,9 @@ def test_a_file_is_described_by_its_header_index_and_side_file(site: Site, packe
     assert (row["model"], row["format"]) == (str(site.folder.resolve()), "f32")
     assert row["buffers"] == len(index.entries)
     assert row["chunks"] == sum(len(entry.chunks) for entry in index.entries)
-    assert row["packed_bytes"] == header.index_offset - PAGE_BYTES == sum(entry.nbytes for entry in index.entries)
+    assert (
+        row["packed_bytes"] == header.index_offset - PAGE_BYTES == sum(entry.padded_nbytes for entry in index.entries)
+    )
     assert row["packers"] == packer_fingerprint("f32").hex()
     assert row["model_digest"] == header.model.hex()
     assert row["packing_s"] > 0
@@ -229,9 +238,10 @@ def a_folder(path: Path) -> None:
         (never_completed, "bytes instead of"),
         (damaged_header, "its header is damaged"),
         (damaged_index, "its index is damaged"),
+        (partial(make_version, version=1), "it has the format version 1, and this is version 2"),
         (foreign, "it is not a refinfer weight cache"),
         (empty, "it is not a refinfer weight cache"),
-        (gone, "there was no file yet"),
+        (gone, NO_FILE),
         (a_folder, "it cannot be read: Is a directory"),
     ],
 )
@@ -334,7 +344,7 @@ def test_who_has_mapped_a_file_keeps_it_when_it_is_removed(site: Site, packed: P
     for key in provider:
         np.testing.assert_array_equal(provider[key], content[key])
     again = site.pack(where=packed)
-    assert (again.state, again.reason) == ("built", "there was no file yet")
+    assert (again.state, again.reason) == ("built", NO_FILE)
 
 
 @pytest.mark.spec("DIR-2")

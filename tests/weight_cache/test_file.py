@@ -1,121 +1,35 @@
-"""Specifies `refinfer.weight_cache.file`: what a file gives back, and that no damage to it goes unnoticed."""
+"""Specifies `refinfer.weight_cache.file`: what is inserted is what the file returns, and what was not leaves zeros."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from refinfer.arrays import f32_to_bf16
-from refinfer.errors import CacheFileError, DamagedWeightsError, WeightCacheStateError
-from refinfer.model.config import ModelConfig
-from refinfer.packing.formats import FORMATS, PackedMatrix, layout_of, pack_matrix
-from refinfer.weight_cache.file import FileWeightCacheProvider, MappedFile, read_file
-from refinfer.weight_cache.format import Entry, Header, Index, Provenance, SourceFile, encode_file
+from refinfer.arrays import PAGE_BYTES
+from refinfer.errors import DamagedWeightsError, PackingError, WeightCacheStateError
+from refinfer.packing.formats import PackedMatrix, layout_of, pack_matrix
+from refinfer.packing.layout import Bytes
+from refinfer.weight_cache.file import FileWeightCacheProvider
 from refinfer.weight_cache.key import PackKey, WeightId
-from refinfer.weight_cache.packers import (
-    chunks_of,
-    layout_of_key,
-    matrix_key,
-    nbytes_of,
-    pack_into,
-    record_nbytes,
-    rows_key,
-    rows_of_records,
-    vectors_key,
-)
+from refinfer.weight_cache.mapped_file import read_file
+from refinfer.weight_cache.packers import chunks_of, layout_of_key, matrix_key, padded_nbytes_of, vectors_key
+from refinfer.weight_cache.provider import WeightCacheProvider
 
-Stored = npt.NDArray[Any]
-Bytes = npt.NDArray[np.uint8]
+sys.path.insert(0, str(Path(__file__).parent))
+from file_contents import ABOUT, SOURCE, fill, flip, floats, gaps, packed, tensors, write
+from provider_kinds import A, B, C, D, contents, finalized, insert, loaded, noise
 
-PAGE = 4096
-SOURCE = b"\x11" * 32
-ABOUT = Provenance("größe", "int8", (SourceFile("model.safetensors", 5, SOURCE),), b"\x22" * 32)
+PAGE = PAGE_BYTES
 
 
-def noise(*shape: int, seed: int = 0) -> npt.NDArray[np.float32]:
-    return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
-
-def tensors(N: int = 37, K: int = 21) -> dict[PackKey, Stored]:
-    """Return a tensor for each packer, each format, each stored type."""
-    w = noise(N, K)
-    made: dict[PackKey, Stored] = {}
-    for name in FORMATS:
-        made[matrix_key(layout_of(name, N, K), WeightId(SOURCE, f"{name}.weight"))] = w
-    as_stored: dict[str, Stored] = {"f32": w, "f16": w.astype(np.float16), "bf16": f32_to_bf16(w)}
-    for stored, rows in as_stored.items():
-        made[rows_key((N, K), stored, WeightId(SOURCE, f"{stored}.rows"))] = rows
-    made[vectors_key(N * K, WeightId(SOURCE, "norms"))] = w.reshape(-1)
-    return made
-
-
-def packed(w: Stored, key: PackKey) -> Bytes:
-    buffer = np.zeros(nbytes_of(key), np.uint8)
-    list(pack_into(w, key, buffer))
-    return buffer
-
-
-def fill(provider: FileWeightCacheProvider, what: Mapping[PackKey, Stored]) -> None:
-    for key, w in what.items():
-        provider.get_or_pack(key, partial(pack_into, w, key))
-
-
-def write(path: Path, what: Mapping[PackKey, Stored]) -> bytes:
-    """Write a cache file and return its bytes."""
-    provider = FileWeightCacheProvider.build(path, ABOUT)
-    fill(provider, what)
-    provider.finalize()
-    provider.delete_cache()
-    return path.read_bytes()
-
-
-def read_file_of(content: bytes, folder: Path) -> tuple[Header, Index]:
-    """Return header and index of a file of that content."""
-    path = folder / "of that content"
-    path.write_bytes(content)
-    return read_file(path)
-
-
-@contextmanager
-def flipped(path: Path, places: range) -> Iterator[Iterator[int]]:
-    """Change one byte after another, and put each back when the next is asked for."""
-    descriptor = os.open(path, os.O_RDWR)
-
-    def each() -> Iterator[int]:
-        for place in places:
-            byte = os.pread(descriptor, 1, place)
-            os.pwrite(descriptor, bytes([byte[0] ^ (1 << place % 8)]), place)
-            yield place
-            os.pwrite(descriptor, byte, place)
-
-    try:
-        yield each()
-    finally:
-        os.close(descriptor)
-
-
-def entry_at(entries: tuple[Entry, ...], place: int) -> Entry:
-    (entry,) = [e for e in entries if e.offset <= place < e.offset + e.nbytes]
-    return entry
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The bytes of a small file with a buffer of each kind."""
     return write(tmp_path_factory.mktemp("whole") / "cache", tensors())
@@ -129,17 +43,20 @@ def path(tmp_path: Path, whole: bytes) -> Path:
     return path
 
 
+# What was inserted.
+
+
 @pytest.mark.spec("FILE-7")
 def test_every_chunk_starts_on_a_page_of_the_file_and_of_memory(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     provider = FileWeightCacheProvider.build(path, ABOUT)
-    fill(provider, {**tensors(), **tensors(1600, 1001)})
+    fill(provider, {**tensors(), **tensors(1600, 101, chunk_nbytes=9000)})
     for entry in provider.entries:
         assert provider.offset_to_addr(entry.offset).ctypes.data % PAGE == 0
     provider.finalize()
     for cache in (provider, FileWeightCacheProvider.load(path)):
         mapped = cache.mapped
-        assert max(len(entry.chunks) for entry in cache.entries) > 1
+        assert {entry.key.format for entry in cache.entries if len(entry.chunks) > 3} == {"f32", "bf16", "int8", "int4"}
         for entry in cache.entries:
             view = cache[entry.key]
             for chunk, placed in zip(entry.chunks, chunks_of(entry.key), strict=True):
@@ -154,9 +71,13 @@ def test_every_chunk_starts_on_a_page_of_the_file_and_of_memory(tmp_path: Path) 
 
 
 @pytest.mark.spec("FILE-9")
-@pytest.mark.parametrize("shape", [(1, 1), (37, 21), (1600, 1001)], ids=str)
-def test_what_was_inserted_is_what_a_loaded_file_gives(tmp_path: Path, shape: tuple[int, int]) -> None:
-    path, what = tmp_path / "cache", tensors(*shape)
+@pytest.mark.parametrize(
+    ("shape", "chunk_nbytes"), [((1, 1), None), ((37, 21), None), ((1600, 101), 9000), ((1600, 1001), None)], ids=str
+)
+def test_what_was_inserted_is_what_a_loaded_file_gives(
+    tmp_path: Path, shape: tuple[int, int], chunk_nbytes: int | None
+) -> None:
+    path, what = tmp_path / "cache", tensors(*shape, chunk_nbytes)
     write(path, what)
     loaded = FileWeightCacheProvider.load(path)
     assert list(loaded) == list(what)
@@ -176,64 +97,15 @@ def test_any_bytes_come_back(tmp_path_factory: pytest.TempPathFactory, buffers: 
     provider, expected = FileWeightCacheProvider.build(path), dict[PackKey, bytes]()
     for i, (n, seed, foreign) in enumerate(buffers):
         key = vectors_key(n, WeightId(SOURCE, str(i)))
-        data = np.random.default_rng(seed).integers(0, 256, nbytes_of(key), np.uint8)  # pads, too
+        data = noise(key, seed)  # pads, too
         buffer = data if foreign else provider.reserve_space(data.size + seed)[: data.size]
         buffer[:] = data
         provider.look_up_or_insert(key, buffer)
         expected[key] = data.tobytes()
     provider.finalize()
     loaded = FileWeightCacheProvider.load(path)
-    assert {key: loaded[key].tobytes() for key in loaded} == expected
+    assert contents(loaded) == expected
     assert list(loaded.mapped.problems()) == []
-
-
-@pytest.mark.spec("FILE-9")
-def test_header_and_index_are_read_without_the_weights(path: Path, whole: bytes) -> None:
-    header, index = read_file(path)
-    assert (header.packers, header.model) == (ABOUT.packers, ABOUT.model_digest)
-    assert header.index_offset == 9 * PAGE
-    assert header.file_nbytes == len(whole)
-    assert index.provenance == ABOUT
-    assert [entry.key for entry in index.entries] == list(tensors())
-    assert index.entries == FileWeightCacheProvider.load(path).entries
-
-
-@pytest.mark.spec("FILE-9", "FILE-12")
-@pytest.mark.parametrize("nbytes", [1, PAGE - 1, PAGE, PAGE + 1, 100_000])
-def test_writing_to_space_that_was_never_committed_does_a_finished_file_no_harm(
-    tmp_path: Path, whole: bytes, nbytes: int
-) -> None:
-    path = tmp_path / "cache"
-    provider = FileWeightCacheProvider.build(path, ABOUT)
-    fill(provider, tensors())
-    space = provider.reserve_space(nbytes)
-    space[:] = 0xA5
-    provider.finalize()
-    space[:] = 0x5A
-    header, index = read_file(path)
-    assert index == read_file_of(whole, tmp_path)[1]
-    assert header.index_offset >= 9 * PAGE + nbytes
-    for cache in (provider, FileWeightCacheProvider.load(path)):
-        assert {key: cache[key].tobytes() for key in cache} == {
-            key: packed(w, key).tobytes() for key, w in tensors().items()
-        }
-        assert list(cache.mapped.problems()) == []
-
-
-@pytest.mark.spec("FILE-9", "FILE-11")
-@pytest.mark.parametrize("nbytes", [1, PAGE, 100_000])
-def test_space_that_nobody_holds_any_more_leaves_no_trace_in_a_finished_file(
-    tmp_path: Path, whole: bytes, nbytes: int
-) -> None:
-    path = tmp_path / "cache"
-    provider = FileWeightCacheProvider.build(path, ABOUT)
-    fill(provider, tensors())
-    space = provider.reserve_space(nbytes)
-    part = space[nbytes // 2 :]
-    part[:] = 0xA5
-    del space, part
-    provider.finalize()
-    assert path.read_bytes() == whole
 
 
 @pytest.mark.spec("FILE-9")
@@ -248,35 +120,79 @@ def test_only_a_complete_file_is_mapped(path: Path) -> None:
     building.delete_cache()
 
 
+@pytest.mark.spec("FILE-14")
+def test_a_file_that_was_just_built_has_not_changed_since(tmp_path: Path) -> None:
+    provider = FileWeightCacheProvider.build(tmp_path / "cache", ABOUT)
+    fill(provider, tensors())
+    provider.finalize()
+    assert not provider.mapped.changed()
+    assert provider.mapped.is_at(tmp_path / "cache")
+    assert provider.mapped.path == provider.path == tmp_path / "cache"
+
+
+@pytest.mark.spec("FILE-13", "CACHE-7")
+def test_checking_a_provider_names_the_first_problem_of_its_file(path: Path) -> None:
+    provider = FileWeightCacheProvider.load(path)
+    provider.check()
+    flip(path, PAGE + 1)
+    with pytest.raises(DamagedWeightsError, match="does not agree with its") as damaged:
+        provider.check()
+    assert damaged.value.reason == f"{path}: f32.weight: chunk 0 does not agree with its checksum"
+    assert str(damaged.value) == f"{damaged.value.reason}; start again"
+    provider.delete_cache()
+    with pytest.raises(WeightCacheStateError, match="is not mapped"):
+        provider.check()
+
+
+# Equal buffers.
+
+
 @pytest.mark.spec("FILE-10")
 def test_equal_buffers_under_different_keys_are_kept_once(tmp_path: Path) -> None:
-    (tmp_path / "once").mkdir()
-    (tmp_path / "thrice").mkdir()
-    once = tensors()
-    tied = {vectors_key(777, WeightId(SOURCE, f"tied {i}")): w for i, w in enumerate([noise(777), noise(777)])}
-    thrice = {**dict(list(tied.items())[:1]), **once, **dict(list(tied.items())[1:])}
-    write(tmp_path / "once" / "cache", once)
-    write(tmp_path / "thrice" / "cache", thrice)
-    assert_array_equal(noise(777), once[vectors_key(777, WeightId(SOURCE, "norms"))])
-    one, three = (read_file(tmp_path / name / "cache") for name in ("once", "thrice"))
-    assert three[0].index_offset == one[0].index_offset
-    loaded = FileWeightCacheProvider.load(tmp_path / "thrice" / "cache")
+    path, once = tmp_path / "cache", tensors()
+    tied = {vectors_key(777, WeightId(SOURCE, f"tied {i}")): floats(777) for i in range(2)}
+    first, second = tied.items()
+    assert_array_equal(floats(777), once[vectors_key(777, WeightId(SOURCE, "norms"))])
+    thrice = dict([first, *once.items(), second])
+    write(path, thrice)
+    loaded = FileWeightCacheProvider.load(path)
     assert list(loaded) == list(thrice)
-    assert len({loaded.look_up(key) for key in thrice}) == len(once)
+    assert len({loaded.look_up(key) for key in thrice}) == len({entry.chunks for entry in loaded.entries}) == len(once)
     for key, w in thrice.items():
         assert_array_equal(loaded[key], packed(w, key))
     assert list(loaded.mapped.problems()) == []
+    assert b"".join(gaps(path)) == bytes(2 * PAGE)  # the places of the second and the third
+
+
+def multiples(chunk_nbytes: int, name: str) -> PackKey:
+    """Return the key of 160 rows in tiles of one page each."""
+    key = matrix_key(layout_of("f32", 160, 64, chunk_nbytes), WeightId(SOURCE, name))
+    assert padded_nbytes_of(key) == 160 * 64 * 4
+    return key
 
 
 @pytest.mark.spec("FILE-10")
 def test_buffers_of_several_chunks_are_kept_once_too(tmp_path: Path) -> None:
-    path, w = tmp_path / "cache", noise(1600, 1001)
-    keys = [matrix_key(layout_of("f32", 1600, 1001), WeightId(SOURCE, name)) for name in ("embedding", "lm_head")]
-    assert len(chunks_of(keys[0])) > 1
+    path, w = tmp_path / "cache", floats(160, 64)
+    keys = [multiples(2 * PAGE, name) for name in ("embedding", "lm_head")]
     write(path, dict.fromkeys(keys, w))
-    assert path.stat().st_size < nbytes_of(keys[0]) + 3 * PAGE
     loaded = FileWeightCacheProvider.load(path)
+    one, other = loaded.entries
+    assert one.chunks == other.chunks
+    assert len(one.chunks) > 1
     assert_array_equal(loaded[keys[0]], loaded[keys[1]])
+    assert_array_equal(loaded[keys[0]], packed(w, keys[0]))
+
+
+@pytest.mark.spec("FILE-10")
+def test_equal_bytes_that_are_cut_into_other_chunks_are_kept_apart(tmp_path: Path) -> None:
+    path, w = tmp_path / "cache", floats(160, 64)
+    keys = [multiples(chunk_nbytes, "matrix") for chunk_nbytes in (PAGE, 2 * PAGE, 1 << 20)]
+    write(path, dict.fromkeys(keys, w))
+    loaded = FileWeightCacheProvider.load(path)
+    assert [len(entry.chunks) for entry in loaded.entries] == [len(chunks_of(key)) for key in keys]
+    assert len({loaded.look_up(key) for key in keys}) == len({loaded[key].tobytes() for key in keys}) + 2 == 3
+    assert list(loaded.mapped.problems()) == []
 
 
 @pytest.mark.spec("FILE-10")
@@ -294,34 +210,45 @@ def test_buffers_that_differ_in_a_bit_are_kept_apart(tmp_path: Path) -> None:
         assert np.flatnonzero(loaded[key]).tolist() == [at]
 
 
+# The same calls, and space that was never committed.
+
+Insert = Callable[[FileWeightCacheProvider, PackKey, Bytes, int], None]
+
+
+def in_space(provider: FileWeightCacheProvider, key: PackKey, data: Bytes, junk: int) -> None:
+    insert(provider, key, data)
+
+
+def from_elsewhere(provider: FileWeightCacheProvider, key: PackKey, data: Bytes, junk: int) -> None:
+    provider.look_up_or_insert(key, data)
+
+
+def after_much_else(provider: FileWeightCacheProvider, key: PackKey, data: Bytes, junk: int) -> None:
+    provider.reserve_space(100_000)[:] = junk
+    space = provider.reserve_space(50_000)
+    space[:] = junk
+    space[: data.size] = data
+    provider.look_up_or_insert(key, space[: data.size])
+    provider.look_up_or_insert(key, space[1 : 1 + data.size])  # dropped
+    provider.reserve_space(1)[:] = junk
+
+
 @pytest.mark.spec("FILE-11")
-def test_the_same_content_gives_the_same_file(tmp_path: Path, whole: bytes) -> None:
-    def in_space(provider: FileWeightCacheProvider, key: PackKey, data: Bytes) -> None:
-        space = provider.reserve_space(data.size)
-        space[:] = data
-        provider.look_up_or_insert(key, space)
-
-    def from_elsewhere(provider: FileWeightCacheProvider, key: PackKey, data: Bytes) -> None:
-        provider.look_up_or_insert(key, data)
-
-    def after_much_else(provider: FileWeightCacheProvider, key: PackKey, data: Bytes) -> None:
-        provider.reserve_space(100_000)[:] = 0xA5
-        space = provider.reserve_space(50_000)
-        space[:] = 0x5A
-        space[: data.size] = data
-        provider.look_up_or_insert(key, space[: data.size])
-        provider.look_up_or_insert(key, space[1 : 1 + data.size])  # dropped
-        provider.reserve_space(1)[:] = 0xA5
-
-    for insert in (in_space, from_elsewhere, after_much_else):
-        path = tmp_path / insert.__name__ / "cache"
+@pytest.mark.parametrize("how", [in_space, from_elsewhere, after_much_else])
+def test_the_same_calls_give_the_same_file(tmp_path: Path, whole: bytes, how: Insert) -> None:
+    files = []
+    for junk in (0, 0xA5, 0x5A):
+        path = tmp_path / f"{junk}" / "cache"
         path.parent.mkdir()
-        path.with_name("cache.tmp").write_bytes(b"\xa5" * 200_000)  # left by one that crashed
+        path.with_name("cache.tmp").write_bytes(bytes([junk]) * 200_000)  # left by a builder that crashed
         provider = FileWeightCacheProvider.build(path, ABOUT)
         for key, w in tensors().items():
-            insert(provider, key, packed(w, key))
+            how(provider, key, packed(w, key), junk)
         provider.finalize()
-        assert path.read_bytes() == whole
+        assert not any(b"".join(gaps(path)))
+        files.append(path.read_bytes())
+    assert files[0] == files[1] == files[2]
+    assert (files[0] == whole) == (how is not after_much_else)
 
 
 @pytest.mark.spec("FILE-11")
@@ -334,450 +261,243 @@ def test_a_loaded_file_can_be_written_again_byte_by_byte(tmp_path: Path, path: P
     assert (tmp_path / "again").read_bytes() == whole
 
 
-def is_refused(path: Path) -> bool:
-    try:
-        MappedFile(path)
-    except CacheFileError:
-        return True
-    return False
+def never_committed(provider: FileWeightCacheProvider) -> Bytes:
+    return provider.reserve_space(100_000)
 
 
-@pytest.mark.spec("FILE-12")
-def test_a_change_of_any_byte_of_header_or_index_is_refused_or_without_effect(path: Path, whole: bytes) -> None:
-    header, index = read_file(path)
-    with flipped(path, range(header.index_offset, len(whole))) as places:
-        assert all(is_refused(path) for _ in places)
-    with flipped(path, range(PAGE)) as places:
-        for place in places:
-            if not is_refused(path):
-                assert place >= 192  # behind the header's own digest
-                if place % 16 == 0:
-                    mapped = MappedFile(path)
-                    assert (mapped.header, mapped.index) == (header, index)
-                    assert all(mapped.is_sound(chunk) for entry in index.entries for chunk in entry.chunks)
-    assert path.read_bytes() == whole
+def superseded(provider: FileWeightCacheProvider) -> Bytes:
+    space = provider.reserve_space(3 * PAGE)
+    insert(provider, B, noise(B))
+    return space
 
 
-@pytest.mark.spec("FILE-12", "KEY-6")
-def test_a_change_of_any_byte_of_a_buffer_is_found_in_its_chunk_and_row_or_is_in_a_pad(path: Path) -> None:
-    mapped = MappedFile(path)
-    entries, intact = mapped.index.entries, mapped.bytes(0, mapped.header.file_nbytes).copy()
-    with flipped(path, range(PAGE, mapped.header.index_offset)) as places:
-        for place in places:
-            entry = entry_at(entries, place)
-            (chunk,) = entry.chunks
-            data = mapped.bytes(chunk.offset, chunk.nbytes)
-            if place >= chunk.offset + chunk.nbytes:
-                assert mapped.is_sound(chunk)
-                assert_array_equal(data, intact[chunk.offset : chunk.offset + chunk.nbytes])
-                continue
-            assert not mapped.is_sound(chunk)
-            if entry.key.packer == "rows":
-                records = data.reshape(-1, record_nbytes(entry.key))
-                damaged = (place - chunk.offset) // record_nbytes(entry.key)
-                assert rows_of_records(records[damaged : damaged + 1], entry.key, np.array([damaged])) is None
-                if place % 8 == 0:
-                    others = np.flatnonzero(np.arange(len(records)) != damaged)
-                    assert rows_of_records(records[others], entry.key, others) is not None
-            if place % 64 == 0:
-                assert MappedFile(path).index == mapped.index  # a file with a damaged chunk can still be opened
-                assert all(e is entry or mapped.is_sound(e.chunks[0]) for e in entries)
+def committed_shorter(provider: FileWeightCacheProvider) -> Bytes:
+    space = provider.reserve_space(4 * PAGE + 7)
+    space[: 2 * PAGE] = noise(B)
+    provider.look_up_or_insert(B, space[: 2 * PAGE])
+    return space[2 * PAGE :]
 
 
-@pytest.mark.spec("FILE-12")
-def test_a_file_of_any_other_length_is_refused(path: Path, whole: bytes) -> None:
-    for more in (b"\0", b"\1", bytes(7), bytes(PAGE), bytes(1 << 20), whole, whole[-100:]):
-        path.write_bytes(whole + more)
-        assert is_refused(path)
-    path.write_bytes(whole)
-    assert not is_refused(path)
-    for length in reversed(range(len(whole))):
-        os.truncate(path, length)
-        assert is_refused(path)
+def an_equal_twin(provider: FileWeightCacheProvider) -> Bytes:
+    space = provider.reserve_space(PAGE)
+    space[:] = noise(A)
+    assert provider.look_up_or_insert(C, space) == provider.look_up(A)
+    return space
 
 
-@pytest.mark.spec("FILE-12")
-def test_a_file_cut_short_and_filled_up_again_is_refused(path: Path, whole: bytes) -> None:
-    for length in (0, 1, 100, PAGE, len(whole) - PAGE, len(whole) - 1):
-        path.write_bytes(whole)
-        os.truncate(path, length)
-        os.truncate(path, len(whole))
-        assert is_refused(path)
+def an_existing_key(provider: FileWeightCacheProvider) -> Bytes:
+    space = provider.reserve_space(PAGE)
+    space[:] = noise(A, 1)
+    assert provider.look_up_or_insert(A, space) == provider.look_up(A)
+    return space
 
 
-@pytest.mark.spec("FILE-12")
-@given(st.binary(max_size=9000), st.integers(0, 300))
-def test_garbage_is_refused(tmp_path_factory: pytest.TempPathFactory, whole: bytes, garbage: bytes, kept: int) -> None:
-    path = tmp_path_factory.mktemp("garbage") / "cache"
-    path.write_bytes(whole[:kept] + garbage)
-    with pytest.raises(CacheFileError):
-        MappedFile(path)
+def of_another_size(provider: FileWeightCacheProvider) -> Bytes:
+    space = provider.reserve_space(PAGE + 1)
+    space[:] = 1
+    with pytest.raises(PackingError):
+        provider.look_up_or_insert(B, space)
+    return space
 
 
-NO_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing": (lambda path: None, "there was no file yet"),
-    "folder": (lambda path: path.mkdir(), "it cannot be read: Is a directory"),
-    "link to nowhere": (lambda path: path.symlink_to("nowhere"), "there was no file yet"),
-    "link to itself": (lambda path: path.symlink_to(path), "it cannot be read: Too many levels"),
-    "empty": (lambda path: path.touch(), "it is not a refinfer weight cache"),
-    "text": (lambda path: path.write_text("weights" * 1000), "it is not a refinfer weight cache"),
-}
+def copied_from(provider: FileWeightCacheProvider) -> Bytes:
+    """Commit an older reservation after a newer one was made."""
+    space = provider.reserve_space(2 * PAGE)
+    space[:] = noise(B)
+    provider.reserve_space(PAGE)
+    kept = provider.offset_to_addr(provider.look_up_or_insert(B, space))
+    assert not np.shares_memory(kept, space)
+    return space
 
 
-@pytest.mark.spec("FILE-12")
-@pytest.mark.parametrize(("make", "why"), list(NO_FILES.values()), ids=list(NO_FILES))
-def test_what_is_no_cache_file_is_refused_by_every_door(
-    tmp_path: Path, make: Callable[[Path], object], why: str
+def packing_that_failed(provider: FileWeightCacheProvider) -> Bytes:
+    buffers = []
+
+    def fail(buffer: Bytes) -> list[int]:
+        buffer[:] = 0xA5
+        buffers.append(buffer)
+        raise PackingError("a weight is NaN or infinity")
+
+    with pytest.raises(PackingError):
+        provider.get_or_pack(B, fail)
+    return buffers[0]
+
+
+UNCOMMITTED = [
+    never_committed,
+    superseded,
+    committed_shorter,
+    an_equal_twin,
+    an_existing_key,
+    of_another_size,
+    copied_from,
+    packing_that_failed,
+]
+
+
+@pytest.mark.spec("FILE-11", "FILE-9", "FILE-12")
+@pytest.mark.parametrize("leave", UNCOMMITTED)
+@pytest.mark.parametrize("then", ["nothing", "another buffer"])
+def test_space_that_was_never_committed_holds_zeros_and_whoever_still_has_it_changes_no_buffer(
+    tmp_path: Path, leave: Callable[[FileWeightCacheProvider], Bytes], then: str
 ) -> None:
     path = tmp_path / "cache"
-    make(path)
-    for door in (read_file, MappedFile, FileWeightCacheProvider.load):
-        with pytest.raises(CacheFileError, match=f"^{why}"):
-            door(path)
+    provider = FileWeightCacheProvider.build(path, ABOUT)
+    insert(provider, A, noise(A))
+    stale = leave(provider)
+    stale[:] = 0xA5
+    if then == "another buffer":
+        insert(provider, D, noise(D))
+    expected = {key: noise(A if key == C else key).tobytes() for key in provider}
+    assert contents(provider) == expected
+    stale[:] = 0x5A  # just before the end, too
+    provider.finalize()
+    assert sum(map(len, gaps(path))) >= stale.size
+    assert not any(b"".join(gaps(path)))
+    assert not stale.any()
+    before = path.read_bytes()
+    stale[:] = 0xA5
+    _, index = read_file(path)
+    for cache in (provider, FileWeightCacheProvider.load(path)):
+        assert cache.entries == index.entries
+        assert contents(cache) == expected
+        assert list(cache.mapped.problems()) == []
+        assert all(cache.mapped.is_sound(chunk) for entry in cache.entries for chunk in entry.chunks)
+    stale[:] = 0
+    assert path.read_bytes() == before  # nothing else was written
 
 
-@pytest.mark.spec("FILE-12")
-def test_a_file_that_is_being_built_is_refused(tmp_path: Path) -> None:
-    provider = FileWeightCacheProvider.build(tmp_path / "cache", ABOUT)
-    for key, w in tensors().items():
-        fill(provider, {key: w})
-        (draft,) = tmp_path.iterdir()
-        with pytest.raises(CacheFileError):
-            MappedFile(draft)
-    provider.delete_cache()
-
-
-def model_tensors(config: ModelConfig) -> dict[PackKey, Stored]:
-    """Return random weights of a model: its embedding as rows, its matrices in formats in turn, the rest as vectors."""
-    made: dict[PackKey, Stored] = {}
-    for i, (name, shape) in enumerate(config.tensor_shapes().items()):
-        w, weights = noise(*shape, seed=i), WeightId(SOURCE, name)
-        if len(shape) == 1:
-            made[vectors_key(shape[0], weights)] = w
-        elif "embed" in name:
-            made[rows_key((shape[0], shape[1]), "f32", weights)] = w
-        else:
-            made[matrix_key(layout_of(list(FORMATS)[i % 4], *shape), weights)] = w
-    return made
-
-
-def flip_bits(data: Bytes, rng: np.random.Generator) -> Bytes:
-    np.bitwise_xor.at(data, rng.integers(0, data.size, rng.integers(1, 65)), 1 << rng.integers(0, 8, dtype=np.uint8))
-    return data
-
-
-def change_bytes(data: Bytes, rng: np.random.Generator) -> Bytes:
-    places = rng.integers(0, data.size, rng.integers(1, 65))
-    data[places] = rng.integers(0, 256, places.size, np.uint8)
-    return data
-
-
-def overwrite_a_block(data: Bytes, rng: np.random.Generator) -> Bytes:
-    block = data[int(rng.integers(data.size)) :][: int(rng.integers(1, 9000))]
-    block[:] = rng.integers(0, 256, block.size, np.uint8)
-    return data
-
-
-def zero_pages(data: Bytes, rng: np.random.Generator) -> Bytes:
-    start = int(rng.integers(data.size // PAGE)) * PAGE
-    data[start : start + PAGE * int(rng.integers(1, 5))] = 0
-    return data
-
-
-def misplace_a_page(data: Bytes, rng: np.random.Generator) -> Bytes:
-    here, there = rng.integers(0, data.size // PAGE, 2) * PAGE
-    data[there : there + PAGE] = data[here : here + PAGE]
-    return data
-
-
-def cut_short(data: Bytes, rng: np.random.Generator) -> Bytes:
-    return data[: int(rng.integers(data.size))]
-
-
-CORRUPTIONS = [flip_bits, change_bytes, overwrite_a_block, zero_pages, misplace_a_page, cut_short]
-
-
-def missed_in_chunks(mapped: MappedFile, whole: bytes) -> Iterator[str]:
-    """Yield "found" for each damaged chunk that is known to be damaged, or what is wrong with that."""
-    for entry in mapped.index.entries:
-        for chunk in entry.chunks:
-            data = mapped.bytes(chunk.offset, chunk.nbytes).tobytes()
-            same = data == whole[chunk.offset : chunk.offset + chunk.nbytes]
-            if mapped.is_sound(chunk) != same:
-                yield f"{entry.key.name} is thought {'damaged' if same else 'sound'}"
-            elif not same:
-                yield "found"
-
-
-def missed_in_rows(mapped: MappedFile, whole: bytes) -> Iterator[str]:
-    """Yield the same for each damaged row of a table."""
-    for entry in mapped.index.entries:
-        for chunk, placed in zip(entry.chunks, chunks_of(entry.key), strict=True):
-            if entry.key.packer != "rows":
-                continue
-            data = mapped.bytes(chunk.offset, chunk.nbytes)
-            before = np.frombuffer(whole, np.uint8, chunk.nbytes, chunk.offset)
-            records, good = (raw.reshape(-1, record_nbytes(entry.key)) for raw in (data, before))
-            for i in np.flatnonzero((records != good).any(axis=1)):
-                number = placed.first_row + i
-                known = rows_of_records(records[i : i + 1], entry.key, np.array([number])) is None
-                yield "found" if known else f"row {number} of {entry.key.name} is thought sound"
-
-
-def missed_in_chunks_and_rows(mapped: MappedFile, whole: bytes) -> Iterator[str]:
-    """Yield both."""
-    yield from missed_in_chunks(mapped, whole)
-    yield from missed_in_rows(mapped, whole)
-
-
-Corrupt = Callable[[Bytes, np.random.Generator], Bytes]
-Missed = Callable[[MappedFile, bytes], Iterator[str]]
-
-
-def require_noticed(path: Path, corrupt: Corrupt, missed: Missed, times: int) -> None:
-    """Corrupt a file again and again; check that it is refused, or all damage found wherever there is some."""
-    whole, index, rng = path.read_bytes(), read_file(path)[1], np.random.default_rng(0)
-    outcomes: Counter[str] = Counter()
-    for _ in range(times):
-        data = corrupt(np.frombuffer(whole, np.uint8).copy(), rng).tobytes()
-        path.write_bytes(data)
-        try:
-            mapped = MappedFile(path)
-        except CacheFileError:
-            outcomes["refused"] += 1
-            continue
-        assert mapped.index == index
-        assert (data == whole) == (next(mapped.problems(), None) is None)
-        outcomes.update(set(missed(mapped, whole)))
-    assert set(outcomes) <= {"refused", "found"}
-    assert outcomes["refused"]
-    assert outcomes["found"] or corrupt is cut_short
-
-
-@pytest.mark.spec("FILE-12", "FILE-13")
-@pytest.mark.parametrize("corrupt", CORRUPTIONS)
-def test_corruptions_at_random_are_refused_found_or_without_effect(path: Path, corrupt: Corrupt) -> None:
-    require_noticed(path, corrupt, missed_in_chunks, 60)
-
-
-@pytest.mark.spec("FILE-12", "KEY-6")
-@pytest.mark.parametrize(
-    "corrupt",
-    [
-        flip_bits,
-        change_bytes,
-        overwrite_a_block,
-        cut_short,
-        zero_pages,
-    ],
-)
-def test_corruptions_at_random_are_found_by_the_rows_themselves(path: Path, corrupt: Corrupt) -> None:
-    require_noticed(path, corrupt, missed_in_rows, 60)
-
-
-@pytest.mark.spec("FILE-12", "KEY-6")
-@pytest.mark.parametrize("K", [3, 6, 30, 62], ids=lambda K: f"records of {4 * K + 8 + 4 * K % 8} bytes")
-def test_pages_of_a_table_in_the_place_of_others_are_found_by_the_rows_themselves(tmp_path: Path, K: int) -> None:
-    N = 8 * PAGE // (4 * K + 8 + 4 * K % 8)
-    path = tmp_path / "cache"
-    same_rows = np.tile(noise(1, K), (N, 1))  # which differ in nothing but their numbers
-    for w in (noise(N, K), same_rows):
-        whole = write(path, {rows_key((N, K), "f32", WeightId(SOURCE, "rows")): w})
-        mapped = MappedFile(path)
-        assert mapped.header.index_offset == 9 * PAGE
-        with path.open("r+b", buffering=0) as file:
-            for there in range(1, 9):
-                for here in {*range(9)} - {there}:
-                    file.seek(there * PAGE)
-                    file.write(whole[here * PAGE : (here + 1) * PAGE])
-                    assert set(missed_in_rows(mapped, whole)) == {"found"}
-                file.seek(there * PAGE)
-                file.write(whole[there * PAGE : (there + 1) * PAGE])
-        assert list(mapped.problems()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.spec("FILE-12", "FILE-13", "KEY-6")
-@pytest.mark.parametrize("corrupt", CORRUPTIONS)
-def test_ten_thousand_corruptions_of_a_model_are_refused_found_or_without_effect(
-    tmp_path: Path, tiny_config: ModelConfig, corrupt: Corrupt
+@pytest.mark.spec("FILE-11")
+@pytest.mark.parametrize("nbytes", [1, PAGE - 1, PAGE, PAGE + 1, 100_000, 3 << 20])
+@pytest.mark.parametrize("held", [True, False])
+def test_space_left_at_the_end_lies_before_the_index_whether_anybody_holds_it_or_not(
+    tmp_path: Path, whole: bytes, nbytes: int, held: bool
 ) -> None:
     path = tmp_path / "cache"
-    write(path, model_tensors(tiny_config))
-    require_noticed(path, corrupt, missed_in_chunks_and_rows, 10_000 // len(CORRUPTIONS) + 1)
-
-
-@pytest.mark.spec("FILE-13")
-def test_problems_finds_a_change_of_any_byte(tmp_path: Path) -> None:
-    path = tmp_path / "cache"
-    what = {rows_key((90, 5), "f32", WeightId(SOURCE, "rows")): noise(90, 5)}
-    whole = write(path, what)
-    assert len(whole) < 3 * PAGE
-    assert list(MappedFile(path).problems()) == []
-    with flipped(path, range(len(whole))) as places:
-        for _ in places:
-            try:
-                mapped = MappedFile(path)
-            except CacheFileError:
-                continue
-            assert next(mapped.problems(), None) is not None
-    assert list(MappedFile(path).problems()) == []
-
-
-@pytest.mark.spec("FILE-13")
-def test_problems_finds_changes_in_buffers_of_every_kind_and_names_them(path: Path) -> None:
-    mapped = MappedFile(path)
-    with flipped(path, range(PAGE, mapped.header.index_offset, 97)) as places:
-        for place in places:
-            entry = entry_at(mapped.index.entries, place)
-            problems = list(mapped.problems())
-            assert problems[-1] == f"{entry.key.name}: the buffer does not agree with its SHA-256"
-            in_pad = place >= entry.offset + entry.chunks[0].nbytes
-            assert problems[:-1] == ([] if in_pad else [f"{entry.key.name}: chunk 0 does not agree with its checksum"])
-
-
-@pytest.mark.spec("FILE-13")
-def test_pages_that_belong_to_no_buffer_are_no_problem_whatever_they_hold(path: Path, whole: bytes) -> None:
+    provider = FileWeightCacheProvider.build(path, ABOUT)
+    fill(provider, tensors())
+    space: Bytes | None = provider.reserve_space(nbytes)
+    assert space is not None
+    space[nbytes // 2 :] = 0xA5
+    if not held:
+        del space
+    provider.finalize()
     header, index = read_file(path)
-    packed_bytes = bytearray(whole[PAGE : header.index_offset])
-    for left_out in range(len(index.entries)):
-        entries = index.entries[:left_out] + index.entries[left_out + 1 :]
-        data, page = encode_file(replace(index, entries=entries), header.index_offset)
-        gone, changed = index.entries[left_out], packed_bytes.copy()
-        changed[gone.offset - PAGE : gone.offset - PAGE + gone.nbytes] = b"\xa5" * gone.nbytes
-        for content in (packed_bytes, changed):
-            path.write_bytes(page + content + data)
-            mapped = MappedFile(path)
-            assert mapped.index.entries == entries
-            assert list(mapped.problems()) == []
+    assert header.index_offset == 9 * PAGE + -(-nbytes // PAGE) * PAGE
+    assert not any(b"".join(gaps(path)))
+    assert path.read_bytes()[PAGE : 9 * PAGE] == whole[PAGE : 9 * PAGE]
+    path.with_name("whole").write_bytes(whole)
+    assert index == read_file(path.with_name("whole"))[1]
 
 
-@pytest.mark.spec("FILE-13")
-def test_problems_finds_bytes_in_the_reserved_part_of_the_header(path: Path, whole: bytes) -> None:
-    for place in range(104, 128):
-        fields = whole[:place] + b"\1" + whole[place + 1 : 160]
-        path.write_bytes(fields + hashlib.sha256(fields).digest() + whole[192:])
-        assert list(MappedFile(path).problems()) == ["the header is not followed by zeros"]
+Step = tuple[str, int, int, int]
+a_step = st.tuples(st.sampled_from(["reserve", "commit", "foreign", "write"]), *[st.integers(0, 3)] * 3)
 
 
-@pytest.mark.spec("FILE-13")
-def test_problems_finds_a_change_in_the_first_page_of_a_mapped_file(path: Path) -> None:
-    mapped = MappedFile(path)
-    with flipped(path, range(0, PAGE, 7)) as places:
-        assert all(list(mapped.problems()) == ["the header is not followed by zeros"] for _ in places)
+class Builder:
+    """Makes reservations, commits any of them, writes to stale ones; knows what the file must then hold."""
+
+    def __init__(self, path: Path) -> None:
+        self.provider = FileWeightCacheProvider.build(path)
+        self.spaces: list[Bytes] = []  # whatever was reserved, but for what was committed in place
+        self.newest: int | None = None
+        self.expected: dict[PackKey, bytes] = {}
+
+    def take(self, step: Step) -> None:
+        what, a, b, c = step
+        if what == "reserve":
+            self.newest = len(self.spaces)
+            self.spaces.append(self.provider.reserve_space((a + 1) * PAGE - b))
+            self.spaces[-1][:] = c
+        elif what == "write" and self.spaces:
+            self.spaces[b % len(self.spaces)][:] = a
+        elif what == "foreign":
+            self.commit((A, B, C, D)[a], np.full(padded_nbytes_of((A, B, C, D)[a]), c, np.uint8))
+        elif what == "commit" and self.spaces:
+            at, key = b % len(self.spaces), (A, B, C, D)[a]
+            space = self.spaces[at][: padded_nbytes_of(key)]
+            if space.size == padded_nbytes_of(key):
+                self.commit(key, space, at)
+
+    def commit(self, key: PackKey, buffer: Bytes, at: int | None = None) -> None:
+        data, is_new = buffer.tobytes(), key not in self.expected
+        kept = self.provider.offset_to_addr(self.provider.look_up_or_insert(key, buffer))
+        if not is_new:
+            return
+        if np.shares_memory(kept, buffer):
+            assert at == self.newest
+            assert at is not None
+            self.spaces[at] = self.spaces[at][buffer.size :]
+        self.expected[key], self.newest = data, None
+
+    def check(self) -> None:
+        assert contents(self.provider) == self.expected
 
 
-@pytest.mark.spec("FILE-13")
-def test_problems_finds_a_change_in_the_index_of_a_mapped_file(path: Path, whole: bytes) -> None:
-    mapped = MappedFile(path)
-    with flipped(path, range(mapped.header.index_offset, len(whole), 7)) as places:
-        assert all(list(mapped.problems()) == ["the index is damaged"] for _ in places)
-    assert list(mapped.problems()) == []
+@pytest.mark.spec("FILE-11", "FILE-9", "CACHE-4")
+@given(steps=st.lists(a_step, max_size=25))
+def test_whatever_is_reserved_and_committed_in_whichever_order_the_rest_holds_zeros(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[Step]
+) -> None:
+    path = tmp_path_factory.mktemp("any order") / "cache"
+    builder = Builder(path)
+    for step in steps:
+        builder.take(step)
+        builder.check()
+    builder.provider.finalize()
+    assert not any(b"".join(gaps(path)))
+    assert not any(space.any() for space in builder.spaces)
+    for space in builder.spaces:
+        space[:] = 0xA5
+    builder.check()
+    assert contents(FileWeightCacheProvider.load(path)) == builder.expected
+    assert list(builder.provider.mapped.problems()) == []
+    assert not builder.spaces or sum(map(len, gaps(path))) >= sum(space.size for space in builder.spaces)
 
 
-@pytest.mark.spec("FILE-14")
-@pytest.mark.parametrize("length", [0, 1, 100, PAGE, 9 * PAGE - 1, 9 * PAGE, -1])
-def test_a_file_cut_short_while_it_is_mapped_is_found(path: Path, whole: bytes, length: int) -> None:
-    mapped = MappedFile(path)
-    assert not mapped.changed()
-    os.truncate(path, length % len(whole))
-    for _ in range(2):
-        with pytest.raises(DamagedWeightsError, match="was cut short while it was in use"):
-            mapped.changed()
+# Deleting.
 
 
-@pytest.mark.spec("FILE-14")
-def test_a_file_cut_short_and_filled_up_again_has_changed(path: Path, whole: bytes) -> None:
-    provider = FileWeightCacheProvider.load(path)
-    os.truncate(path, PAGE)
-    with pytest.raises(DamagedWeightsError):
-        provider.mapped.changed()
-    os.truncate(path, len(whole))
-    assert provider.mapped.changed()
-    assert not any(provider.mapped.is_sound(chunk) for entry in provider.entries for chunk in entry.chunks)
+def is_mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
 
 
-@pytest.mark.spec("FILE-14")
-def test_a_file_that_was_written_to_has_changed_once(path: Path, whole: bytes) -> None:
-    mapped = MappedFile(path)
-    assert [mapped.changed() for _ in range(3)] == [False, False, False]
-    os.utime(path, ns=(0, 0))
-    assert [mapped.changed() for _ in range(3)] == [True, False, False]
-    with path.open("ab") as file:
-        file.write(b"more")
-    assert [mapped.changed() for _ in range(2)] == [True, False]
-    assert mapped.bytes(0, len(whole)).tobytes() == whole
+def is_open(path: Path) -> bool:
+    links = Path("/proc/self/fd").iterdir()
+    return path in {link.readlink() for link in links if link.is_symlink()}
 
 
-@pytest.mark.spec("FILE-14")
-def test_another_file_in_its_place_does_not_concern_a_mapped_one(path: Path, whole: bytes) -> None:
-    mapped = MappedFile(path)
-    assert mapped.is_at(path)
-    other = path.with_name("other")
-    other.write_bytes(b"short")
-    other.replace(path)
-    assert not mapped.is_at(path)
-    mapped.changed()  # nothing is missing
-    assert mapped.bytes(0, len(whole)).tobytes() == whole
-    path.unlink()
-    assert not mapped.is_at(path)
-
-
-def run(code: str, path: Path) -> str:
-    """Run some lines in another process, which has `path` mapped as `mapped`, and return what they print."""
-    head = "import os, re, resource, sys\nfrom pathlib import Path\nfrom refinfer.errors import WeightCacheError\n"
-    head += "from refinfer.weight_cache.file import MappedFile\nmapped = MappedFile(Path(sys.argv[1]))\n"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", head + code, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
-
-
-LOCK_UNDER_A_LIMIT = """
-resource.setrlimit(resource.RLIMIT_MEMLOCK, (LIMIT, LIMIT))
-if os.geteuid() == 0:  # for whom there is no limit
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-try:
-    mapped.lock_memory()
-except WeightCacheError as error:
-    print(error)
-"""
-
-LOCK = """
-def locked():
-    return int(re.search(r"VmLck:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-before = locked()
-mapped.lock_memory()
-mapped.lock_memory()
-print(before, locked())
-"""
-
-
-@pytest.mark.spec("FILE-15")
-@pytest.mark.parametrize(("limit", "why"), [(0, "Operation not permitted"), (PAGE, "Cannot allocate memory")])
-def test_a_file_that_cannot_be_locked_in_memory_says_why(path: Path, limit: int, why: str) -> None:
-    said = run(f"LIMIT = {limit}" + LOCK_UNDER_A_LIMIT, path)
-    assert said == f"{path} cannot be locked in memory: {why}\n"
-
-
-@pytest.mark.spec("FILE-15")
-def test_a_mapped_file_is_locked_in_memory_as_a_whole(path: Path, whole: bytes) -> None:
-    before, after = map(int, run(LOCK, path).split())
-    assert (before, after) == (0, -(-len(whole) // PAGE) * PAGE)
-
-
-@pytest.mark.spec("FILE-13", "CACHE-7")
-def test_checking_a_provider_names_the_first_problem_of_its_file(path: Path) -> None:
-    provider = FileWeightCacheProvider.load(path)
-    provider.check()
-    with path.open("r+b") as file:
-        file.seek(PAGE + 1)
-        byte = file.read(1)[0]
-        file.seek(PAGE + 1)
-        file.write(bytes([byte ^ 1]))
-    with pytest.raises(DamagedWeightsError, match="does not agree with its"):
-        provider.check()
+@pytest.mark.spec("CACHE-11")
+@pytest.mark.parametrize("complete", [finalized, loaded])
+def test_deleting_a_provider_in_a_file_releases_the_mapping_but_not_the_file(
+    tmp_path: Path, complete: Callable[[WeightCacheProvider], WeightCacheProvider]
+) -> None:
+    path = tmp_path / "cache"
+    building = FileWeightCacheProvider.build(path)
+    insert(building, A, noise(A))
+    provider = complete(building)
+    assert is_mapped(path)
+    before = path.read_bytes()
+    view = provider[A]
     provider.delete_cache()
-    with pytest.raises(WeightCacheStateError, match="is not mapped"):
-        provider.check()
+    assert is_mapped(path)
+    assert view.tobytes() == noise(A).tobytes()
+    del view
+    assert not is_mapped(path)
+    assert not is_open(path)
+    assert path.read_bytes() == before
+    assert contents(FileWeightCacheProvider.load(path)) == {A: noise(A).tobytes()}
+
+
+@pytest.mark.spec("CACHE-11")
+def test_deleting_an_unfinished_provider_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    for before in (None, noise(C).tobytes()):
+        if before is not None:
+            path.write_bytes(before)
+        provider = FileWeightCacheProvider.build(path)
+        insert(provider, A, noise(A))
+        space = provider.reserve_space(PAGE)
+        provider.delete_cache()
+        space[:] = 1  # nobody's any more, but still memory
+        assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == ([("cache", before)] if before else [])

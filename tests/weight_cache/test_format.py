@@ -31,11 +31,13 @@ from refinfer.weight_cache.format import (
     unfinished,
 )
 from refinfer.weight_cache.key import PackKey, WeightId
-from refinfer.weight_cache.packers import STORED_TYPES, chunks_of, matrix_key, nbytes_of, rows_key, vectors_key
+from refinfer.weight_cache.packers import STORED_TYPES, chunks_of, matrix_key, padded_nbytes_of, rows_key, vectors_key
 
 PAGE = 4096
 LARGEST = (1 << 64) - 1
+LARGEST_U32 = (1 << 32) - 1
 LARGEST_INDEX = 1 << 28
+AIM = 4 << 20  # for chunks of rows, and as usual for those of f32
 SOURCE, DIGEST, PACKERS = b"\x11" * 32, b"\x22" * 32, b"\x33" * 32
 
 
@@ -49,7 +51,7 @@ def text(value: str | bytes) -> bytes:
 
 
 def weight(name: str | bytes, source: bytes = SOURCE) -> bytes:
-    return b"\1" + source + text(name)
+    return source + text(name)
 
 
 def raw_entry(
@@ -57,16 +59,15 @@ def raw_entry(
     form: str | bytes = "f32",
     shape: Sequence[int] = (1000,),
     tile: Sequence[int] = (1, 1, 1),
-    flags: int = 0,
+    aim: int = AIM,
     weights: bytes = weight("w"),
-    bias: bytes = b"\0",
     digest: bytes = DIGEST,
     chunks: Sequence[tuple[int, int, int]] = ((PAGE, 4000, 7),),
 ) -> bytes:
     """Write down an entry, whatever it says."""
     key = text(packer) + text(form) + number(len(shape), 1) + b"".join(number(size, 8) for size in shape)
-    key += b"".join(number(size, 4) for size in (*tile, flags)) + weights + bias
-    table = b"".join(number(value, 8) for chunk in chunks for value in chunk)
+    key += b"".join(number(size, 4) for size in (*tile, aim)) + weights
+    table = b"".join(number(start, 8) + number(nbytes, 8) + number(crc, 4) for start, nbytes, crc in chunks)
     return key + digest + number(len(chunks), 4) + table
 
 
@@ -91,7 +92,7 @@ def raw_header(**changes: Any) -> bytes:
     """Write down the first page of a file of five pages, with its digest, whatever it says."""
     fields: dict[str, bytes] = {
         "magic": b"\x89RWC\r\n\x1a\n",
-        "version": number(1, 4),
+        "version": number(2, 4),
         "state": number(1, 4),
         "model": SOURCE,
         "packers": PACKERS,
@@ -111,6 +112,7 @@ HEADER = Header(1, SOURCE, PACKERS, 4 * PAGE, PAGE, DIGEST)
 
 digests = st.binary(min_size=32, max_size=32)
 words = st.integers(0, LARGEST)
+checksums = st.integers(0, LARGEST_U32)
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)  # what UTF-8 can express
 # Names of files and folders may also be bytes that are no UTF-8, as Python gives them.
 paths = texts | st.binary(max_size=10).map(lambda raw: raw.decode("utf-8", "surrogateescape"))
@@ -121,14 +123,13 @@ ids = st.builds(WeightId, digests, texts)
 def keys(draw: st.DrawFn) -> PackKey:
     """Draw the key of a buffer of one chunk or several."""
     N, K, weights = draw(st.integers(1, 5000)), draw(st.integers(1, 1500)), draw(ids)
+    aim = draw(st.just(AIM) | st.integers(100_000, LARGEST_U32))
     packer = draw(st.sampled_from(["goi", "rows", "vectors"]))
     if packer == "goi":
-        key = matrix_key(layout_of(draw(st.sampled_from(list(FORMATS))), N, K), weights)
-    elif packer == "rows":
-        key = rows_key((N, K), draw(st.sampled_from(list(STORED_TYPES))), weights)
-    else:
-        key = vectors_key(N * K, weights)
-    return replace(key, bias=draw(st.none() | ids), flags=draw(st.integers(0, (1 << 32) - 1)))
+        return matrix_key(layout_of(draw(st.sampled_from(list(FORMATS))), N, K, aim), weights)
+    if packer == "rows":
+        return rows_key((N, K), draw(st.sampled_from(list(STORED_TYPES))), weights, aim)
+    return vectors_key(N * K, weights)
 
 
 @st.composite
@@ -138,9 +139,9 @@ def indices(draw: st.DrawFn) -> tuple[Index, int]:
     end = PAGE
     for key in draw(st.lists(keys(), max_size=8, unique=True)):
         end += draw(st.sampled_from([0, 0, PAGE]))
-        chunks = tuple(StoredChunk(end + c.offset, c.nbytes, draw(words)) for c in chunks_of(key))
+        chunks = tuple(StoredChunk(end + c.offset, c.nbytes, draw(checksums)) for c in chunks_of(key))
         entries.append(Entry(key, draw(digests), chunks))
-        end += nbytes_of(key)
+        end += padded_nbytes_of(key)
         twin = replace(key, weights=draw(ids))
         if draw(st.booleans()) and all(entry.key != twin for entry in entries):
             entries.append(replace(entries[-1], key=twin))
@@ -241,7 +242,7 @@ def test_every_field_of_the_header_lies_at_its_place() -> None:
     header = Header(1, bytes(range(32)), bytes(range(32, 64)), 0x123456789000, 0xABCDEF, bytes(range(64, 96)))
     page = encode_header(header)
     assert page[0:8] == b"\x89RWC\r\n\x1a\n"
-    assert int.from_bytes(page[8:12], "little") == 1  # the version
+    assert int.from_bytes(page[8:12], "little") == 2  # the version
     assert int.from_bytes(page[12:16], "little") == 1  # complete
     assert page[16:48] == bytes(range(32))
     assert page[48:80] == bytes(range(32, 64))
@@ -265,13 +266,13 @@ def test_every_field_of_the_header_lies_at_its_place() -> None:
 @pytest.mark.spec("FILE-2")
 def test_every_field_of_the_index_lies_at_its_place() -> None:
     source = SourceFile("some.safetensors", 0x0102030405060708, SOURCE)
-    matrix = matrix_key(layout_of("f32", 2048, 1024), WeightId(SOURCE, "größe"))
-    matrix = replace(matrix, bias=WeightId(DIGEST, "bias"), flags=0x89ABCDEF)
-    vectors = vectors_key(1000, WeightId(SOURCE, "w"))
     half = 4 << 20
+    aim = 0x00456789  # as usual two chunks
+    matrix = matrix_key(layout_of("f32", 2048, 1024, aim), WeightId(SOURCE, "größe"))
+    vectors = replace(vectors_key(1000, WeightId(SOURCE, "w")), chunk_nbytes=0x89ABCDEF)
     entries = (
-        Entry(matrix, b"\x44" * 32, (StoredChunk(PAGE, half, 1), StoredChunk(PAGE + half, half, LARGEST))),
-        Entry(vectors, DIGEST, (StoredChunk(PAGE + 2 * half, 4000, 0x0102030405060708),)),
+        Entry(matrix, b"\x44" * 32, (StoredChunk(PAGE, half, 1), StoredChunk(PAGE + half, half, LARGEST_U32))),
+        Entry(vectors, DIGEST, (StoredChunk(PAGE + 2 * half, 4000, 0x01020304),)),
     )
     data, page = encode_file(Index(Provenance("folder", "int8", (source,), PACKERS), entries), 2 * PAGE + 2 * half)
     raw_source = text("some.safetensors") + bytes([8, 7, 6, 5, 4, 3, 2, 1]) + SOURCE
@@ -280,13 +281,12 @@ def test_every_field_of_the_index_lies_at_its_place() -> None:
             packer="goi",
             shape=(2048, 1024),
             tile=(16, 1024, 1),
-            flags=0x89ABCDEF,
+            aim=0x00456789,
             weights=weight("größe"),
-            bias=weight("bias", DIGEST),
             digest=b"\x44" * 32,
-            chunks=((PAGE, half, 1), (PAGE + half, half, LARGEST)),
+            chunks=((PAGE, half, 1), (PAGE + half, half, LARGEST_U32)),
         ),
-        raw_entry(chunks=((PAGE + 2 * half, 4000, 0x0102030405060708),)),
+        raw_entry(aim=0x89ABCDEF, chunks=((PAGE + 2 * half, 4000, 0x01020304),)),
         sources=[raw_source],
     )
     assert page == encode_header(header_of(data, 2 * PAGE + 2 * half, sources=raw_source))
@@ -303,7 +303,7 @@ def test_what_is_written_down_by_hand_is_read() -> None:
         (StoredChunk(PAGE, 4000, 7),),
         (StoredChunk(3 * PAGE, 4000, 9),),
     ]
-    assert [(entry.offset, entry.nbytes, entry.digest) for entry in index.entries] == [
+    assert [(entry.offset, entry.padded_nbytes, entry.digest) for entry in index.entries] == [
         (PAGE, PAGE, DIGEST),
         (3 * PAGE, PAGE, DIGEST),
     ]
@@ -319,12 +319,13 @@ BAD_HEADERS: dict[str, tuple[bytes, str]] = {
     "another kind of file": (raw_header(magic=b"\x89PNG\r\n\x1a\n"), "it is not a refinfer weight cache"),
     "line ends changed": (raw_header().replace(b"\r\n", b"\n") + b"\0", "it is not a refinfer weight cache"),
     "seven bits": (bytes(byte & 127 for byte in raw_header()), "it is not a refinfer weight cache"),
-    "version 0": (raw_header(version=0), "it has the format version 0, and this is version 1"),
-    "version 2": (raw_header(version=2), "it has the format version 2, and this is version 1"),
-    "version in the other byte order": (raw_header(version=1 << 24), "it has the format version 16777216"),
+    "version 0": (raw_header(version=0), "it has the format version 0, and this is version 2"),
+    "version 1": (raw_header(version=1), "it has the format version 1, and this is version 2"),
+    "version 3": (raw_header(version=3), "it has the format version 3, and this is version 2"),
+    "version in the other byte order": (raw_header(version=2 << 24), "it has the format version 33554432"),
     "a later version with another header": (
-        raw_header(version=2)[:160].ljust(PAGE, b"?"),
-        "it has the format version 2, and this is version 1",
+        raw_header(version=3)[:160].ljust(PAGE, b"?"),
+        "it has the format version 3, and this is version 2",
     ),
     "being built": (raw_header(state=0), "it was never completed"),
     "in no state": (raw_header(state=2), "it was never completed"),
@@ -332,7 +333,7 @@ BAD_HEADERS: dict[str, tuple[bytes, str]] = {
     "one byte shorter than the file": (raw_header(file_nbytes=5 * PAGE - 1), "it has 20480 bytes instead of 20479"),
     "no size": (raw_header(file_nbytes=0), "it has 20480 bytes instead of 0"),
     "as large as can be": (raw_header(file_nbytes=LARGEST), f"it has 20480 bytes instead of {LARGEST}"),
-    "index behind the end": (raw_header(index_offset=6 * PAGE), "its header contradicts itself"),
+    "index after the end": (raw_header(index_offset=6 * PAGE), "its header contradicts itself"),
     "index that does not end the file": (raw_header(index_nbytes=PAGE - 1), "its header contradicts itself"),
     "index in the header": (raw_header(index_offset=0, index_nbytes=5 * PAGE), "its header contradicts itself"),
     "index on no page": (
@@ -443,26 +444,26 @@ def at(offset: int, name: str = "w", **changes: Any) -> bytes:
 
 END = 16 * PAGE
 LIE = "does not lie on the pages between header and index"
-BEHIND = "do not lie one behind the other"
+AFTER = "do not lie one after another"
 BIG = PAGE + 2 * MIDDLE
 
 BAD_PLACES: dict[str, tuple[tuple[bytes, ...], int, str]] = {
     "in the header": ((at(0),), END, LIE),
     "in the index": ((at(END),), END, LIE),
-    "behind the file": ((at(17 * PAGE),), END, LIE),
-    "far behind the file": ((at(1 << 63),), END, LIE),
+    "after the end of the file": ((at(17 * PAGE),), END, LIE),
+    "far after the end of the file": ((at(1 << 63),), END, LIE),
     "where offset and size wrap": ((at(LARGEST - PAGE + 1),), END, LIE),
     "at the largest offset": ((at(LARGEST),), END, LIE),
     "between pages": ((at(PAGE + 1),), END, LIE),
     "between pages by a word": ((at(2 * PAGE - 8),), END, LIE),
     "half in the index": ((two_chunks(PAGE, PAGE + MIDDLE),), BIG - PAGE, LIE),
     "where no page is": ((at(PAGE),), PAGE, LIE),
-    "chunks with a gap": ((two_chunks(PAGE, 2 * PAGE + MIDDLE),), BIG + PAGE, BEHIND),
-    "chunks in each other": ((two_chunks(PAGE, MIDDLE),), BIG, BEHIND),
-    "chunks on each other": ((two_chunks(PAGE, PAGE),), BIG, BEHIND),
-    "chunks backwards": ((two_chunks(PAGE + MIDDLE, PAGE),), BIG + MIDDLE, BEHIND),
-    "a chunk behind the file": ((two_chunks(PAGE, 1 << 63),), BIG, BEHIND),
-    "a chunk between pages": ((two_chunks(PAGE, PAGE + MIDDLE + 8),), BIG + PAGE, BEHIND),
+    "chunks with a gap": ((two_chunks(PAGE, 2 * PAGE + MIDDLE),), BIG + PAGE, AFTER),
+    "chunks in each other": ((two_chunks(PAGE, MIDDLE),), BIG, AFTER),
+    "chunks on each other": ((two_chunks(PAGE, PAGE),), BIG, AFTER),
+    "chunks backwards": ((two_chunks(PAGE + MIDDLE, PAGE),), BIG + MIDDLE, AFTER),
+    "a chunk after the end of the file": ((two_chunks(PAGE, 1 << 63),), BIG, AFTER),
+    "a chunk between pages": ((two_chunks(PAGE, PAGE + MIDDLE + 8),), BIG + PAGE, AFTER),
     "a chunk that is close again once it wraps": ((two_chunks(LARGEST - MIDDLE + 1, 0),), BIG, LIE),
     "the same place, other checksums": (
         (at(PAGE), raw_entry(weights=weight("v"), chunks=((PAGE, 4000, 8),))),
@@ -548,7 +549,6 @@ BAD_SIZES: dict[str, tuple[bytes, str]] = {
     "a packer that is no text": (raw_entry(packer=b"\xff"), NO_TEXT),
     "a format that is no text": (raw_entry(form=b"f\xc3"), NO_TEXT),
     "a tensor whose name is no text": (raw_entry(weights=weight(b"\xed\xa0\x80")), NO_TEXT),
-    "a bias whose name is no text": (raw_entry(bias=weight(b"\x80")), NO_TEXT),
     "no such format": (raw_entry(packer="goi", form="int2", shape=(9, 9)), "its index is impossible: 'int2' is not"),
     "vectors of another type": (raw_entry(form="f16"), "its index is impossible: 'w' is not a block of vectors"),
     "no rows to a tile": (raw_entry(tile=(0, 1, 1)), "its index is impossible: nr, kr and sr must be at least 1"),
@@ -556,7 +556,19 @@ BAD_SIZES: dict[str, tuple[bytes, str]] = {
         raw_entry(packer="goi", shape=(16, 60), tile=(60, 16, 1), chunks=((PAGE, 3840, 7),)),
         "its index is impossible: 'w' lies in tiles of",
     ),
-    "a matrix of no tensor": (raw_entry(weights=b"\0"), "its index has a buffer of no tensor"),
+    "chunks of no size": (
+        raw_entry(aim=0),
+        "the aim must be a number of 32 bits above zero, not 0",
+    ),
+    "a matrix in chunks of no size": (raw_entry(aim=0, **TWO), "the aim must be a number of 32 bits above zero, not 0"),
+    "another aim": (
+        raw_entry(aim=2 * AIM, chunks=((PAGE, MIDDLE, 1), (PAGE + MIDDLE, MIDDLE, 2)), **TWO),
+        NOT_ITS_SIZE,
+    ),
+    "an aim of one byte": (
+        raw_entry(aim=1, chunks=((PAGE, MIDDLE, 1), (PAGE + MIDDLE, MIDDLE, 2)), **TWO),
+        NOT_ITS_SIZE,
+    ),
 }
 
 
@@ -590,7 +602,7 @@ def test_an_absurd_shape_is_refused_in_no_memory(packer: str, size: int) -> None
     for shape in ((size,), (size, 1), (1, size), (size, size), (size, 3)):
         tile, name = TileShape(1), packer
         if packer in FORMATS and len(shape) == 2:
-            tile = FORMATS[packer].tile(shape[0], min(shape[1], 1 << 31))  # the one that it would have
+            tile = FORMATS[packer].tile_shape(shape[0], min(shape[1], 1 << 31))  # the one that it would have
         elif packer == "rows":
             name = "bf16"
         entry = raw_entry(
@@ -614,8 +626,8 @@ def test_a_large_shape_is_not_absurd_in_a_file_that_holds_nothing_else(packer: s
         key = rows_key(shape, "bf16", weights)
     chunks = tuple(StoredChunk(PAGE + chunk.offset, chunk.nbytes, 0) for chunk in chunks_of(key))
     index = Index(Provenance("", "", (), PACKERS), (Entry(key, DIGEST, chunks),))
-    data, page = encode_file(index, PAGE + nbytes_of(key))
-    assert decode_index(decode_header(page, PAGE + nbytes_of(key) + len(data)), data) == index
+    data, page = encode_file(index, PAGE + padded_nbytes_of(key))
+    assert decode_index(decode_header(page, PAGE + padded_nbytes_of(key) + len(data)), data) == index
 
 
 MANY = b"\xff\xff\xff\xff"
@@ -624,7 +636,7 @@ CLAIMS: dict[str, bytes] = {
     "sources": text("folder") + text("int8") + MANY,
     "entries": text("folder") + text("int8") + number(0, 4) + MANY,
     "chunks": raw_index(raw_entry(chunks=())[:-4] + MANY),
-    "chunks, and a few": raw_index(raw_entry()[:-28] + MANY + bytes(24)),
+    "chunks, and a few": raw_index(raw_entry()[:-24] + MANY + bytes(20)),
     "dimensions": raw_index(text("vectors") + text("f32") + b"\xff"),
     "letters": b"\xff\xff",
     "letters of a packer": raw_index(b"\xff\xff"),
@@ -640,12 +652,14 @@ def test_a_claim_of_more_than_the_index_holds_is_refused_in_no_memory(data: byte
 @pytest.mark.spec("FILE-6")
 @pytest.mark.parametrize("rows", [1 << 20, 1 << 31, 1 << 47])
 @pytest.mark.parametrize("file_nbytes", [1 << 40, 1 << 63])
-def test_an_absurd_shape_in_a_huge_file_of_holes_is_refused_in_no_memory(rows: int, file_nbytes: int) -> None:
+@pytest.mark.parametrize("aim", [1, AIM, LARGEST_U32])
+def test_an_absurd_shape_in_a_huge_file_of_holes_is_refused_in_no_memory(rows: int, file_nbytes: int, aim: int) -> None:
     for form in STORED_TYPES:
-        decode_in_little_memory(raw_index(raw_entry(packer="rows", form=form, shape=(rows, 1))), file_nbytes)
+        entry = raw_entry(packer="rows", form=form, shape=(rows, 1), aim=aim)
+        decode_in_little_memory(raw_index(entry), file_nbytes)
     for form in FORMATS:
-        tile = FORMATS[form].tile(rows, 1)
-        entry = raw_entry(packer="goi", form=form, shape=(rows, 1), tile=(tile.nr, tile.kr, tile.sr))
+        tile = FORMATS[form].tile_shape(rows, 1)
+        entry = raw_entry(packer="goi", form=form, shape=(rows, 1), tile=(tile.nr, tile.kr, tile.sr), aim=aim)
         decode_in_little_memory(raw_index(entry), file_nbytes)
 
 
@@ -657,7 +671,7 @@ def test_an_absurd_chunk_in_a_huge_file_of_holes_is_refused_in_no_memory() -> No
 
 @pytest.mark.spec("FILE-4", "FILE-5")
 @pytest.mark.parametrize("more", [b"\0", bytes(100), raw_entry()])
-def test_bytes_behind_the_index_are_refused(more: bytes) -> None:
+def test_bytes_after_the_index_are_refused(more: bytes) -> None:
     data = raw_index(raw_entry()) + more
     with pytest.raises(CacheFileError, match=r"^its index has bytes that mean nothing$"):
         decode_index(header_of(data), data)
@@ -672,10 +686,8 @@ def some_index() -> tuple[bytes, bytes, int]:
     for key in keys:
         (chunk,) = chunks_of(key)
         tile, named = (key.tile.nr, key.tile.kr, key.tile.sr), weight(key.name, key.weights.source)
-        entries.append(
-            raw_entry(key.packer, key.format, key.shape, tile, 5, named, named, DIGEST, [(end, chunk.nbytes, 9)])
-        )
-        end += nbytes_of(key)
+        entries.append(raw_entry(key.packer, key.format, key.shape, tile, AIM, named, DIGEST, [(end, chunk.nbytes, 9)]))
+        end += padded_nbytes_of(key)
     entries.append(two_chunks(end, end + MIDDLE))
     return raw_index(*entries, sources=about), b"".join(about), end + 2 * MIDDLE
 

@@ -17,12 +17,12 @@ from refinfer.errors import PackingError
 from refinfer.packing.formats import FORMATS, layout_of
 from refinfer.packing.layout import TileShape
 from refinfer.weight_cache.file import FileWeightCacheProvider
+from refinfer.weight_cache.identity import SideFile, identify
 from refinfer.weight_cache.key import DIGEST_BYTES, PackKey, WeightId
-from refinfer.weight_cache.packers import matrix_key, nbytes_of, rows_key, vectors_key
-from refinfer.weight_cache.sources import SideFile, identify
+from refinfer.weight_cache.packers import matrix_key, padded_nbytes_of, rows_key, vectors_key
 
 ONE, TWO = b"\1" * DIGEST_BYTES, b"\2" * DIGEST_BYTES
-KEY = PackKey("goi", (64, 96), "f32", TileShape(16, 96, 1), WeightId(ONE, "w"), WeightId(ONE, "b"), 5)
+KEY = PackKey("goi", (64, 96), "f32", TileShape(16, 96, 1), 1 << 20, WeightId(ONE, "w"))
 
 # For each field of a key, values that it does not have above.
 OTHERS: dict[str, list[Any]] = {
@@ -31,8 +31,7 @@ OTHERS: dict[str, list[Any]] = {
     "format": ["bf16", "int8", "int4", "f16"],
     "tile": [TileShape(96, 16, 1), TileShape(16, 1, 96), TileShape(1, 96, 16), TileShape(16, 95, 1)],
     "weights": [WeightId(TWO, "w"), WeightId(ONE, "W"), WeightId(ONE, "w "), WeightId(ONE, "b"), WeightId(ONE, "")],
-    "bias": [None, WeightId(TWO, "b"), WeightId(ONE, "w"), WeightId(ONE, "")],
-    "flags": [0, 4, 6, (1 << 32) - 1],
+    "chunk_nbytes": [1, (1 << 20) - 1, (1 << 20) + 1, 1 << 21, (1 << 32) - 1],
 }
 
 
@@ -62,21 +61,25 @@ def test_keys_that_differ_in_one_field_differ(field: str, value: object) -> None
 
 
 @pytest.mark.spec("KEY-1")
-def test_weights_and_bias_are_told_apart() -> None:
-    a, b = WeightId(ONE, "a"), WeightId(ONE, "b")
-    assert replace(KEY, weights=a, bias=b) != replace(KEY, weights=b, bias=a)
+def test_a_matrix_cut_for_two_aims_has_two_keys_even_if_its_chunks_are_the_same() -> None:
+    weights = WeightId(ONE, "w")
+    for name in FORMATS:
+        usual, small, large = (layout_of(name, 64, 96, aim) for aim in (None, 1000, 1 << 30))
+        assert len(small.chunks) > 1 or name == "int4"
+        assert usual.chunks == large.chunks
+        assert len({matrix_key(layout, weights) for layout in (usual, small, large)}) == 3
+        assert matrix_key(usual, weights) == matrix_key(layout_of(name, 64, 96), weights)
+    assert rows_key((3, 5), "f32", weights, 1000) != rows_key((3, 5), "f32", weights)
 
 
-few_ids = st.builds(WeightId, st.sampled_from([ONE, TWO]), st.sampled_from(["a", "b"]))
 few_keys = st.builds(
     PackKey,
     packer=st.sampled_from(["goi", "rows"]),
     shape=st.lists(st.integers(1, 2), min_size=1, max_size=2).map(tuple),
     format=st.sampled_from(["f32", "bf16"]),
     tile=st.builds(TileShape, st.integers(1, 2), st.integers(1, 2), st.integers(1, 2)),
-    weights=few_ids,
-    bias=st.none() | few_ids,
-    flags=st.integers(0, 1),
+    chunk_nbytes=st.integers(1, 2),
+    weights=st.builds(WeightId, st.sampled_from([ONE, TWO]), st.sampled_from(["a", "b"])),
 )
 
 
@@ -111,12 +114,12 @@ def test_a_look_up_reads_no_weight(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     keys = [vectors_key(n, WeightId(ONE, "norm")) for n in (1, 1024, 5000)]
     provider = FileWeightCacheProvider.build(path)
-    places = [provider.look_up_or_insert(key, np.full(nbytes_of(key), 7, np.uint8)) for key in keys]
+    places = [provider.look_up_or_insert(key, np.full(padded_nbytes_of(key), 7, np.uint8)) for key in keys]
     provider.finalize()
     provider.delete_cache()
     with path.open("r+b") as file:  # all that is packed is gone, and nobody looks
         file.seek(places[0])
-        file.write(bytes(places[-1] + nbytes_of(keys[-1]) - places[0]))
+        file.write(bytes(places[-1] + padded_nbytes_of(keys[-1]) - places[0]))
     loaded = FileWeightCacheProvider.load(path)
     assert [loaded.look_up(key) for key in keys] == places
     assert loaded.look_up(vectors_key(2, WeightId(ONE, "norm"))) is None
@@ -130,8 +133,9 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
     "two negative sizes": {"shape": (-64, -96)},
     "beyond any memory": {"shape": ((1 << 48) + 1,)},
     "a size that wraps": {"shape": (1, 1 << 64)},
-    "negative flags": {"flags": -1},
-    "flags beyond 32 bits": {"flags": 1 << 32},
+    "an aim of nothing": {"chunk_nbytes": 0},
+    "a negative aim": {"chunk_nbytes": -1},
+    "an aim beyond 32 bits": {"chunk_nbytes": 1 << 32},
     "rows of a tile beyond 32 bits": {"tile": TileShape(1 << 32, 1, 1)},
     "columns of a tile beyond 32 bits": {"tile": TileShape(16, 1 << 32, 1)},
     "shuffled groups beyond 32 bits": {"tile": TileShape(16, 1, 1 << 32)},
@@ -140,8 +144,8 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.spec("KEY-3")
 @pytest.mark.parametrize("changes", list(IMPOSSIBLE.values()), ids=list(IMPOSSIBLE))
-def test_sizes_and_flags_that_no_tensor_can_have_are_refused(changes: dict[str, Any]) -> None:
-    why = r"cannot be packed$" if "shape" in changes else r"^flags and tile sizes must be numbers of 32 bits, not "
+def test_sizes_that_no_tensor_and_no_chunk_can_have_are_refused(changes: dict[str, Any]) -> None:
+    why = r"cannot be packed$" if "shape" in changes else r" must be a number of 32 bits above zero, not -?[0-9]+$"
     with pytest.raises(PackingError, match=why):
         replace(KEY, **changes)
 
@@ -190,10 +194,11 @@ def test_digests_of_another_length_are_refused(n: int) -> None:
 
 
 @pytest.mark.spec("KEY-3")
-def test_the_largest_sizes_and_flags_are_allowed() -> None:
+def test_the_largest_sizes_and_the_smallest_are_allowed() -> None:
     most = (1 << 32) - 1
-    largest = replace(KEY, shape=(1 << 48, 1), flags=most, tile=TileShape(most, most, most))
-    assert (largest.shape, largest.flags, largest.tile) == ((1 << 48, 1), most, TileShape(most, most, most))
+    largest = replace(KEY, shape=(1 << 48, 1), chunk_nbytes=most, tile=TileShape(most, most, most))
+    assert (largest.shape, largest.chunk_nbytes, largest.tile) == ((1 << 48, 1), most, TileShape(most, most, most))
+    assert replace(KEY, shape=(1,), chunk_nbytes=1, tile=TileShape(1)).chunk_nbytes == 1
 
 
 @pytest.mark.spec("KEY-1")

@@ -7,7 +7,8 @@ from typing import Final
 
 import numpy as np
 
-from refinfer.packing.formats import Bytes, layout_of
+from refinfer.packing.formats import layout_of
+from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.key import PackKey, WeightId
 from refinfer.weight_cache.memory import MemoryWeightCacheProvider
 from refinfer.weight_cache.packers import matrix_key, pack_into

@@ -82,13 +82,13 @@ def _feed_forward(y: int) -> list[str]:
 
 def _token(y: int) -> list[str]:
     matrices = Inventory(_MODEL, "f32").matrices
-    total = sum(matrix.layout.nbytes for matrix in matrices)
+    total = sum(matrix.layout.padded_nbytes for matrix in matrices)
     x = 20.0
     lines = [
         _text(20, y, "All matrices of one token in their order, as wide as they have bytes", anchor="start", bold=True)
     ]
     for matrix in matrices:
-        width = 660 * matrix.layout.nbytes / total
+        width = 660 * matrix.layout.padded_nbytes / total
         colour = _GREY if matrix.kind == "lm_head" else _ORANGE if matrix.name.count("mlp") else _BLUE
         lines.append(
             f'<rect x="{x:.2f}" y="{y + 14}" width="{width:.2f}" height="30" fill="{colour}" '

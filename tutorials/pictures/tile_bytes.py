@@ -38,4 +38,4 @@ def draw() -> str:
 
 def _tile_nbytes(name: str) -> int:
     layout = layout_of(name, _ROWS, _K)
-    return layout.format.tile_nbytes(layout.tile, _K)
+    return layout.format.tile_nbytes(layout.tile.nr, _K)

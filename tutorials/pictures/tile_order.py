@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from refinfer.packing.layout import GoiLayout, TileShape
+from refinfer.packing.layout import TileShape
+from refinfer.packing.xnnpack import GoiLayout
 
 _GREY, _ORANGE, _DARK, _INK = "#bab0ac", "#f28e2b", "#a85400", "#333333"
 _N, _K, _NR, _STEP = 8, 4, 4, 1

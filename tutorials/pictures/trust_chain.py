@@ -56,7 +56,7 @@ def _box(x: float, width: float, colour: str) -> str:
 def _chunks(first: int) -> list[str]:
     """Draw the block of vectors, the tied table, and the matrices of each layer."""
     inventory = Inventory(SHAPES["storyteller"], "bf16")
-    *layers, table = (matrix.layout.nbytes for matrix in inventory.matrices)
+    *layers, table = (matrix.layout.padded_nbytes for matrix in inventory.matrices)
     sizes = [inventory.resident_nbytes, table, *layers]
     scale = _CHUNKS / sum(sizes)
     boxes, at = [], 0

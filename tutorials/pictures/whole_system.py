@@ -119,10 +119,10 @@ def _strip(x: float, y: int, width: int, height: int, locked: frozenset[int], ot
     for number, chunk in enumerate(_MODEL.cycle):
         colour = _GREEN if number in locked else others
         lines.append(
-            f'<rect x="{x:.2f}" y="{y}" width="{scale * chunk.nbytes:.2f}" height="{height}" fill="{colour}" '
+            f'<rect x="{x:.2f}" y="{y}" width="{scale * chunk.padded_nbytes:.2f}" height="{height}" fill="{colour}" '
             f'stroke="#ffffff" stroke-width="0.8"><title>{chunk.kind} of layer {chunk.layer}</title></rect>'
         )
-        x += scale * chunk.nbytes
+        x += scale * chunk.padded_nbytes
     return lines
 
 

@@ -1,16 +1,16 @@
 """Whether a model is still the one that was packed, without reading its weights.
 
-Knows: source files, their contents' digests, and what the file system says of them. Does not know: what is in them.
-Spec: IDENT-1 to IDENT-6. Tutorial: 05.
+Digests of the source files, and when one that was taken before may be believed. Leaves to others: what is in them.
+Read more: tutorial 05; clauses IDENT-1 to IDENT-6.
 
 The identity of a source file is the SHA-256 of its content, which takes half a second for each gigabyte. What the
 file system says (size, times, inode) and the first 64 KiB only decide whether a digest that was taken before may be
 believed, as in git's index. They lie in a side file, `name.sources.json`, written after the digest was taken.
 
 A file changed in the same tick of the file system's clock in which it was looked at would look unchanged, so a record
-is believed only if the file had been at rest for a while when its digest was begun: git calls this racily clean. Not
-seen is what nobody sees: bytes changed through a shared mapping before the system has written them, or with the
-clock turned back.
+is believed only if the file had been at rest for a while when its digest was begun: git calls this racily clean. Two
+kinds of change go unnoticed: bytes changed through a shared mapping before the system has written them, and bytes
+changed with the clock turned back.
 """
 
 from __future__ import annotations

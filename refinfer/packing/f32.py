@@ -1,0 +1,75 @@
+"""f32: float32 weights, as they are.
+
+The whole format on one page. Leaves to others: where chunks are cut (`layout`), which numpy call multiplies for how
+many rows of x (`product`).
+Read more: tutorial 02; clauses PACK-16, PACK-23.
+
+    tile    nr = 16 rows of K float32     w[0,0] w[0,1] ... w[0,K-1] w[1,0] ...      rows whole, nothing padded
+
+BLAS multiplies such rows in place, so a product needs no copy of a weight.
+Error bound: none, every float32, float16 and bfloat16 weight is kept exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from refinfer.arrays import Float32Array, IntArray, bf16_to_f32
+from refinfer.packing.layout import Bytes, PackedLayout, TileShape
+from refinfer.packing.product import GemmScratch, Product
+
+name: Final = "f32"
+chunk_nbytes: Final = 4 << 20
+nanoseconds_per_byte: Final[Mapping[int, float]] = {1: 0.063, 8: 0.094, 64: 0.291, 256: 0.911}
+
+_ROWS: Final = 16
+
+
+def tile_shape(N: int, K: int) -> TileShape:
+    """Return tiles of 16 whole rows."""
+    return TileShape(nr=_ROWS, kr=K)
+
+
+def tile_nbytes(nr: int, K: int) -> int:
+    """Return the bytes of a tile."""
+    return nr * 4 * K
+
+
+def view(raw: Bytes, nr: int, K: int) -> Float32Array:
+    """See tiles as rows `[T * nr, K]`: without pads, a chunk is one matrix."""
+    return raw.reshape(-1).view(np.float32).reshape(-1, K)
+
+
+def pack(rows: npt.NDArray[Any], tiles: Float32Array) -> None:
+    """Copy rows `[n, K]`, as stored, to the first n rows of `tiles`."""
+    target = tiles[: len(rows)]
+    if rows.dtype == np.uint16:
+        bf16_to_f32(rows, out=target)
+    else:
+        np.copyto(target, rows)
+
+
+def unpack_rows(tiles: Float32Array, which: IntArray, lane: IntArray) -> Float32Array:
+    """Return the rows in lanes `lane` of tiles `which`."""
+    rows: Float32Array = tiles[which * _ROWS + lane]
+    return rows
+
+
+def start(x: Float32Array, scratch: GemmScratch) -> Product:
+    """Return x, ready for the call that its number of rows asks for."""
+    return Product(x, scratch)
+
+
+def multiply(product: Product, tiles: Float32Array, out: Float32Array) -> None:
+    """Write the outputs of one chunk, `[M, R]`: one product with all its rows."""
+    R = out.shape[1]
+    product.rows(tiles if len(tiles) == R else tiles[:R], out)
+
+
+def scratch_floats(layout: PackedLayout, M: int) -> int:
+    """Return the floats of scratch: what the call itself wants for a whole chunk."""
+    return Product.scratch_floats(M, layout.K, layout.most_rows)

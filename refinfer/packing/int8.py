@@ -1,0 +1,147 @@
+"""int8: one byte for each weight, one float32 scale for each row.
+
+The whole format on one page. Leaves to others: where chunks are cut (`layout`), which numpy call multiplies for how
+many rows of x (`product`).
+Read more: tutorial 03; clauses PACK-10, PACK-12, PACK-13, PACK-16, PACK-23, PACK-26.
+
+    tile    nr = 16 rows of K bytes       q[0,0] q[0,1] ... q[0,K-1] q[1,0] ...     rows whole: widened by one copy
+            nr float32 scales             s[0] ... s[15]                            applied to the outputs
+
+numpy multiplies integers without BLAS, which is slow, so a few rows at a time are widened to float32. A scale belongs
+to a whole row, so it leaves the sum: (q s) . x = s (q . x), one multiplication for each output instead of one for each
+weight.
+Error bound: |w - q s| <= s / 2 and one rounding; s is the largest weight of the row divided by 127.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from refinfer.arrays import Float32Array, IntArray, stored_to_f32
+from refinfer.errors import PackingError
+from refinfer.packing.layout import Bytes, PackedLayout, TileShape, part_of_tiles
+from refinfer.packing.product import GemmScratch, Product, rows_at_once
+
+name: Final = "int8"
+chunk_nbytes: Final = 1 << 20
+nanoseconds_per_byte: Final[Mapping[int, float]] = {1: 0.231, 8: 0.360, 64: 1.251, 256: 3.865}
+
+Int8Array: TypeAlias = npt.NDArray[np.int8]
+
+_ROWS: Final = 16
+_SMALLEST_SCALE: Final = float(np.finfo(np.float32).tiny)
+
+
+# --8<-- [start:quantize]
+def quantize(w: Float32Array) -> tuple[Int8Array, Float32Array]:
+    """Return `q` `[N, K]` from -127 to 127 and the scales `[N]` with `|w - q * s| <= s / 2`; zero rows get scale 1.
+
+    Raises:
+        PackingError: `w` is not a float32 matrix, or holds NaN or infinity.
+    """
+    require_matrix(w)
+    largest = np.maximum.reduce(np.abs(w), axis=1)
+    scales = usable_scales(largest / np.float32(127), largest)
+    return np.rint(w / scales[:, None]).astype(np.int8), scales
+
+
+# --8<-- [end:quantize]
+
+
+def dequantize(q: Int8Array, scales: Float32Array) -> Float32Array:
+    """Return `q * s` `[N, K]`: the weights that a product with int8 uses."""
+    return q * scales[:, None]
+
+
+def require_matrix(w: Float32Array) -> None:
+    """Check that `w` can be quantised at all; raises PackingError."""
+    if w.dtype != np.float32 or w.ndim != 2 or not w.size:
+        raise PackingError(f"a float32 matrix is wanted, not {w.dtype} {list(w.shape)}")
+
+
+def usable_scales(scales: Float32Array, largest: Float32Array) -> Float32Array:
+    """Return `scales`, with 1 for weights too small for a scale: they become zero, as they nearly are.
+
+    Raises:
+        PackingError: a largest weight is NaN or infinite.
+    """
+    if not np.isfinite(largest).all():
+        raise PackingError("the weights hold NaN or infinity, which cannot be quantised")
+    return np.where(scales >= _SMALLEST_SCALE, scales, np.float32(1))
+
+
+class Tiles(NamedTuple):
+    """The weights `[T, nr, K]` and the scales `[T, nr]` of a chunk."""
+
+    q: Int8Array
+    scales: Float32Array
+
+
+def tile_shape(N: int, K: int) -> TileShape:
+    """Return tiles of 16 whole rows."""
+    return TileShape(nr=_ROWS, kr=K)
+
+
+def tile_nbytes(nr: int, K: int) -> int:
+    """Return the bytes of a tile."""
+    return nr * (K + 4)
+
+
+def view(raw: Bytes, nr: int, K: int) -> Tiles:
+    """See tiles as weights and scales."""
+    return Tiles(part_of_tiles(raw, 0, np.int8, nr, K), part_of_tiles(raw, nr * K, np.float32, nr))
+
+
+def pack(rows: npt.NDArray[Any], tiles: Tiles) -> None:
+    """Quantise rows `[n, K]`, as stored, into the first n lanes of `tiles`.
+
+    Raises:
+        PackingError: a weight is NaN or infinite.
+    """
+    q, scales = quantize(stored_to_f32(rows))
+    whole, rest = divmod(len(rows), _ROWS)
+    done = whole * _ROWS
+    tiles.q[:whole] = q[:done].reshape(whole, _ROWS, q.shape[1])
+    tiles.scales[:whole] = scales[:done].reshape(whole, _ROWS)
+    if rest:
+        tiles.q[whole, :rest], tiles.scales[whole, :rest] = q[done:], scales[done:]
+
+
+def unpack_rows(tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:
+    """Return the rows in lanes `lane` of tiles `which`."""
+    return dequantize(tiles.q[which, lane], tiles.scales[which, lane])
+
+
+def start(x: Float32Array, scratch: GemmScratch) -> Product:
+    """Return x, ready for the call that its number of rows asks for."""
+    return Product(x, scratch)
+
+
+# --8<-- [start:multiply]
+def multiply(product: Product, tiles: Tiles, out: Float32Array) -> None:
+    """Write the outputs of one chunk, `[M, R]`: widen some tiles by one copy, multiply, and scale the outputs."""
+    q, R = tiles.q, out.shape[1]
+    _, nr, K = q.shape
+    step = min(len(q), rows_at_once(product.M, nr, K) // nr)
+    wide = product.scratch.take(step, nr, K)
+    rows = wide.reshape(step * nr, K)
+    for t in range(0, len(q), step):
+        part = q[t : t + step]
+        np.copyto(wide if len(part) == step else wide[: len(part)], part)
+        first, end = t * nr, min(R, (t + len(part)) * nr)
+        product.rows(rows if end - first == len(rows) else rows[: end - first], out[:, first:end])
+    out *= tiles.scales.reshape(-1)[:R]
+
+
+# --8<-- [end:multiply]
+
+
+def scratch_floats(layout: PackedLayout, M: int) -> int:
+    """Return the floats of scratch: the tiles that are widened at a time, and what the call itself wants for them."""
+    rows = layout.most_rows
+    widened = min(-(-rows // _ROWS) * _ROWS, rows_at_once(M, _ROWS, layout.K))
+    return widened * layout.K + Product.scratch_floats(M, layout.K, min(rows, widened))
