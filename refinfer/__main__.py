@@ -9,7 +9,7 @@ import sys
 def main() -> int:
     """Run the command line and return its exit status."""
     try:
-        from refinfer.cli import main as run
+        from refinfer.cli.main import main as run
 
         return run()
     except KeyboardInterrupt:

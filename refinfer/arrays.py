@@ -3,9 +3,10 @@
 Leaves to others: models, files, layouts.
 Read more: tutorial 07; clauses ARR-1 to ARR-3, SOURCE-6.
 
-The letters used in every docstring and nowhere redefined:
+These letters are used in every docstring. Only `packing` also uses T for tiles, R for rows and B for blocks. A KV cache
+keeps what earlier tokens have left for later ones (keys and values).
 
-    M   rows of activations: the tokens computed together     V   vocabulary size
+    M   rows of x: the tokens computed together               V   vocabulary size
     N   outputs of a matrix                                   L   number of layers
     K   inputs of a matrix                                    S   positions a KV cache has room for
     T   tokens of a whole text                                P   positions in use, `P <= S`
@@ -43,13 +44,14 @@ UInt16Array: TypeAlias = npt.NDArray[np.uint16]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 
 PAGE_BYTES = 4096
-"""What direct I/O and `mmap` ask of an address: a multiple of this many bytes."""
+"""A page: the unit in which systems map files, and read them directly; such addresses are multiples of it."""
 
 
 def aligned_empty(shape: tuple[int, ...], alignment: int = 64) -> Float32Array:
     """Return an uninitialised float32 array whose first byte lies on a multiple of `alignment` bytes.
 
-    numpy promises 16 bytes only; a cache line is 64, a page `PAGE_BYTES`. Costs `alignment` bytes more than the data.
+    numpy promises a multiple of 16 only. A processor loads 64 bytes at once; a page has `PAGE_BYTES`. Takes `alignment`
+    bytes more than the data.
 
     Examples:
         >>> aligned_empty((3, 5), alignment=4096).ctypes.data % 4096
@@ -97,7 +99,7 @@ def f32_to_bf16(values: Float32Array) -> UInt16Array:
 
 
 def stored_to_f32(stored: npt.NDArray[Any]) -> Float32Array:
-    """Return float32, float16 or bfloat16 bits as aligned float32; copies unless it is that already."""
+    """Return float32, float16 or bfloat16 bits as aligned float32; copies unless they are that already."""
     if stored.dtype == np.uint16:
         return bf16_to_f32(stored)
     return np.require(stored, np.float32, ["C", "A"])
@@ -107,7 +109,7 @@ def require_rows(ids: IntArray, N: int) -> None:
     """Check that a matrix of N rows has the rows `ids`; numpy would count negative ones from the end.
 
     Raises:
-        RequestError: it does not have one of them.
+        RequestError: one of them does not exist.
     """
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < N:
         raise RequestError(f"rows {int(ids.min())} to {int(ids.max())} are asked for; there are 0 to {N - 1}")

@@ -1,7 +1,7 @@
 """Every error refinfer raises on purpose, in one tree.
 
-The kinds of trouble, and the exit status each has on the command line. Leaves to others: how errors are shown; `cli`
-prints them as one line on standard error.
+Defines the kinds of trouble, and the exit status of each on the command line. Leaves to others: how errors are shown;
+`cli` prints them as one line on standard error.
 Read more: tutorial 07; clauses ERR-1, ERR-2.
 """
 
@@ -42,7 +42,7 @@ class GenerationError(RefinferError):
 
 
 class WeightCacheError(RefinferError):
-    """The weight cache cannot do what was asked: its place cannot be written, or its state does not allow it."""
+    """The weight cache cannot do what was asked: its file cannot be written, or its state does not allow it."""
 
 
 class WeightCacheStateError(WeightCacheError):
@@ -64,7 +64,7 @@ class InputError(RefinferError):
 
 
 class BudgetError(InputError):
-    """A memory budget that cannot be kept; the message names the smallest that can."""
+    """A memory budget cannot be kept; the message names the smallest that can."""
 
 
 class CacheFileError(InputError):
@@ -92,7 +92,7 @@ class TokenizerPackageMissingError(TokenizerError):
 
 
 class WeightsError(InputError):
-    """A checkpoint's tensors do not fit its config: missing, of another shape or type, or not finite."""
+    """A model's tensors do not fit its config: they are missing, of another shape or type, or not finite."""
 
 
 class PackingError(InputError):

@@ -1,8 +1,8 @@
 """Generating text: a session over a loaded model.
 
-Knows: prompts, sampling, texts, when a damaged cache is rebuilt. Does not know: how weights become a transformer
-(`engine`), options as strings, terminals, JSON text.
-Spec: GEN-1 to GEN-11, GEN-16, GEN-17. Tutorial: 00.
+Turns prompts into text, and rebuilds a damaged cache once. Leaves to others: building a transformer from weights
+(`engine`), parsing options, terminals, JSON text.
+Read more: tutorial 00; clauses GEN-1 to GEN-11, GEN-16, GEN-17.
 """
 
 from __future__ import annotations
@@ -12,24 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from refinfer.arrays import Float32Array, IntArray
-from refinfer.engine import (
-    CacheUse,
-    Engine,
-    EngineRequest,
-    OffloadStats,
-    Prediction,
-    Streaming,
-    WeightCacheStats,
-    open_engine,
-    require_finite_weights,
-)
+from refinfer.clock import Clock, RealClock
+from refinfer.engine import CacheOptions, Engine, EngineRequest, open_engine, require_finite_weights
 from refinfer.errors import DamagedWeightsError, GenerationError, RequestError
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import ModelConfig
@@ -37,12 +27,15 @@ from refinfer.model.folder import ModelFolder, open_folder
 from refinfer.model.sampler import Sampling, sample
 from refinfer.model.tokenizer import TextStream
 from refinfer.model.transformer import Transformer
-from refinfer.offload.plan import PLANS
-from refinfer.offload.prefetch import PREFETCH_THREADS
+from refinfer.model.weights import WeightSource
+from refinfer.offload.prediction import OffloadStats, Prediction
+from refinfer.offload.run import Within
+from refinfer.planning.cost import PREFETCH_THREADS
+from refinfer.planning.plan import Prefetch, require_plan
 from refinfer.prepare import IN_MEMORY
 from refinfer.process import peak_rss_bytes, usable_cores
-from refinfer.trace import Clock, RealClock, Trace
-from refinfer.weight_cache.load_or_build import Listener
+from refinfer.trace import Trace
+from refinfer.weight_cache.load_or_build import CacheOutcome, Listener
 
 __all__ = [
     "DEFAULT_MAX_POSITIONS",
@@ -67,11 +60,11 @@ _MOST_THREADS: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class GenerationStats:
-    """What one generation did; the fields of the command line's JSON, in its order.
+    """The figures of one generation: the fields of the command line's JSON, in the same order.
 
-    `time_to_first_token_s` is the time to load the model and to reach the first token; for a session's later
-    generations, to reach it alone. `tokens_per_s` counts the tokens after the first over the time spent on them; None
-    for a single token. `peak_rss_bytes` is None where the system does not tell.
+    `time_to_first_token_s` is the time from the start of loading to the first token; in later generations of a session,
+    loading is not counted. `tokens_per_s` is the number of tokens after the first, divided by the time spent on them;
+    None for a single token. `peak_rss_bytes` is None if the system does not report it.
     """
 
     text: str
@@ -81,12 +74,12 @@ class GenerationStats:
     time_to_first_token_s: float
     tokens_per_s: float | None
     peak_rss_bytes: int | None
-    weight_cache: WeightCacheStats | None = None
+    weight_cache: CacheOutcome | None = None
     offload: OffloadStats | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the object that `refinfer generate --json` prints."""
-        return asdict(self)
+        return asdict(self) | {"offload": self.offload.to_json() if self.offload else None}
 
 
 def load(
@@ -113,28 +106,28 @@ def load(
 
     Args:
         model: a folder in Hugging Face's form, or what `open_folder` returned; None means the storyteller.
-        weights: the format to pack weights in: f32, bf16, int8, int4, or auto: bf16 where the checkpoint is stored
-            so, else f32; nothing is lost.
-        budget: run in so much memory: bytes, a size such as "300MB", or a share of the packed weights such as "40%".
-        plan: which chunks stay in memory under a budget: one of `offload.plan.PLANS`.
-        prefetch_threads: how many threads read ahead; 0 reads each chunk when it is needed.
-        prefetch_ring: bytes of the ring that they read into; None lets the plan choose.
-        disk_bandwidth: read no faster than so many bytes per second.
-        paged: keep an LRU page cache instead of locks and a ring, as mmap would.
-        trace: keep what is read, computed and waited for, for `Session.trace`.
+        weights: the format to pack weights in: f32, bf16, int8, int4, or auto, which is bf16 if the checkpoint is
+            stored in bfloat16 and f32 otherwise, so that nothing is lost.
+        budget: the memory to run in: bytes, a size such as "300MB", or a share of the packed weights such as "40%".
+        plan: which chunks stay in memory under a budget: one of `planning.plan.PLANS`.
+        prefetch_threads: number of threads that read ahead; 0 reads each chunk when it is needed.
+        prefetch_ring: bytes of memory for chunks that were read ahead; None lets the plan choose.
+        disk_bandwidth: the largest number of bytes to read per second; None sets no limit.
+        paged: use an LRU page cache, as mmap would, instead of locks and a ring.
+        trace: record every read, product and wait for `Session.trace`.
         weight_cache: the file to keep packed weights in; None means one in the user's cache directory. ":memory"
-            packs at each start. "off" packs nothing: row-major float32 weights with the same values, multiplied by
-            numpy as a whole; an oracle.
-        max_positions: how many positions, prompt and generated tokens together, the KV cache reserves;
-            None means 512, or as many as the model has.
-        threads: BLAS threads while generating; None means one for models below 64 MiB and for runs that the disk
-            holds up, else one per core.
+            packs at each start. "off" packs nothing: numpy multiplies row-major float32 weights with the same values,
+            as a reference to compare with.
+        max_positions: number of positions that the KV cache reserves for prompt and generated tokens together;
+            None means 512, or less if the model has fewer.
+        threads: BLAS threads while generating; None means one for models below 64 MiB and for runs that wait for the
+            disk, else one per core.
         lock_memory: keep the mapped file in memory (`mlock`).
-        verify: check mapped weights against their checksums before they are used; without, a first token comes
-            sooner, and damage is not noticed.
-        clock: what measures the times of `stats`.
-        started: when loading began on that clock; None means now.
-        listener: who is told of progress, waiting and warnings; None warns through `warnings`.
+        verify: check mapped weights against their checksums before they are used; if False, the first token comes
+            sooner, but damage is not noticed.
+        clock: the clock that measures the times in `stats`.
+        started: the time on that clock at which loading began; None means now.
+        listener: callbacks for progress, waiting and warnings; None sends warnings to the `warnings` module.
 
     Raises:
         InputError: the model cannot be used; the message says why and what to do.
@@ -146,8 +139,7 @@ def load(
     """
     clock = clock or RealClock()
     started = clock.now() if started is None else started
-    if plan not in PLANS:
-        raise RequestError(f"the plan must be one of {', '.join(PLANS)}, not {plan!r}")
+    require_plan(plan)
     opened = model if isinstance(model, ModelFolder) else open_folder(Path(model or STORYTELLER))
     positions = opened.config.longest_request
     if max_positions is None:
@@ -158,16 +150,14 @@ def load(
         raise RequestError(f"disk_bandwidth must be above 0 bytes per second, not {disk_bandwidth}")
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise RequestError(f"threads must be from 1 to {_MOST_THREADS}, not {threads}")
+    prefetch = Prefetch(prefetch_threads, prefetch_ring)
+    place = None if weight_cache is None else os.fspath(weight_cache)
     request = EngineRequest(
         model=opened,
         weights=weights,
-        weight_cache=None if weight_cache is None else os.fspath(weight_cache),
         max_positions=max_positions,
-        budget=budget,
-        plan=plan,
-        lock_memory=lock_memory,
-        verify=verify,
-        streaming=Streaming(prefetch_threads, prefetch_ring, disk_bandwidth, paged, trace),
+        cache=CacheOptions(place, lock_memory, verify),
+        within=None if budget is None else Within(budget, plan, prefetch, disk_bandwidth, paged, trace),
         clock=clock,
         listener=listener or Listener(),
     )
@@ -175,9 +165,9 @@ def load(
 
 
 def _open_sound(request: EngineRequest, reason: str | None = None, *, in_memory: bool = False) -> Engine:
-    """Open an engine; where weights that are read at once turn out damaged, rebuild them once."""
-    if in_memory and request.budget is None:
-        request = replace(request, weight_cache=IN_MEMORY)
+    """Open an engine; if weights that are read while it opens are damaged, rebuild them once."""
+    if in_memory and request.within is None:
+        request = replace(request, cache=replace(request.cache, place=IN_MEMORY))
     try:
         return open_engine(request, reason)
     except DamagedWeightsError as error:
@@ -187,16 +177,16 @@ def _open_sound(request: EngineRequest, reason: str | None = None, *, in_memory:
 
 
 def default_threads(config: ModelConfig) -> int:
-    """One BLAS thread for a model of a cache's size: there, handing work over costs more than it saves."""
+    """Return 1 for a small model, which more threads would only slow down, else the number of usable cores."""
     return 1 if config.n_parameters * 4 < _BLAS_THREADS_PAY_FROM_BYTES else usable_cores()
 
 
 class Session:
     """A loaded model, ready to generate; made by `load`, closed by `close` or the end of a `with` block.
 
-    Laws: one generation at a time, each from an empty text; a new one ends the one before, which says so when it is
-    asked for more. Greedy generations of the same prompt are equal. BLAS threads are set for each token computed and
-    put back after it, never while the caller's code runs.
+    Laws: a session runs one generation at a time, and each begins with an empty context. A new generation ends the one
+    before it; asking that one for more raises an error. Greedy generations of the same prompt are equal. The number of
+    BLAS threads is set only while a token is computed, never while the caller's code runs.
     """
 
     def __init__(self, request: EngineRequest, threads: int | None, started: float) -> None:
@@ -209,40 +199,41 @@ class Session:
         self._blas = ThreadpoolController()
         with self._blas_limits():
             self._engine: Engine | None = _open_sound(request)
-        prediction = self._engine.prediction
-        waits_for_disk = prediction is not None and prediction.io_bound
+        run = self._engine.run
+        waits_for_disk = run is not None and run.prediction.io_bound
         # BLAS threads that wait busily for work would take the prefetch threads' core.
         self.threads = threads or (1 if waits_for_disk else default_threads(request.model.config))
         self._loading_s = self._clock.now() - started
 
     @property
     def max_positions(self) -> int:
-        """How many positions the KV cache has room for."""
+        """The number of positions that the KV cache has room for."""
         return self._transformer.kv_cache.max_positions
 
     @property
-    def weight_cache(self) -> WeightCacheStats:
+    def weight_cache(self) -> CacheOutcome:
         """What the weight cache did when the model was loaded."""
-        return self._open().weight_cache
+        return self._open().cache
 
     @property
-    def cache_use(self) -> CacheUse:
-        """Hits, misses and bytes of the weight cache when the model was loaded."""
-        return self._open().use
+    def source(self) -> WeightSource:
+        """The source of the weights."""
+        return self._transformer.source
 
     @property
     def prediction(self) -> Prediction | None:
-        """What this run should reach, and why, under a budget; None without one."""
-        return self._open().prediction
+        """The predicted speed of this run, and what it rests on; None without a budget."""
+        run = self._open().run
+        return run.prediction if run else None
 
     @property
     def trace(self) -> Trace:
-        """What was read, computed and waited for since the model was loaded; empty unless `load` was asked to trace."""
+        """The reads, products and waits since the model was loaded; empty unless `load` was asked to trace."""
         return self._open().trace
 
     @property
     def stats(self) -> GenerationStats | None:
-        """What the last finished generation did; None before the first."""
+        """The figures of the last finished generation; None before the first."""
         return self._stats
 
     def generate(
@@ -256,18 +247,18 @@ class Session:
         top_p: float | None = None,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """Generate text behind a prompt, piece by piece; greedy unless a temperature is given.
+        """Continue a prompt, piece by piece; greedy unless a temperature is given.
 
-        Everything is checked here, before the first piece is asked for.
+        This call checks the request, before the first piece is asked for.
 
         Args:
-            prompt: the text to go on from; give this or `token_ids`.
+            prompt: the text to continue; give this or `token_ids`.
             token_ids: the prompt as token ids.
-            max_tokens: stop after as many; None means 200, or as many as there is room for.
+            max_tokens: stop after this many tokens; None means 200, or less if there is less room.
             temperature: 0 always takes the likeliest token; 1 draws from the model's own distribution.
-            top_k: draw from the `top_k` likeliest only.
-            top_p: draw from the smallest set of the likeliest that holds this share.
-            seed: of the draws; None takes a different one each time.
+            top_k: draw only from the `top_k` likeliest tokens.
+            top_p: draw only from the smallest set of the likeliest tokens that together have this probability.
+            seed: random seed for sampling; None takes a different one each time.
 
         Returns:
             An iterator of pieces of text; without a tokenizer the pieces are empty and `stats` has the ids.
@@ -315,8 +306,8 @@ class Session:
             time_to_first_token_s=self._loading_s + tokens.first_s,
             tokens_per_s=(len(tokens.ids) - 1) / tokens.later_s if tokens.later_s > 0 else None,
             peak_rss_bytes=peak_rss_bytes(),
-            weight_cache=self._open().weight_cache,
-            offload=self._open().offload(tokens.first_s + tokens.later_s, waited),
+            weight_cache=self._open().cache,
+            offload=run.stats(tokens.first_s + tokens.later_s, waited) if (run := self._open().run) else None,
         )
         self._loading_s = 0.0
 
@@ -333,12 +324,12 @@ class Session:
             yield token_id
 
     def _next_logits(self, last: list[int], prompt_ids: list[int]) -> Float32Array:
-        """Return the logits `[V]` behind the last token, or behind the prompt where there is none yet."""
+        """Return the logits `[V]` after the last token, or after the prompt if there is no token yet."""
         if last:
             try:
                 logits: Float32Array = self._transformer.decode(last)[0]
             except DamagedWeightsError:
-                self._open().discard()  # what was shown cannot be taken back, but the next start builds anew
+                self._open().discard()  # what was shown cannot be taken back, but the next start rebuilds the file
                 raise
         else:
             logits = self._mend(lambda transformer: _prefill(transformer, prompt_ids))
@@ -346,7 +337,7 @@ class Session:
         return logits
 
     def _mend(self, compute: Callable[[Transformer], _Result]) -> _Result:
-        """Compute; where packed weights are found damaged, rebuild them once and start over.
+        """Compute; if packed weights are found damaged, rebuild them once and start over.
 
         A damaged file that cannot be removed is left where it is, and the weights are packed into memory.
         """
@@ -357,11 +348,11 @@ class Session:
         removed, kv_cache = self._open().discard(), self._transformer.kv_cache
         self.close()
         self._engine = _open_sound(self._request, reason, in_memory=not removed)
-        self._transformer.kv_cache = kv_cache  # a text that was begun goes on, with the same weights
+        self._transformer.kv_cache = kv_cache  # a text that was begun goes on with the same weights
         return compute(self._transformer)
 
     def logits(self, token_ids: Sequence[int] | IntArray) -> Float32Array:
-        """Return the logits `[T, V]` after each of `token_ids`; uses memory of its own, whatever is generated.
+        """Return the logits `[T, V]` after each of `token_ids`; does not disturb a generation under way.
 
         Raises:
             RequestError: no tokens, an id out of range, or more tokens than the model has positions.
@@ -403,20 +394,18 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def _prefill(transformer: Transformer, prompt_ids: Sequence[int]) -> Float32Array:
-    """Return the logits `[V]` behind a prompt, from an empty text."""
+    """Return the logits `[V]` after a prompt, from an empty text."""
     transformer.kv_cache.rewind(0)
     return transformer.prefill(prompt_ids)
 
 
 class _Tokens:
-    """The ids of one generation so far, and the time it took to make them; not the time its reader took."""
+    """The ids of one generation so far, and the time spent computing them, without the time that the caller takes."""
 
     def __init__(self, clock: Clock) -> None:
         self.ids: list[int] = []
@@ -424,7 +413,7 @@ class _Tokens:
         self._now = clock.now
 
     def timed(self, ids: Iterator[int]) -> Iterator[int]:
-        """Pass `ids` on, keeping each and its time."""
+        """Yield each of `ids`, and record it and the time it took."""
         while True:
             started = self._now()
             token_id = next(ids, None)

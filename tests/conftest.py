@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
+from threadpoolctl import threadpool_limits
 
 import refinfer
 from refinfer.model.checkpoint import open_checkpoint
@@ -21,8 +25,8 @@ from refinfer.model.weights import RowMajorSource
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Where these say that a build server runs the tests, pytest writes every comparison that fails out in full. Of two
-# packed buffers that takes minutes, and more where a test looks for a provider's mistake again and again.
+# If these say that a build server runs the tests, pytest writes every comparison that fails out in full. For two
+# packed buffers that takes minutes, and longer if a test looks for a provider's mistake again and again.
 for _name in ("CI", "BUILD_NUMBER"):
     os.environ.pop(_name, None)
 
@@ -49,6 +53,24 @@ class Golden:
 def _load_golden(family: str) -> Golden:
     raw: dict[str, Any] = json.loads((GOLDEN / family / "golden.json").read_text())
     return Golden(family, GOLDEN / family, raw["prompt"], raw["logits"], raw["greedy"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_terminal_in_the_environment() -> None:
+    """Nothing says how wide a terminal is or whether it has colours, also not to the programs that are started.
+
+    Python's readline sets the first two for programs only, past `os.environ`.
+    """
+    for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+        os.environ.pop(name, None)
+        os.unsetenv(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_blas_thread() -> Iterator[None]:
+    """The products of tests are small: several BLAS threads would only wait busily for one another."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -108,19 +130,33 @@ def storyteller() -> Iterator[refinfer.Session]:
         yield session
 
 
+def pytest_collection_finish() -> None:
+    """Tens of thousands of tests' objects live for ever: looking through them for garbage would take a tenth longer."""
+    gc.freeze()
+    gc.set_threshold(50_000)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let anybody hold their own weight cache or weight source against the specification."""
     about = "run the tests of weight cache providers on this class instead; Class() must be an empty one"
     parser.addoption("--provider", metavar="PACKAGE:CLASS", help=about)
     about = (
         "run the tests of weight sources on this class instead, or on several; Class(config, folder) must be a source "
-        "of the checkpoint in a folder, and its attribute `rounding` says how wrong a weight may be, as a share of the "
-        "largest of its row (0 unless it says so)"
+        "of the checkpoint in a folder; its attribute `rounding`, if any, says how wrong a weight may be, as a share "
+        "of the largest of its row (default: 0), and its method `damage`, if any, changes a weight where it lies"
     )
     parser.addoption("--source", metavar="PACKAGE:CLASS", action="append", default=[], help=about)
 
 
+@cache
+def clauses() -> dict[str, str]:
+    """Return the sentence of each clause of the specification."""
+    page = (Path(__file__).parents[1] / "docs" / "spec.md").read_text()
+    return dict(re.findall(r"^- \*\*([A-Z]+-\d+)\*\*{[^}]*} (.+?) \*Source: ", page, flags=re.MULTILINE))
+
+
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    """When a test fails, name the clauses it holds."""
+    """When a test fails, print the clauses it holds."""
     if call.excinfo is not None and (marks := [str(i) for m in item.iter_markers("spec") for i in m.args]):
-        item.add_report_section(call.when, "specification", "this test holds " + ", ".join(marks))
+        sentences = [f"{mark}: {clauses().get(mark, 'no such clause')}" for mark in marks]
+        item.add_report_section(call.when, "specification", "\n".join(["this test holds", *sentences]))

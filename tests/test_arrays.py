@@ -1,4 +1,4 @@
-"""Specifies `refinfer.arrays`: bfloat16, by the book and bit by bit, and aligned memory."""
+"""Specifies `refinfer.arrays`: exact conversions of bfloat16, and aligned memory."""
 
 from __future__ import annotations
 

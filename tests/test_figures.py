@@ -1,4 +1,4 @@
-"""The figures page says what was measured: its tables are recomputed from the committed output of their commands."""
+"""The tables of the figures page are recomputed from the committed output of their commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from refinfer.offload.paper import paper_rows
+from refinfer.planning.paper import paper_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "figures.md").read_text()

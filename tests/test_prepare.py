@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refinfer.engine import fixed_of
+from refinfer.clock import RealClock
 from refinfer.errors import RequestError, WeightsError
+from refinfer.inventory import Inventory
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.folder import open_folder
@@ -25,15 +26,16 @@ from refinfer.model.safetensors import SafetensorsFile, TensorSpec, write_safete
 from refinfer.model.synth import write_checkpoint
 from refinfer.model.transformer import Transformer, prefill_block
 from refinfer.model.weights import WeightSource
-from refinfer.offload.budget import Budget
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.plan import make_plan, smallest_budget
-from refinfer.offload.source import PackedSource
+from refinfer.offload.packed_file import PackedFile
 from refinfer.offload.store import FileStore
 from refinfer.offload.streamed import StreamedSource
 from refinfer.packing.formats import FORMATS, pack_matrix
+from refinfer.planning.account import fixed_of
+from refinfer.planning.cost import HERE, costs_of
+from refinfer.planning.plan import Prefetch, make_plan, smallest_budget
 from refinfer.prepare import IN_MEMORY, choose_format, prepare
-from refinfer.trace import RealClock
+from refinfer.sources.packed import PackedSource
+from refinfer.trace import Recorder
 from refinfer.weight_cache.key import PackKey
 from refinfer.weight_cache.load_or_build import Prepared
 from refinfer.weight_cache.mapped_file import NO_FILE, MappedFile, read_file
@@ -114,14 +116,16 @@ def test_a_provider_holds_every_tensor_of_a_model_packed(family: Path, name: str
     found = prepared(family, name, where if where == IN_MEMORY else tmp_path / "cache")
     check_contents(found.provider, family, inventory)
     assert found.provider.is_finalized()
-    assert found.packed == tuple(found.provider)
     assert found.keys == {key.name: key for key in found.provider}
-    assert found.held_bytes == found.packed_bytes == sum(map(padded_nbytes_of, found.provider))
+    outcome, nbytes = found.outcome, sum(map(padded_nbytes_of, found.provider))
+    assert outcome.held_buffers == outcome.packed_buffers == len(found.provider)
+    assert outcome.held_bytes == outcome.packed_bytes == nbytes
     if where != IN_MEMORY:
         again = prepared(family, name, tmp_path / "cache")
         check_contents(again.provider, family, inventory)
-        assert (again.state, again.packed, again.packed_bytes) == ("loaded", (), 0)
-        assert (again.keys, again.held_bytes) == (found.keys, found.held_bytes)
+        assert again.keys == found.keys
+        assert (again.outcome.state, again.outcome.packed_buffers, again.outcome.packed_bytes) == ("loaded", 0, 0)
+        assert (again.outcome.held_buffers, again.outcome.held_bytes) == (len(found.provider), nbytes)
 
 
 @pytest.mark.spec("PREP-1", "SOURCE-3")
@@ -179,7 +183,7 @@ def packed_logits(folder: Path, name: str, where: str, chunk_nbytes: int | None,
     """Return the logits of weights in memory or mapped; check why they were packed, and the sizes of their chunks."""
     inventory = Inventory(open_folder(folder).config, name, chunk_nbytes)
     found = prepare(inventory, open_checkpoint(folder), where, clock=RealClock())
-    assert found.reason == reason
+    assert found.outcome.reason == reason
     assert [chunks_of(found.keys[matrix.name]) for matrix in inventory.matrices] == [
         matrix.layout.chunks for matrix in inventory.matrices
     ]
@@ -192,20 +196,11 @@ def streamed_logits(folder: Path, name: str, file: Path, chunk_nbytes: int | Non
     inventory = Inventory(open_folder(folder).config, name, chunk_nbytes)
     found = prepare(inventory, open_checkpoint(folder), str(file), clock=RealClock())
     found.provider.delete_cache()
-    of_key = {entry.key: entry for entry in read_file(file)[1].entries}
-    fixed = fixed_of(inventory, POSITIONS)
-    limit = smallest_budget(inventory, fixed)
-    source = StreamedSource(
-        inventory,
-        {tensor: of_key[key] for tensor, key in found.keys.items()},
-        FileStore(file),
-        make_plan("leading", inventory, fixed, limit),
-        Budget(limit),
-        most_rows=prefill_block(inventory.config, POSITIONS),
-        clock=RealClock(),
-    )
-    assert source.n_chunks == len(inventory.cycle)
-    return logits_of(source)
+    fixed, costs = fixed_of(inventory, POSITIONS), costs_of(inventory, HERE, prefetch_threads=0)
+    plan = make_plan("leading", inventory, fixed, smallest_budget(inventory, fixed), costs, Prefetch(0))
+    packed = PackedFile(file, inventory, found.keys, FileStore(file))
+    most_rows = prefill_block(inventory.config, POSITIONS)
+    return logits_of(StreamedSource(packed, plan, Recorder(RealClock()), most_rows))
 
 
 @pytest.mark.spec("OPEN-4", "OFFLOAD-3")
@@ -262,7 +257,9 @@ def as_f32(*names: str) -> Callable[[dict[str, TensorSpec]], None]:
     ],
     ids=lambda value: ", ".join(value) or "none" if isinstance(value, tuple) else value,
 )
-def test_auto_is_bf16_where_every_matrix_is_stored_so(changed: tuple[str, ...], chosen: str, tmp_path: Path) -> None:
+def test_auto_is_bf16_if_every_matrix_is_stored_as_bfloat16(
+    changed: tuple[str, ...], chosen: str, tmp_path: Path
+) -> None:
     folder = with_tensors(Path(__file__).parent / "golden" / "llama", as_f32(*changed), tmp_path / "m")
     assert choose_format(open_checkpoint(folder), "auto") == chosen
 
@@ -275,7 +272,7 @@ def test_auto_loses_nothing_of_any_stored_type(dtype: str, chosen: str, tmp_path
     assert choose_format(checkpoint, "auto") == chosen
     for name in FORMATS:
         assert choose_format(checkpoint, name) == name
-    with pytest.raises(RequestError, match="weights must be auto, f32, bf16, int8, int4, not 'fp8'"):
+    with pytest.raises(RequestError, match="weights must be one of auto, f32, bf16, int8, int4, not 'fp8'"):
         choose_format(checkpoint, "fp8")
 
 
@@ -285,19 +282,53 @@ def everything_in(folder: Path) -> set[Path]:
 
 @pytest.mark.spec("PREP-3")
 @every_format
-def test_memory_holds_the_same_bytes_as_the_file_and_leaves_none(
+def test_memory_holds_the_same_bytes_as_the_file_and_writes_no_file(
     family: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     in_memory = prepared(family, name, IN_MEMORY)
-    assert (in_memory.state, in_memory.mapped, in_memory.reason) == ("memory", None, None)
+    outcome = in_memory.outcome
+    assert (outcome.state, outcome.path, outcome.reason, in_memory.mapped) == ("memory", None, None, None)
+    assert outcome.packing_s == outcome.load_or_build_s > 0
     assert everything_in(tmp_path) == set()
     in_file = prepared(family, name, None)
     assert path_of(in_file).parent == tmp_path / "refinfer"
     kept = {(key.packer, key.name): in_file.provider[key].tobytes() for key in in_file.provider}
     packed = {(key.packer, key.name): in_memory.provider[key].tobytes() for key in in_memory.provider}
     assert list(packed.items()) == list(kept.items())
+
+
+class SteppingClock:
+    """A clock on which a second passes whenever it is looked at."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def now(self) -> float:
+        self.looks += 1
+        return float(self.looks)
+
+    def sleep(self, seconds: float) -> None:
+        raise AssertionError("preparing never sleeps")
+
+
+@pytest.mark.spec("PREP-7")
+@pytest.mark.parametrize("where", [IN_MEMORY, "file"])
+def test_the_outcome_has_the_seconds_from_the_first_look_at_the_clock_to_the_last(where: str, tmp_path: Path) -> None:
+    folder = Path(__file__).parent / "golden" / "qwen2"
+    inventory, place = (
+        Inventory(open_folder(folder).config, "int8"),
+        where if where == IN_MEMORY else tmp_path / "cache",
+    )
+    packing_s = []
+    for state in ("memory",) * 2 if where == IN_MEMORY else ("built", "loaded"):
+        clock = SteppingClock()
+        outcome = prepare(inventory, open_checkpoint(folder), str(place), clock=clock).outcome
+        assert (outcome.state, outcome.load_or_build_s) == (state, clock.looks - 1)
+        packing_s.append(outcome.packing_s)
+    first, second = packing_s
+    assert first == second is not None  # a file that is loaded reports how long it took to build
 
 
 @pytest.fixture
@@ -379,7 +410,7 @@ def test_a_cache_file_never_takes_the_place_of(place_in: Callable[[Path], Path],
 
 @pytest.mark.spec("PREP-4", "ERR-1")
 @pytest.mark.parametrize("place", ["", ":mem", ":memory ", ":"])
-def test_what_names_no_file_is_refused(
+def test_a_weight_cache_that_is_not_a_file_is_refused(
     place: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -406,7 +437,7 @@ def test_a_name_that_no_file_can_have_is_one_named_error(model: Path, tmp_path: 
 @pytest.mark.spec("PREP-4")
 def test_another_file_that_lay_there_is_replaced_with_the_reason(model: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("something else")
-    assert prepared(model, "f32", tmp_path / "cache").reason == "it is not a refinfer weight cache"
+    assert prepared(model, "f32", tmp_path / "cache").outcome.reason == "it is not a refinfer weight cache"
 
 
 @pytest.mark.spec("PREP-4", "DIR-2")
@@ -415,7 +446,7 @@ def test_a_link_is_followed_to_the_file_it_names(model: Path, tmp_path: Path) ->
     link = tmp_path / "cache"
     link.symlink_to(tmp_path / "place" / "real")
     first, second = prepared(model, "f32", link), prepared(model, "f32", tmp_path / "place" / "real")
-    assert (first.state, second.state) == ("built", "loaded")
+    assert (first.outcome.state, second.outcome.state) == ("built", "loaded")
     assert link.is_symlink()
     assert path_of(first) == path_of(second) == (tmp_path / "place" / "real").resolve()
 
@@ -476,9 +507,9 @@ import json, sys
 from pathlib import Path
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.folder import open_folder
-from refinfer.offload.inventory import Inventory
+from refinfer.inventory import Inventory
 from refinfer.prepare import prepare
-from refinfer.trace import RealClock
+from refinfer.clock import RealClock
 from refinfer.weight_cache.load_or_build import Listener
 
 folder, warm, cache, name = sys.argv[1:]
@@ -501,10 +532,11 @@ seen = []
 build(warm, cache + ".warm")
 before, seen = private(), []
 prepared = build(folder, cache)
-print(json.dumps({"growth": max(seen) - before, "looks": len(seen), "bytes": prepared.packed_bytes}))
+print(json.dumps({"growth": max(seen) - before, "looks": len(seen), "bytes": prepared.outcome.packed_bytes}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs /proc, as Linux has it")
 @pytest.mark.spec("PREP-6", "OPEN-8")
 def test_building_keeps_less_than_64_mb_in_private_memory(tmp_path: Path) -> None:

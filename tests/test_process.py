@@ -1,4 +1,4 @@
-"""Specifies `refinfer.process`, its part of BUDGET-4: how much memory is left, by the system and by control groups."""
+"""Specifies `refinfer.process`: how much memory the system and the control groups have left (for BUDGET-4)."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ SYSTEMS: dict[str, tuple[dict[str, str], int]] = {
     ),
     "version 1, no limit": (IN_V1 | PLENTY | group_v1("/a/b", NO_LIMIT_V1) | group_v1("", NO_LIMIT_V1), 16 * GIB),
     "version 1, the path of the host": (IN_V1 | PLENTY | group_v1("", 2 * GIB, GIB, GIB // 4), 5 * GIB // 4),
-    "version 1, its own root beside an empty version 2": (
+    "version 1, its own root along with an empty version 2": (
         {"/proc/self/cgroup": "0::/\n4:memory:/\n"} | PLENTY | group_v1("", 2 * GIB, GIB),
         GIB,
     ),
-    "a limit and a system that says nothing": (IN_V2 | group_v2("/a/b", 2 * GIB, GIB), GIB),
+    "a limit and a system that reports nothing": (IN_V2 | group_v2("/a/b", 2 * GIB, GIB), GIB),
     "more of its pages are droppable than counted": (IN_V2 | PLENTY | group_v2("/a/b", GIB, 10, 20), GIB),
 }
 
@@ -110,16 +110,16 @@ def test_a_parent_with_a_larger_limit_but_less_left_counts(system: System, versi
 
 
 @pytest.mark.spec("BUDGET-4", "ERR-1")
-def test_auto_is_refused_where_the_system_does_not_tell(system: System) -> None:
+def test_auto_is_refused_if_the_system_does_not_report_what_is_left(system: System) -> None:
     system({})
     assert process.available_bytes() is None
     assert process.cgroup_memory() is None
-    with pytest.raises(BudgetError, match="does not tell how much memory is left; give the budget as a size"):
+    with pytest.raises(BudgetError, match="does not report how much memory is left; give the budget as a size"):
         parse_budget("auto", 1000)
 
 
 @pytest.mark.spec("BUDGET-4")
-def test_the_version_the_limit_and_what_is_used_are_told(system: System) -> None:
+def test_the_version_the_limit_and_what_is_used_are_reported(system: System) -> None:
     system(IN_V1 | group_v1("/a/b", 8 * GIB, 3 * GIB, GIB))
     assert process.cgroup_memory() == {"version": 1, "memory_limit_bytes": 8 * GIB, "memory_used_bytes": 2 * GIB}
     system(IN_V2 | group_v2("/a/b", "max", 3 * GIB))
@@ -134,7 +134,7 @@ def test_lines_of_another_form_are_skipped(system: System, line: str) -> None:
 
 
 @pytest.mark.spec("BUDGET-4")
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells in /proc how much memory is left")
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux reports in /proc how much memory is left")
 def test_here_auto_is_some_of_the_memory_that_is_left() -> None:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemTotal:"):

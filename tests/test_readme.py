@@ -1,4 +1,4 @@
-"""The README's links lead somewhere, and its commands are what CI runs; its examples run with `pytest -m pages`."""
+"""The README's links lead to files, and CI runs its commands; its examples run with `pytest -m pages`."""
 
 from __future__ import annotations
 

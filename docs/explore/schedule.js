@@ -224,7 +224,7 @@
     ["pageCache", "cached", "page cache"],
     ["ring", "reads", "ring"],
     ["kvCache", "kv", "KV cache"],
-    ["scratch", "scratch", "activations and scratch"],
+    ["scratch", "scratch", "scratch"],
     ["resident", "resident", "norms and biases"],
     ["unused", "empty", "unused"],
   ];

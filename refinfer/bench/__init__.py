@@ -1,7 +1,7 @@
-"""The bench room: what this machine can show, and what refinfer reaches on it.
+"""Measurements: what this machine can do, and what refinfer reaches on it.
 
-Knows: clocks, threads, every other room. Does not know: what a good figure would be; it reports and never judges.
+Uses every other room, and reports figures without judging them. Leaves to others: what a good figure would be.
 
-Every bench runs its candidates interleaved, round by round, and reports medians of per-round ratios, because a shared
-machine changes its speed while one looks.
+Every bench runs its candidates interleaved, round by round, and reports medians of per-round ratios, because the speed
+of a shared machine changes during a measurement.
 """

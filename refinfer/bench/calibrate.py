@@ -1,10 +1,11 @@
-"""What reads and products cost here, for every size, number of threads and format; kept for `plan` and `generate`.
+"""What reads and products cost on this machine, kept for `plan`, `simulate` and `generate --budget`.
 
-Knows: how to time reads and products, the folder of `calibration.json`. Does not know: plans.
-Spec: CAL-1, CAL-2. Tutorial: 11.
+Measures every chunk size, number of prefetch threads and format. Leaves to others: costs that are derived from it
+(`planning.cost`), the file that keeps it (`offload.calibration`).
+Read more: tutorial 11; clauses CAL-1, CAL-2.
 
-Reads are checked reads, as the prefetch threads make them, of a file written for it in the cache directory; products
-are of chunks that are not in the processor's caches, with one BLAS thread.
+Reads are checked reads, like those of the prefetch threads, from a file written for this in the cache directory.
+Products are of chunks that are not in the processor's caches, with one BLAS thread.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import statistics
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
@@ -22,26 +23,34 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from refinfer.arrays import PAGE_BYTES, aligned_empty
+from refinfer.bench.entry import Bench, Progress, Row
+from refinfer.clock import Clock, RealClock
 from refinfer.errors import CacheFileError
-from refinfer.offload.calibration import CALIBRATION_FILE, read_json, to_json
-from refinfer.offload.cost import Device, Processor
+from refinfer.offload.calibration import (
+    CALIBRATION_FILE,
+    CALIBRATION_VERSION,
+    blas_name,
+    device_number,
+    read_json,
+)
 from refinfer.offload.prefetch import Prefetcher
 from refinfer.offload.store import FileStore, Store
 from refinfer.packing.formats import FORMATS, PackedMatrix, layout_of, pack_matrix
 from refinfer.packing.layout import Bytes
 from refinfer.packing.matmul import matmul, scratch_floats
 from refinfer.packing.product import GemmScratch
-from refinfer.trace import Clock, RealClock
+from refinfer.planning.cost import Device, Processor
+from refinfer.units import format_nbytes
 from refinfer.weight_cache.directory import cache_directory
 from refinfer.weight_cache.publish import write_small_file
 
-__all__ = ["CALIBRATE_STEPS", "calibrate", "fit_device", "processor_of", "product_rows", "read_rows"]
+__all__ = ["BENCH", "calibrate", "fit_device", "processor_of", "product_rows", "read_rows", "to_json"]
 
 CHUNK_SIZES: Final = (1 << 20, 2 << 20, 4 << 20)
-READERS: Final = (1, 2, 4)
+THREADS: Final = (1, 2, 4)
 ROWS_OF_X: Final = (1, 8, 64, 256)
-CALIBRATE_STEPS: Final = len(CHUNK_SIZES) * len(READERS) + len(FORMATS) * len(ROWS_OF_X)
 
+_SOURCE: Final = "refinfer bench calibrate"
 _FILE_BYTES: Final = 256 << 20
 _RING: Final = 8
 _ROUNDS: Final = 3
@@ -52,7 +61,7 @@ _CALLS: Final = 200
 
 
 def calibrate(
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = lambda: None,
     *,
     folder: Path | None = None,
     nbytes: int = _FILE_BYTES,
@@ -72,15 +81,9 @@ def calibrate(
     rows = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="calibration-", suffix=".tmp") as file:
-            noise = np.random.default_rng(0).bytes(CHUNK_SIZES[-1])
-            for _ in range(nbytes // len(noise)):
-                file.write(noise)
-            file.flush()
-            with FileStore(Path(file.name)) as store:
-                for row in read_rows(store, nbytes, clock, rounds):
-                    rows.append(row)
-                    progress()
+        for row in _reads_in(folder, nbytes, clock, rounds):
+            rows.append(row)
+            progress()
         with threadpool_limits(limits=1, user_api="blas"):
             one_call_s = _call_s(clock)
             for row in product_rows(tuple(FORMATS), clock, rounds):
@@ -93,7 +96,40 @@ def calibrate(
     return {"calibration_file": str(place), "call_us": 1e6 * one_call_s, "rows": rows}
 
 
-def read_rows(store: Store, nbytes: int, clock: Clock, rounds: int = _ROUNDS) -> Iterator[dict[str, Any]]:
+def _reads_in(folder: Path, nbytes: int, clock: Clock, rounds: int) -> Iterator[Row]:
+    """Write a file of noise into a folder, and measure reads of it."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="calibration-", suffix=".tmp") as file:
+        noise = np.random.default_rng(0).bytes(CHUNK_SIZES[-1])
+        for _ in range(nbytes // len(noise)):
+            file.write(noise)
+        file.flush()
+        with FileStore(Path(file.name)) as store:
+            yield from read_rows(store, nbytes, clock, rounds)
+
+
+def to_json(known: Mapping[str, Any] | None, place: Path, device: Device, processor: Processor) -> dict[str, Any]:
+    """Return the contents of `calibration.json` with this device and processor added to what was `known`."""
+    kept = known if known is not None and known.get("version") == CALIBRATION_VERSION else {}
+    disk = {"bandwidth": _with_text_keys(device.bandwidth), "latency_s": device.latency_s}
+    seconds = {name: _with_text_keys(points) for name, points in processor.seconds_per_byte.items()}
+    multiplier = {"seconds_per_byte": seconds, "call_s": processor.call_s}
+    return {
+        "version": CALIBRATION_VERSION,
+        "devices": _section(kept, "devices") | {device_number(place): disk},
+        "processors": _section(kept, "processors") | {blas_name(): multiplier},
+    }
+
+
+def _with_text_keys(points: Mapping[int, float]) -> dict[str, float]:
+    return {str(n): value for n, value in points.items()}
+
+
+def _section(known: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = known.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def read_rows(store: Store, nbytes: int, clock: Clock, rounds: int = _ROUNDS) -> Iterator[Row]:
     """Yield bytes per second of checked reads of the first `nbytes`, by chunk size and number of threads."""
     for size in CHUNK_SIZES:
         memory = aligned_empty((_RING * size // 4,), PAGE_BYTES).view(np.uint8)
@@ -105,10 +141,10 @@ def read_rows(store: Store, nbytes: int, clock: Clock, rounds: int = _ROUNDS) ->
             zlib.crc32(slot.data)
             return slot
 
-        for readers in READERS:
-            seconds = [_pass_s(Prefetcher(order, slots, read, readers), order, clock) for _ in range(rounds)]
+        for threads in THREADS:
+            seconds = [_pass_s(Prefetcher(order, slots, read, threads), order, clock) for _ in range(rounds)]
             rate = len(order) * size / statistics.median(seconds)
-            yield {"what": "read", "chunk_bytes": size, "prefetch_threads": readers, "gb_per_s": rate / 1e9}
+            yield {"what": "read", "chunk_bytes": size, "prefetch_threads": threads, "gb_per_s": rate / 1e9}
 
 
 def _pass_s(prefetcher: Prefetcher, order: Sequence[int], clock: Clock) -> float:
@@ -120,10 +156,10 @@ def _pass_s(prefetcher: Prefetcher, order: Sequence[int], clock: Clock) -> float
 
 
 def fit_device(rows: Sequence[Mapping[str, Any]]) -> Device:
-    """Return the device whose `read_s` comes nearest to `read_rows`: a line over the sizes, through one thread's times.
+    """Return the device that fits `read_rows` best.
 
-    A read of some bytes takes latency + bytes * readers / bandwidth; other numbers of readers are fitted to the
-    largest size.
+    A read of some bytes takes latency + bytes * threads / bandwidth. The latency is the intercept of a line through one
+    thread's times for each size; the bandwidth for more threads is fitted to the largest size.
     """
     reads = [row for row in rows if row["what"] == "read"]
     one = {
@@ -138,10 +174,10 @@ def fit_device(rows: Sequence[Mapping[str, Any]]) -> Device:
             in_flight = row["prefetch_threads"] * largest
             took_s = in_flight / row["gb_per_s"] / 1e9
             bandwidth[row["prefetch_threads"]] = in_flight / max(took_s - latency_s, took_s / 2)
-    return Device("this disk", bandwidth, latency_s, "refinfer bench calibrate")
+    return Device("this disk", bandwidth, latency_s, _SOURCE)
 
 
-def product_rows(names: Sequence[str], clock: Clock, rounds: int = _ROUNDS) -> Iterator[dict[str, Any]]:
+def product_rows(names: Sequence[str], clock: Clock, rounds: int = _ROUNDS) -> Iterator[Row]:
     """Yield nanoseconds per byte of products with chunks that come from memory, by format and rows of x."""
     w = np.random.default_rng(0).standard_normal(_SHAPE, dtype=np.float32)
     for name in names:
@@ -166,7 +202,7 @@ def product_rows(names: Sequence[str], clock: Clock, rounds: int = _ROUNDS) -> I
 
 
 def _call_s(clock: Clock) -> float:
-    """Return what the product of a chunk costs beside its bytes: that of a very small one."""
+    """Return the fixed seconds of a product, whatever its bytes: the time for a very small chunk."""
     packed = pack_matrix(np.ones(_TINY, np.float32), "f32")
     x, out = np.ones((1, _TINY[1]), np.float32), np.empty((1, _TINY[0]), np.float32)
     scratch = GemmScratch(scratch_floats({layout_of("f32", *_TINY)}, 1))
@@ -177,10 +213,29 @@ def _call_s(clock: Clock) -> float:
 
 
 def processor_of(rows: Sequence[Mapping[str, Any]], call_s: float) -> Processor:
-    """Return the processor that `product_rows` tell of; what a call costs by itself is taken out of each."""
+    """Return the processor with the costs in `product_rows`; the fixed cost of a call is subtracted from each."""
     seconds: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["what"] == "product":
             whole = row["ns_per_byte"] / 1e9
             seconds.setdefault(row["format"], {})[row["m"]] = max(whole - call_s / row["chunk_bytes"], whole / 2)
-    return Processor("this processor", seconds, call_s, "refinfer bench calibrate")
+    return Processor("this processor", seconds, call_s, _SOURCE)
+
+
+BENCH: Final = Bench(
+    summary="Measure reads and products here, for plan, simulate and budgets.",
+    title="What reads and products cost here; plan, simulate and generate --budget use it from now on",
+    steps=lambda: len(CHUNK_SIZES) * len(THREADS) + len(FORMATS) * len(ROWS_OF_X),
+    measure=calibrate,
+    columns={
+        "what": lambda row: f"{row['what']} {row.get('format', '')}",
+        "chunk": lambda row: format_nbytes(row["chunk_bytes"]),
+        "threads, or rows of x": lambda row: str(row.get("prefetch_threads", row.get("m"))),
+        "GB/s": lambda row: f"{row['gb_per_s'] if 'gb_per_s' in row else 1 / row['ns_per_byte']:.2f}",
+    },
+    keys=3,
+    notes={
+        "read": "with checksums, as the prefetch threads read: a file of 256 MiB in the cache directory",
+        "product": "of packed weights that come from memory, with one BLAS thread",
+    },
+)

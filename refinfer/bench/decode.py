@@ -1,13 +1,13 @@
 """`refinfer bench decode`: tokens per second of the whole model, against a clean naive decode of the same weights.
 
-Knows: both decoders. Does not know: files that are kept; its checkpoints are temporary.
-Spec: BENCH-4. Tutorial: 02.
+Leaves to others: the naive decode (`naive`), files that are kept; its checkpoints are temporary.
+Read more: tutorial 02; clause BENCH-4.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,8 @@ from typing import Any, Final
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from refinfer.bench.harness import interleave
+from refinfer.bench.entry import Bench, Progress, Row, quartiles
+from refinfer.bench.harness import Timings, interleave
 from refinfer.bench.naive import NaiveDecoder
 from refinfer.errors import GenerationError
 from refinfer.model.checkpoint import open_checkpoint
@@ -24,7 +25,7 @@ from refinfer.model.synth import write_checkpoint
 from refinfer.model.transformer import Transformer
 from refinfer.model.weights import RowMajorSource
 
-__all__ = ["DECODE_SHAPES", "decode_rows"]
+__all__ = ["BENCH", "DECODE_SHAPES", "decode_rows"]
 
 
 def _bench_shape(hidden_size: int, num_hidden_layers: int, intermediate_size: int, heads: int) -> ModelConfig:
@@ -45,10 +46,13 @@ _STEPS: Final = 8
 _LARGEST_DIFFERENCE: Final = 1e-3
 
 
-def decode_rows(rounds: int = 41, progress: Callable[[], None] = lambda: None) -> Iterator[dict[str, Any]]:
+def decode_rows(rounds: int = 41, progress: Progress = lambda: None) -> Iterator[Row]:
     """Yield a row for each shape: ratio to the naive decode, and tokens per second; one BLAS thread.
 
-    A candidate's turn is eight tokens at positions 88 to 95, behind the same prompt. Before timing, both must agree.
+    In its turn, a candidate computes eight tokens at positions 88 to 95, after the same prompt.
+
+    Raises:
+        GenerationError: the two decoders do not agree; nothing is timed.
     """
     rng = np.random.default_rng(0)
     for config in DECODE_SHAPES:
@@ -56,11 +60,13 @@ def decode_rows(rounds: int = 41, progress: Callable[[], None] = lambda: None) -
             write_checkpoint(Path(folder), config, dtype="f32")
             source = RowMajorSource(config, open_checkpoint(Path(folder)))
             ids = rng.integers(config.vocab_size, size=_PROMPT_TOKENS + _STEPS).tolist()
-            yield _measure(source, ids, rounds, progress)
+            yield _measure(source, ids, rounds)
+            progress()
 
 
-def _measure(source: RowMajorSource, ids: list[int], rounds: int, progress: Callable[[], None]) -> dict[str, Any]:
-    naive = NaiveDecoder(source, len(ids))
+def _measure(source: RowMajorSource, ids: list[int], rounds: int) -> Row:
+    with source.forward_pass() as weights:
+        naive = NaiveDecoder(source.config, weights, len(ids))
     ours = Transformer(source, len(ids))
     ours.prefill(ids[:_PROMPT_TOKENS])
     for i in ids[:_PROMPT_TOKENS]:
@@ -79,15 +85,33 @@ def _measure(source: RowMajorSource, ids: list[int], rounds: int, progress: Call
         raise GenerationError(f"the two decoders differ by {difference}: there is nothing to compare")
     # Small models get more rounds in the same time: their turns are short, and noise weighs more.
     turns = rounds * max(1, 2_000_000 // source.config.n_parameters)
-    timings = interleave({"naive": run_naive, "refinfer": run_ours}, turns)
-    progress()
+    return _row(source.config, interleave({"naive": run_naive, "refinfer": run_ours}, turns), difference)
+
+
+def _row(config: ModelConfig, timings: Timings, difference: float) -> Row:
     low, high = timings.spread("refinfer", "naive")
     return {
-        "hidden_size": source.config.hidden_size,
-        "num_hidden_layers": source.config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
         "ratio_to_naive": round(timings.ratio("refinfer", "naive"), 3),
         "ratio_quartiles": [round(low, 3), round(high, 3)],
         "tokens_per_s": round(_STEPS / timings.median("refinfer"), 1),
         "naive_tokens_per_s": round(_STEPS / timings.median("naive"), 1),
         "largest_difference": difference,
     }
+
+
+BENCH: Final = Bench(
+    summary="Measure whole models against a clean naive decode.",
+    title="Decode, one BLAS thread, against a clean naive numpy decode",
+    steps=lambda: len(DECODE_SHAPES),
+    measure=lambda progress: {"rows": list(decode_rows(progress=progress))},
+    columns={
+        "hidden size x layers": lambda row: f"{row['hidden_size']} x {row['num_hidden_layers']}",
+        "times as fast": lambda row: f"{row['ratio_to_naive']:.2f}",
+        "quartiles": quartiles,
+        "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+        "naive tokens/s": lambda row: f"{row['naive_tokens_per_s']:,.0f}",
+    },
+    notes={"naive": "the same weights and logits, in straightforward code that makes new arrays at each step"},
+)

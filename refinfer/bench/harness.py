@@ -1,7 +1,7 @@
 """Interleaved timing: the candidates of a comparison take turns, so that a slow moment hits them all.
 
-Knows: callables and a clock. Does not know: what is measured.
-Spec: BENCH-1, BENCH-2. Tutorial: 02.
+Leaves to others: what is measured, and how many rounds are enough.
+Read more: tutorial 02; clauses BENCH-1, BENCH-2.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def interleave(
 ) -> Timings:
     """Run every candidate once to warm up, then `rounds` times in turn, always in the same order.
 
-    Turning the order round would let the candidate at the end run twice in a row and find its data in a cache.
+    If the order alternated, the last candidate would run twice in a row and find its data in a cache.
     """
     for run in candidates.values():
         run()

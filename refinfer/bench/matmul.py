@@ -1,12 +1,12 @@
 """`refinfer bench matmul`: the packed matmul of every format against `x @ W.T`, and where its gains come from.
 
-Knows: the packing room, memory pages. Does not know: models.
-Spec: BENCH-5, BENCH-6. Tutorial: 02.
+Compares formats and kinds of memory pages. Leaves to others: models.
+Read more: tutorial 02; clauses BENCH-5, BENCH-6.
 
-One BLAS thread. Weights are streamed over as many copies as make 160 MiB in float32, so that they do not stay in a
-core's own caches; from M = 64 on, where arithmetic takes the time, large ones are a single copy. Both sides
-of a ratio lie in the same kind of page: huge ones, as numpy asks the system for, and in rows named `4k-pages` small
-ones, as in a mapped file.
+One BLAS thread. There are enough copies of each matrix to make 160 MiB of float32, and they are multiplied one after
+another, so that they do not stay in a core's own caches. From M = 64 on, when arithmetic takes the time, one copy of a
+large matrix is enough. Both sides of a ratio lie in the same kind of page: huge ones, as numpy asks the system for, and
+in rows named `4k-pages` small ones, as in a mapped file.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from refinfer.arrays import Float32Array
+from refinfer.bench.entry import Bench, Progress, Row, quartiles
 from refinfer.bench.harness import interleave
 from refinfer.packing import int8
 from refinfer.packing.formats import FORMATS, PackedMatrix, pack_matrix
@@ -30,13 +31,13 @@ from refinfer.packing.matmul import matmul, scratch_floats
 from refinfer.packing.product import GemmScratch, tile_rows
 from refinfer.packing.xnnpack import GoiLayout, pack
 
-__all__ = ["ROWS_OF_X", "SHAPES", "Weights", "candidates", "machine_limits", "matmul_rows"]
+__all__ = ["BENCH", "Weights", "candidates", "machine_limits", "matmul_rows"]
 
-SHAPES: Final = ((256, 256), (1024, 1024), (2048, 2048), (4096, 4096))
-ROWS_OF_X: Final = (1, 2, 4, 8, 16, 64, 256, 512)
+_SHAPES: Final = ((256, 256), (1024, 1024), (2048, 2048), (4096, 4096))
+_ROWS_OF_X: Final = (1, 2, 4, 8, 16, 64, 256, 512)
 
 _STREAMED_BYTES: Final = 160 << 20
-_COMPUTE_COPIES_M: Final = 64  # from here on arithmetic, not memory, is what takes time: one copy is enough
+_COMPUTE_COPIES_M: Final = 64  # from here on the time goes into arithmetic, not memory: one copy is enough
 
 Run = Callable[[], object]
 Candidate = tuple[float, str, Callable[[int], object]]
@@ -64,12 +65,12 @@ def machine_limits(rounds: int = 5) -> dict[str, float]:
 
 
 def matmul_rows(
-    shapes: Sequence[tuple[int, int]] = SHAPES,
-    rows_of_x: Sequence[int] = ROWS_OF_X,
+    shapes: Sequence[tuple[int, int]] = _SHAPES,
+    rows_of_x: Sequence[int] = _ROWS_OF_X,
     rounds: int = 9,
     limits: Mapping[str, float] | None = None,
-    progress: Callable[[], None] = lambda: None,
-) -> Iterator[dict[str, Any]]:
+    progress: Progress = lambda: None,
+) -> Iterator[Row]:
     """Yield a row for each format or named comparison, number of rows of x, and shape."""
     limits = limits or machine_limits()
     rng = np.random.default_rng(0)
@@ -108,7 +109,7 @@ class Weights:
         ]
 
     def _xnnpack_copies(self, w: Float32Array, nr: int) -> list[Float32Array]:
-        """Tiles `[T, K, nr]` behind their biases, as XNNPACK packs them: views that skip the biases."""
+        """Return tiles `[T, K, nr]` as XNNPACK packs them, after their biases: views that skip the biases."""
         packed = pack(w, GoiLayout(self.N, self.K, TileShape(nr), has_bias=True))
         return [
             copy.reshape(self.N // nr, nr * (self.K + 1))[:, nr:].reshape(-1, self.K, nr)
@@ -184,7 +185,7 @@ def _xnnpack_run(x: Float32Array, tiles: Sequence[Float32Array], out: Float32Arr
     return run
 
 
-def _measure(weights: Weights, x: Float32Array, rounds: int, limits: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+def _measure(weights: Weights, x: Float32Array, rounds: int, limits: Mapping[str, float]) -> Iterator[Row]:
     M, N, K = len(x), weights.N, weights.K
     n_copies = 1 if M >= _COMPUTE_COPIES_M and N * K >= 1 << 20 else weights.n_copies
 
@@ -214,3 +215,37 @@ def _measure(weights: Weights, x: Float32Array, rounds: int, limits: Mapping[str
                 max(gb_per_s / limits["read_gb_per_s"], gflop_per_s / limits["sgemm_gflop_per_s"]), 3
             ),
         }
+
+
+def _with_limits(progress: Progress) -> dict[str, Any]:
+    limits = machine_limits()
+    return {"limits": limits, "rows": list(matmul_rows(limits=limits, progress=progress))}
+
+
+BENCH: Final = Bench(
+    summary="Measure the packed matmul of every format against x @ W.T.",
+    title="x @ W.T, one BLAS thread, against the same on row-major float32 weights",
+    steps=lambda: len(_SHAPES) * len(_ROWS_OF_X),
+    measure=_with_limits,
+    columns={
+        "format": lambda row: str(row["format"]),
+        "M": lambda row: str(row["m"]),
+        "N x K": lambda row: f"{row['n']} x {row['k']}",
+        "times as fast": lambda row: f"{row['ratio_to_naive']:.2f}",
+        "quartiles": quartiles,
+        "GB/s": lambda row: f"{row['gb_per_s']:.1f}",
+        "GFLOP/s": lambda row: f"{row['gflop_per_s']:.1f}",
+        "of the limit": lambda row: f"{row['fraction_of_limit']:.0%}",
+    },
+    keys=3,
+    notes={
+        "M": "the number of rows of x; W has N rows and K columns",
+        "f32-by-tiles": "row-major weights, not packed: at M = 2 to 16 the gain comes from the call, not the layout",
+        "f32-nr16/32": "XNNPACK's own tile shapes (nr128: the same order, wider). Its kernels want 16 or 32 outputs at "
+        "once, BLAS wants long rows: from M = 64 on it repacks each narrow tile for itself, and loses up to half",
+        "int8-naive": "q is widened and scaled as a whole, then multiplied, which writes and reads four bytes for each "
+        "byte of q",
+        "4k-pages": "both sides in small pages, as in a mapped file; all other rows are in huge pages",
+        "of the limit": "the speed at which this core reads memory or multiplies, whichever is nearer",
+    },
+)

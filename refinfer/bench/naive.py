@@ -1,8 +1,9 @@
 """A clean, naive Llama decode in numpy: the baseline that `refinfer bench decode` compares with.
 
-Knows: the same weights, one token at a time. Does not know: preallocated buffers, views, tricks; it is what one writes
-first, in float32 throughout, with rotary tables made once and a KV cache reserved up front.
-Tutorial: 02.
+The same weights, one token at a time, in float32 throughout, with rotary tables made once and a KV cache reserved up
+front. Leaves to others: preallocated buffers, views and tricks (`model.transformer`); this is the straightforward
+version.
+Read more: tutorial 02; clause BENCH-4.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from refinfer.arrays import Float32Array
-from refinfer.model.weights import LayerWeights, Matrix, RowMajorMatrix, RowMajorSource
+from refinfer.model.config import ModelConfig
+from refinfer.model.weights import LayerWeights, Matrix, RowMajorMatrix, Weights
 
 __all__ = ["NaiveDecoder"]
 
@@ -43,11 +45,11 @@ def _rotate(x: Float32Array, cos: Float32Array, sin: Float32Array) -> Float32Arr
 
 
 class NaiveDecoder:
-    """Decodes one token after another; `decode` returns the logits `[V]`."""
+    """Decodes one token after another, with the weights of a pass of a `RowMajorSource`."""
 
-    def __init__(self, source: RowMajorSource, max_positions: int) -> None:
-        c = self.config = source.config
-        self.source = source
+    def __init__(self, config: ModelConfig, weights: Weights, max_positions: int) -> None:
+        c = self.config = config
+        self.weights = weights
         frequency = c.rope_theta ** (-np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim)
         angle = np.outer(np.arange(max_positions, dtype=np.float32), frequency).astype(np.float32)
         self.cos = np.concatenate((np.cos(angle), np.cos(angle)), axis=-1)
@@ -58,13 +60,13 @@ class NaiveDecoder:
 
     def decode(self, token_id: int) -> Float32Array:
         """Compute one more token; return the logits `[V]`."""
-        x = self.source.embed_tokens.rows(np.array([token_id]))[0]
-        for index, layer in enumerate(self.source.layers()):
+        x = self.weights.embed_tokens.rows(np.array([token_id]))[0]
+        for index, layer in enumerate(self.weights.layers):
             x = x + self._attention(index, layer, _rms_norm(x, layer.input_layernorm, self.config.rms_norm_eps))
             h = _rms_norm(x, layer.post_attention_layernorm, self.config.rms_norm_eps)
             x = x + _linear(_silu(_linear(h, layer.gate_proj)) * _linear(h, layer.up_proj), layer.down_proj)
         self.length += 1
-        return _linear(_rms_norm(x, self.source.norm, self.config.rms_norm_eps), self.source.lm_head)
+        return _linear(_rms_norm(x, self.weights.norm, self.config.rms_norm_eps), self.weights.lm_head)
 
     def _attention(self, index: int, layer: LayerWeights, x: Float32Array) -> Float32Array:
         c, position = self.config, self.length

@@ -1,7 +1,7 @@
 """`refinfer bench pack`: how fast rows become tiles, against a plain copy of the same rows.
 
-Knows: the packers. Does not know: files.
-Spec: BENCH-7. Tutorial: 01.
+Leaves to others: files.
+Read more: tutorial 01; clause BENCH-7.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ import numpy as np
 import numpy.typing as npt
 
 from refinfer.arrays import f32_to_bf16
+from refinfer.bench.entry import Bench, Progress, Row, quartiles
 from refinfer.bench.harness import interleave
 from refinfer.packing.formats import layout_of, pack_chunk
 from refinfer.packing.layout import TileShape
 from refinfer.packing.xnnpack import GoiLayout, pack_rows
 
-__all__ = ["PACK_ROUNDS", "PACK_SHAPE", "pack_bench_rows"]
+__all__ = ["BENCH", "pack_bench_rows"]
 
-PACK_SHAPE: Final = (4096, 4096)
-PACK_ROUNDS: Final = 9
+_SHAPE: Final = (4096, 4096)
+_ROUNDS: Final = 9
 
 
 def pack_bench_rows(
-    shape: tuple[int, int] = PACK_SHAPE, rounds: int = PACK_ROUNDS, progress: Callable[[], None] = lambda: None
-) -> Iterator[dict[str, Any]]:
+    shape: tuple[int, int] = _SHAPE, rounds: int = _ROUNDS, progress: Progress = lambda: None
+) -> Iterator[Row]:
     """Yield a row for each format from the type it is stored in, and for XNNPACK's shapes: ratio to a plain copy."""
     N, K = shape
     w = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
@@ -72,3 +73,22 @@ def _goi_packer(rows: npt.NDArray[Any], layout: GoiLayout) -> Callable[[], objec
 def _copier(rows: npt.NDArray[Any]) -> Callable[[], object]:
     copy = np.zeros_like(rows)
     return lambda: np.copyto(copy, rows)
+
+
+BENCH: Final = Bench(
+    summary="Measure how fast weights are packed, against a plain copy.",
+    title="Packing, against a plain copy of the same rows",
+    steps=lambda: _ROUNDS,
+    measure=lambda progress: {"rows": list(pack_bench_rows(progress=progress))},
+    columns={
+        "format": lambda row: str(row["format"]),
+        "N x K": lambda row: f"{row['n']} x {row['k']}",
+        "of a copy's speed": lambda row: f"{row['ratio_to_copy']:.2f}",
+        "quartiles": quartiles,
+        "GB/s read": lambda row: f"{row['gb_per_s']:.1f}",
+    },
+    notes={
+        "f32-nrN-krM": "XNNPACK's own layouts, written for any tile; all others are the formats that refinfer computes "
+        "with",
+    },
+)

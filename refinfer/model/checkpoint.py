@@ -1,8 +1,8 @@
 """A checkpoint: all the safetensors files of a model folder, seen as one set of tensors.
 
-Knows: single files, sharded checkpoints and their index, and how a tensor becomes float32. Does not know: what the
-tensors are for; whoever asks says which shape it expects.
-Spec: TENSOR-8 to TENSOR-11. Tutorial: 05.
+Opens single files, and sharded checkpoints through their index. Leaves to others: what the tensors are for; the caller
+gives the shape that it expects.
+Read more: tutorial 05; clauses TENSOR-8 to TENSOR-11.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PLAIN_NAME: Final = re.compile(r"[^/\\\x00\ud800-\udfff]+")
 class Checkpoint(Mapping[str, TensorInfo]):
     """The tensors of one or several files: a read-only mapping from names to `TensorInfo`.
 
-    Law: every tensor has been found in the file that is said to hold it, before any weight is read.
+    Law: before any weight is read, every tensor has been found in the file that the index names for it.
     """
 
     def __init__(self, folder: Path, file_of: Mapping[str, SafetensorsFile]) -> None:
@@ -56,16 +56,16 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """The files, each once, by name."""
         return tuple(sorted({file.path for file in self._file_of.values()}))
 
-    def let_go(self) -> None:
-        """Tell the system that weights read so far need not stay resident; views stay valid, and read them again."""
+    def drop_pages(self) -> None:
+        """Let the system drop the weights read so far from memory; views stay valid, and read them again."""
         for file in {file.path: file for file in self._file_of.values()}.values():
-            file.let_go()
+            file.drop_pages()
 
     def stored(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """Return a floating-point tensor as it is stored: a read-only view, bfloat16 as its 16 bits.
 
         Raises:
-            WeightsError: the tensor is missing, of another shape than `shape`, or not of floating point.
+            WeightsError: the tensor is missing, does not have the shape `shape`, or is not of a floating-point type.
         """
         if name not in self._file_of:
             raise WeightsError(f"{self.folder} has no tensor {name!r}, which its config.json asks for")
@@ -82,7 +82,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return self._file_of[name].view(name)
 
     def float32(self, name: str, shape: tuple[int, ...]) -> Float32Array:
-        """Return a tensor as float32: a view where it is stored so, a converted copy otherwise.
+        """Return a tensor as float32: a view if it is stored as float32, else a converted copy.
 
         Raises:
             WeightsError: as `stored`.
@@ -100,10 +100,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open `model.safetensors`, or the files that `model.safetensors.index.json` names, in `folder`.
 
-    Reads headers only. A single file is preferred where both exist, as Hugging Face does.
+    Reads headers only. A single file is preferred if both exist, as in Hugging Face's own loader.
 
     Raises:
-        SafetensorsError: neither is there, or a file or the index is malformed.
+        SafetensorsError: neither exists, or a file or the index is malformed.
     """
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if single.exists():

@@ -1,17 +1,16 @@
 """What a model is: its sizes and its few switches, and a table of published sizes by name.
 
-Knows: which tensors such a model has and their shapes. Does not know: files (`config_json` reads them), weights,
-arithmetic.
-Spec: CONFIG-1, CONFIG-2. Tutorial: 07.
+Lists which tensors such a model has, and their shapes. Leaves to others: files (`config_json`), weights, arithmetic.
+Read more: tutorial 07; clauses CONFIG-1, CONFIG-2.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 __all__ = ["SHAPES", "Llama3RopeScaling", "ModelConfig"]
 
@@ -30,8 +29,8 @@ class Llama3RopeScaling:
 class ModelConfig:
     """The sizes and switches of one model, under Hugging Face's names.
 
-    `head_dim` need not be `hidden_size / num_attention_heads`. `sliding_window` is the number of positions up to
-    which sliding and full attention are the same; a longer request is refused. `eos_token_ids` may be empty.
+    `head_dim` need not be `hidden_size / num_attention_heads`. With a `sliding_window`, layers may attend to that
+    many latest positions only; here a longer request is refused. `eos_token_ids`, which end a text, may be empty.
     """
 
     model_type: str
@@ -105,60 +104,47 @@ class ModelConfig:
         return shapes
 
 
-def _shape(
-    vocab_size: int,
-    hidden_size: int,
-    intermediate_size: int,
-    num_hidden_layers: int,
-    heads: tuple[int, int, int],
-    max_position_embeddings: int,
-    *,
-    model_type: str = "llama",
-    rms_norm_eps: float = 1e-5,
-    rope_theta: float = 10000.0,
-    rope_scaling: Llama3RopeScaling | None = None,
-    tied: bool = False,
-) -> ModelConfig:
-    """Return a config; `heads` is (query heads, key and value heads, size of one head)."""
-    return ModelConfig(
-        model_type=model_type,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=heads[0],
-        num_key_value_heads=heads[1],
-        head_dim=heads[2],
-        max_position_embeddings=max_position_embeddings,
-        rms_norm_eps=rms_norm_eps,
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
-        tie_word_embeddings=tied,
-    )
+def _shape(V: int, D: int, F: int, L: int, heads: tuple[int, int, int], positions: int) -> ModelConfig:
+    """Return a Llama without anything special; `heads` is (query heads, key and value heads, size of one head)."""
+    return ModelConfig("llama", V, D, F, L, *heads, positions)
 
 
 # fmt: off
-SHAPES: Final[Mapping[str, ModelConfig]] = MappingProxyType({
+_LLAMAS: Final = {
     # name                  V       D      F      L   (H, G, hd)     positions
-    "tiny":          _shape(512,    64,    172,   4,  (8, 4, 8),     512, tied=True),
-    "storyteller":   _shape(65,     192,   512,   6,  (6, 2, 32),    512, tied=True),
-    "stories15m":    _shape(32000,  288,   768,   6,  (6, 6, 48),    256, tied=True),
-    "smollm-135m":   _shape(49152,  576,   1536,  30, (9, 3, 64),    2048, tied=True),
-    "qwen2-0.5b":    _shape(151936, 896,   4864,  24, (14, 2, 64),   131072, model_type="qwen2",
-                            rms_norm_eps=1e-6, rope_theta=1e6, tied=True),
-    "qwen3-0.6b":    _shape(151936, 1024,  3072,  28, (16, 8, 128),  40960, model_type="qwen3",
-                            rms_norm_eps=1e-6, rope_theta=1e6, tied=True),
+    "tiny":          _shape(512,    64,    172,   4,  (8, 4, 8),     512),
+    "storyteller":   _shape(65,     192,   512,   6,  (6, 2, 32),    512),
+    "stories15m":    _shape(32000,  288,   768,   6,  (6, 6, 48),    256),
+    "smollm-135m":   _shape(49152,  576,   1536,  30, (9, 3, 64),    2048),
+    "qwen2-0.5b":    _shape(151936, 896,   4864,  24, (14, 2, 64),   131072),
+    "qwen3-0.6b":    _shape(151936, 1024,  3072,  28, (16, 8, 128),  40960),
     "tinyllama-1.1b": _shape(32000, 2048,  5632,  22, (32, 4, 64),   2048),
-    "llama-1b":      _shape(128256, 2048,  8192,  16, (32, 8, 64),   131072, rope_theta=5e5, tied=True,
-                            rope_scaling=Llama3RopeScaling(32.0, 1.0, 4.0, 8192)),
-    "mistral-7b":    _shape(32768,  4096,  14336, 32, (32, 8, 128),  32768, model_type="mistral", rope_theta=1e6),
+    "llama-1b":      _shape(128256, 2048,  8192,  16, (32, 8, 64),   131072),
+    "mistral-7b":    _shape(32768,  4096,  14336, 32, (32, 8, 128),  32768),
     "llama2-7b":     _shape(32000,  4096,  11008, 32, (32, 32, 128), 4096),
-    "llama3-8b":     _shape(128256, 4096,  14336, 32, (32, 8, 128),  8192, rope_theta=5e5),
+    "llama3-8b":     _shape(128256, 4096,  14336, 32, (32, 8, 128),  8192),
     "llama2-13b":    _shape(32000,  5120,  13824, 40, (40, 40, 128), 4096),
-    "codellama-34b": _shape(32000,  8192,  22016, 48, (64, 8, 128),  16384, rope_theta=1e6),
+    "codellama-34b": _shape(32000,  8192,  22016, 48, (64, 8, 128),  16384),
     "llama2-70b":    _shape(32000,  8192,  28672, 80, (64, 8, 128),  4096),
-})
+}
+_SPECIAL: Final[Mapping[str, dict[str, Any]]] = {
+    "tiny":          {"tie_word_embeddings": True},
+    "storyteller":   {"tie_word_embeddings": True},
+    "stories15m":    {"tie_word_embeddings": True},
+    "smollm-135m":   {"tie_word_embeddings": True},
+    "qwen2-0.5b":    {"model_type": "qwen2", "qkv_bias": True, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+                      "tie_word_embeddings": True},
+    "qwen3-0.6b":    {"model_type": "qwen3", "qk_norm": True, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+                      "tie_word_embeddings": True},
+    "llama-1b":      {"rope_theta": 5e5, "rope_scaling": Llama3RopeScaling(32.0, 1.0, 4.0, 8192),
+                      "tie_word_embeddings": True},
+    "mistral-7b":    {"model_type": "mistral", "rope_theta": 1e6},
+    "llama3-8b":     {"rope_theta": 5e5},
+    "codellama-34b": {"rope_theta": 1e6},
+}
 # fmt: on
+
+SHAPES: Final[Mapping[str, ModelConfig]] = MappingProxyType(
+    {name: replace(llama, **_SPECIAL.get(name, {})) for name, llama in _LLAMAS.items()}
+)
 """Published sizes by name: `llama-1b` is Llama 3.2 1B, `mistral-7b` version 0.3, `stories15m` of llama2.c."""

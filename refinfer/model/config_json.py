@@ -1,8 +1,8 @@
 """A Hugging Face `config.json`, read into a `ModelConfig` and written from one.
 
-Knows: the Llama, Mistral, Qwen2 and Qwen3 families, their defaults, and the older and newer spelling of their keys.
-Does not know: weights, files other than these two JSON files.
-Spec: CONFIG-3 to CONFIG-9. Tutorial: 07.
+Supports the Llama, Mistral, Qwen2 and Qwen3 families, with their defaults, and both the older and the newer spelling of
+their keys. Leaves to others: weights, files other than `config.json` and `generation_config.json`.
+Read more: tutorial 07; clauses CONFIG-3 to CONFIG-9.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _DTYPES: Final = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """Where the families differ; the defaults are those of the `transformers` config classes."""
+    """The differences between the families; the defaults are those of the `transformers` config classes."""
 
-    num_key_value_heads: int | None = None  # None: as many as query heads
+    num_key_value_heads: int | None = None  # None: one for each query head
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-6
@@ -60,7 +60,7 @@ _FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
 
 
 class _Keys:
-    """Typed look-ups in a JSON object; each refusal names the key, what was found and what was wanted."""
+    """Typed look-ups in a JSON object; each error names the key, the value found and what is expected."""
 
     def __init__(self, raw: Mapping[str, Any], where: str) -> None:
         self.raw = raw
@@ -83,7 +83,7 @@ class _Keys:
         value = default if value is None else value
         if value is None:
             raise self.error(key, "is missing")
-        # The bounds also keep numbers away that float32 cannot hold.
+        # The bounds also exclude numbers that float32 cannot hold.
         if type(value) not in (int, float) or not _SMALLEST_NUMBER < value < _LARGEST_NUMBER:
             limits = f"{_SMALLEST_NUMBER:.0e} and {_LARGEST_NUMBER:.0e}"
             raise self.error(key, f"must be a positive number between {limits}, not {value!r}")
@@ -98,7 +98,7 @@ class _Keys:
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read `config.json` in `folder`, and the end-of-text ids of `generation_config.json` where there is one.
+    """Read `config.json` in `folder`, and the end-of-text ids of `generation_config.json`, if any.
 
     Raises:
         ConfigError: the folder or file is missing or unreadable, or `parse_config` refuses it.
@@ -155,7 +155,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
 
     hidden_size = keys.integer("hidden_size")
     heads = keys.integer("num_attention_heads")
-    # Null means as many as query heads; absent, the family's default.
+    # Null means one for each query head; an absent key means the family's default.
     default_kv_heads = heads if "num_key_value_heads" in raw else family.num_key_value_heads or heads
     kv_heads = keys.integer("num_key_value_heads", default_kv_heads)
     if heads % kv_heads:
@@ -208,7 +208,7 @@ def _refuse_what_is_not_implemented(keys: _Keys) -> None:
 
 
 def _rope(keys: _Keys, max_position_embeddings: int) -> tuple[float, Llama3RopeScaling | None]:
-    """Return theta and the scaling; where both spellings are given, `rope_scaling` wins, as in `transformers`."""
+    """Return theta and the scaling; if both spellings are given, `rope_scaling` wins, as in `transformers`."""
     name = "rope_scaling" if keys.raw.get("rope_scaling") is not None else "rope_parameters"
     raw = keys.raw.get(name)
     if raw is None:
@@ -236,9 +236,10 @@ def _rope(keys: _Keys, max_position_embeddings: int) -> tuple[float, Llama3RopeS
 
 
 def _sliding_window(keys: _Keys, family: _Family, n_layers: int) -> int | None:
-    """Return the window in positions, or None where every layer sees everything.
+    """Return the window in positions, or None if every layer sees all positions.
 
-    The families with a switch let only the layers from `max_window_layers` on slide, unless `layer_types` says which.
+    In families with a switch, only the layers from `max_window_layers` on have a window, unless `layer_types` lists the
+    layers that do.
     """
     if family.sliding_window is None:
         return None
@@ -263,7 +264,7 @@ def _eos_token_ids(keys: _Keys, default: int | None) -> tuple[int, ...]:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """Return the `config.json` object of `config`, in the older spelling, which every `transformers` reads."""
+    """Return the `config.json` object of `config`, in the older spelling, which any version of `transformers` reads."""
     architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type]
     eos = config.eos_token_ids
     raw: dict[str, Any] = {
@@ -277,7 +278,7 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
         "mlp_bias": config.mlp_bias,
         "sliding_window": config.sliding_window,
         "use_sliding_window": config.sliding_window is not None,
-        "max_window_layers": 0,  # where there is a window, every layer has it
+        "max_window_layers": 0,  # if there is a window, every layer has it
         "rope_scaling": None,
     }
     for key in _PLAIN_KEYS:

@@ -1,7 +1,7 @@
-"""A model folder in Hugging Face's form, looked at before anything is loaded, and what can be asked of its model.
+"""A model folder in Hugging Face's form, read before any weights are loaded, and checks of requests to its model.
 
-Knows: the config, the tokenizer, how many tokens a request may have. Does not know: weights.
-Spec: GEN-4, TOKEN-3. Tutorial: 00.
+Reads the config and the tokenizer, and checks how many tokens a request may have. Leaves to others: weights.
+Read more: tutorial 00; clauses GEN-4, TOKEN-3.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from refinfer.model.tokenizer import Tokenizer, load_tokenizer
 __all__ = ["DEFAULT_MAX_TOKENS", "ModelFolder", "open_folder", "readable"]
 
 DEFAULT_MAX_TOKENS: Final = 200
-"""How many tokens are generated where nobody says, if they fit."""
+"""The default for the largest number of tokens to generate, if they fit."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A model folder that has been looked at: its config and tokenizer; no weight has been read.
+    """The config and the tokenizer of a model folder; no weight has been read.
 
-    `tokenizer` is None where there is none or its package is missing, as `why_no_tokenizer` says; token ids work all
-    the same.
+    `tokenizer` is None if the folder has no tokenizer or its package is missing; `why_no_tokenizer` gives the reason.
+    Prompts can then be given as token ids.
     """
 
     path: Path
@@ -47,9 +47,9 @@ class ModelFolder:
         return self.tokenizer.encode(prompt)
 
     def plan_request(self, prompt_token_ids: Sequence[int], max_tokens: int | None) -> int:
-        """Return how many tokens to generate; checks the request before anything is reserved for it.
+        """Return the number of tokens to generate, after checking the request; nothing has been reserved for it yet.
 
-        `max_tokens` None means 200, or as many as the context has room for.
+        A `max_tokens` of None means 200, or less if the context has less room.
 
         Raises:
             RequestError: no prompt, an id that is not in the vocabulary, `max_tokens` below 1, or more positions
@@ -93,10 +93,10 @@ def open_folder(path: Path) -> ModelFolder:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn what the system says of a folder it will not let us look into into one line.
+    """Turn the system's error about a folder that cannot be read into one line.
 
     Raises:
-        InputError: there is no permission, a name is too long, or the like.
+        InputError: the folder cannot be read; the message gives the reason.
     """
     try:
         yield

@@ -1,10 +1,16 @@
 """The KV cache: keys and values of the positions seen so far, reserved up front.
 
-Knows: how keys and values lie in memory. Does not know: how they are computed, which tokens they came from.
-Spec: KV-1 to KV-4. Tutorial: 07.
+Decides how keys and values lie in memory. Leaves to others: how they are computed, which tokens they came from.
+Read more: tutorial 07; clauses KV-1 to KV-4.
 
-    keys    [L, G, hd, S]   transposed: scores are `q @ keys`, a product along S
+A position is the place of a token in the text. Attention compares a token's query with the keys of all positions so
+far, and mixes their values by these scores; kept here, they are not computed again for each token.
+
+    keys    [L, G, hd, S]   transposed: one product `q @ keys` gives the scores of all positions
     values  [L, G, S, hd]
+
+L layers, G heads, hd numbers for each head, S positions. The arrays have a 1 after G: there numpy repeats keys and
+values for the query heads that share them.
 """
 
 from __future__ import annotations
@@ -27,9 +33,9 @@ def kv_cache_nbytes(config: ModelConfig, max_positions: int) -> int:
 class KVCache:
     """Keys and values for up to `max_positions` tokens of one text.
 
-    Laws: memory is reserved once, here. `length` positions are filled in every layer. A forward pass writes behind
-    them, layer by layer, with `store`, and only then makes them count with `advance`: a pass that is broken off
-    leaves the cache as it was. `rewind` forgets the latest positions; their memory is overwritten by later ones.
+    Laws: memory is reserved once, here. `length` positions are filled in every layer. A pass (one block of tokens
+    through all layers) writes new positions after them with `store`, layer by layer; `advance` counts them at its end.
+    So a pass that fails leaves the cache as it was. `rewind` forgets the latest positions; later ones overwrite them.
     """
 
     def __init__(self, config: ModelConfig, max_positions: int) -> None:
@@ -46,7 +52,7 @@ class KVCache:
         return self._length
 
     def store(self, layer: int, keys: Float32Array, values: Float32Array) -> tuple[Float32Array, Float32Array]:
-        """Write M new positions of one layer behind the filled ones; return all of that layer's.
+        """Write M new positions of one layer after the filled ones; return all positions of that layer.
 
         Args:
             layer: which layer.
@@ -54,7 +60,7 @@ class KVCache:
             values: `[M, G, hd]`.
 
         Returns:
-            Views of the keys `[G, 1, hd, P]` and values `[G, 1, P, hd]`, where `P = length + M`.
+            Views of the keys `[G, 1, hd, P]` and values `[G, 1, P, hd]`, with `P = length + M`.
         """
         start, end = self._length, self._length + keys.shape[0]
         all_keys, all_values = self._keys[layer], self._values[layer]
@@ -74,7 +80,7 @@ class KVCache:
             )
 
     def advance(self, n: int) -> None:
-        """Make the `n` positions just stored in every layer count."""
+        """Count the `n` positions just stored in every layer as filled."""
         self.require_room(n)
         self._length += n
 
@@ -89,7 +95,7 @@ class KVCache:
         self._length = length
 
     def check(self) -> None:
-        """Walk every invariant; raises AssertionError where one is broken. For tests."""
+        """Check every invariant; raises AssertionError if one is broken. For tests."""
         assert 0 <= self._length <= self.max_positions
         assert all(np.isfinite(k[..., : self._length]).all() for k in self._keys)
         assert all(np.isfinite(v[:, :, : self._length]).all() for v in self._values)

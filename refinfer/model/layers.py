@@ -1,10 +1,11 @@
 """The arithmetic of a layer: RMSNorm, rotary embeddings, grouped-query attention, SwiGLU.
 
-Knows: arrays. Does not know: matrices (the transformer multiplies), weights' whereabouts, tokens.
-Spec: MODEL-1 to MODEL-6. Tutorial: 07.
+Works on arrays that it is given. Leaves to others: products with weight matrices (`transformer`), where weights are,
+tokens.
+Read more: tutorial 07; clauses MODEL-1 to MODEL-6.
 
 Every function that is called for each token writes into arrays it is given, so that decoding allocates little.
-float32 in, float32 out, held by a test, because one float64 table would make every later step twice as slow.
+All inputs and outputs are float32, which a test checks: one float64 table would make every later step twice as slow.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 
-_ONE: Final = np.array(1.0, dtype=np.float32)  # ufuncs take an array sooner than a Python number
+_ONE: Final = np.array(1.0, dtype=np.float32)  # ufuncs are faster with an array than with a Python number
 
 
 def rms_norm(x: Float32Array, weight: Float32Array, eps: float, out: Float32Array) -> None:
@@ -59,7 +60,7 @@ class RopeTables:
 
 
 def rope_tables(config: ModelConfig, n_positions: int) -> RopeTables:
-    """Compute the tables for positions 0 to `n_positions - 1`; trigonometry happens here and nowhere else.
+    """Compute the tables for positions 0 to `n_positions - 1`; sines and cosines are computed only here.
 
     Frequencies and angles are float32 because those of `transformers` are: at position 4,000 the rounding of a
     frequency already shows in the fourth digit of a cosine.
@@ -85,7 +86,7 @@ def rope_frequencies(config: ModelConfig) -> Float32Array:
 def _llama3_frequencies(frequency: Float32Array, scaling: Llama3RopeScaling) -> Float32Array:
     """Slow down the slow rotations by `factor`, leave the fast ones, and blend between (Llama 3.1).
 
-    In float32 and in the order of `transformers`, so that the same bits come out.
+    Computes in float32 and in the order of `transformers`, so that the same bits come out.
     """
     wavelength = np.float32(2 * math.pi) / frequency
     turns = np.float32(scaling.original_max_position_embeddings) / wavelength
@@ -138,8 +139,8 @@ def attention(
     if mask is not None:
         tail = scores[..., -mask.shape[0] :]
         np.add(tail, mask, out=tail)
-    # softmax(scores / sqrt(hd)): the largest score is taken away first, so that exp cannot overflow, and the
-    # division by the sum waits until after the product with the values, where there is less to divide.
+    # softmax(scores / sqrt(hd)): the largest score is subtracted first, so that exp cannot overflow, and the
+    # division by the sum waits until after the product with the values, when there is less to divide.
     np.subtract(scores, np.maximum.reduce(scores, axis=-1, keepdims=True), out=scores)
     np.multiply(scores, q.shape[-1] ** -0.5, out=scores)
     np.exp(scores, out=scores)
@@ -151,7 +152,7 @@ def silu_multiply(gate: Float32Array, up: Float32Array, scratch: Float32Array) -
     """SwiGLU's product: `gate` becomes `silu(gate) * up`, where `silu(g) = g / (1 + exp(-g))`; all `[M, F]`.
 
     Shazeer, "GLU Variants Improve Transformer", 2020. For a very negative gate the exponential is infinite and the
-    quotient the right zero; the caller silences numpy's overflow warning.
+    quotient is zero, as it should be; the caller silences numpy's overflow warning.
     """
     np.negative(gate, out=scratch)
     np.exp(scratch, out=scratch)

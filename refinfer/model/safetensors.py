@@ -1,7 +1,7 @@
 """The safetensors format: a reader that trusts nothing, and a writer that streams.
 
-Knows: the bytes of one file, and where in it each tensor lies. Does not know: models, several files at once.
-Spec: TENSOR-1 to TENSOR-7. Tutorial: 05.
+Finds the place of each tensor in one file. Leaves to others: models, several files at once.
+Read more: tutorial 05; clauses TENSOR-1 to TENSOR-7.
 
     0        8                8 + n                            end of file
     +--------+----------------+----------------------------------+
@@ -10,7 +10,7 @@ Spec: TENSOR-1 to TENSOR-7. Tutorial: 05.
              {"name": {"dtype": "BF16", "shape": [N, K], "data_offsets": [begin, end]}, ...}
 
 Little-endian; offsets count from the end of the JSON. The rules are those of the format's own page
-(huggingface.co/docs/safetensors): every byte behind the header belongs to exactly one tensor. Offloading needs the
+(huggingface.co/docs/safetensors): every byte after the header belongs to exactly one tensor. Offloading needs the
 place of each tensor in the file, which is why this reader is our own.
 """
 
@@ -71,7 +71,7 @@ def parse_header(header: bytes, data_bytes: int, where: str) -> tuple[dict[str, 
 
     Args:
         header: the JSON, without the length in front of it.
-        data_bytes: how many bytes follow it in the file.
+        data_bytes: number of bytes that follow it in the file.
         where: the file's name, for messages.
 
     Raises:
@@ -129,7 +129,7 @@ def _parse_tensor(name: str, entry: object, base: int, refuse: Callable[[str], S
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refuse(f"{name!r} has the unknown type {dtype!r}")
-    # Zeros aside, so that an empty tensor of vast dimensions, which numpy cannot hold either, is refused too.
+    # Zeros are left out of the product, so that an empty tensor of vast dimensions is refused; numpy cannot hold it.
     if not _are_sizes(shape) or math.prod(n for n in shape if n) >= _LARGEST_ELEMENTS:
         raise refuse(f"{name!r} has the impossible shape {shape!r}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -190,8 +190,8 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
         raw = np.frombuffer(self._map, np.uint8)[tensor.offset : tensor.offset + tensor.nbytes]
         return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
-    def let_go(self) -> None:
-        """Tell the system that pages read so far need not stay resident; views stay valid, and read them again."""
+    def drop_pages(self) -> None:
+        """Let the system drop the pages read so far from memory; views stay valid, and read them again."""
         if hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -228,8 +228,8 @@ def write_safetensors(path: Path, tensors: Sequence[TensorSpec], metadata: Mappi
     """Write `tensors` in the given order, one piece in memory at a time; on any failure no file is left.
 
     Raises:
-        SafetensorsError: the file exists already or cannot be written, a name is there twice or not usable, or the
-            pieces of a tensor are of another type or do not add up to its shape.
+        SafetensorsError: the file exists already or cannot be written, a name is given twice or cannot be expressed in
+            UTF-8, or the pieces of a tensor are of another type or do not add up to its shape.
     """
     text = _header_for(path, tensors, metadata or {})
     taken = path.exists()
@@ -240,7 +240,7 @@ def write_safetensors(path: Path, tensors: Sequence[TensorSpec], metadata: Mappi
                 written = 0
                 for piece in tensor.pieces:
                     if piece.dtype != DTYPES[tensor.dtype]:
-                        raise SafetensorsError(f"{tensor.name!r} got {piece.dtype} where {tensor.dtype} is wanted")
+                        raise SafetensorsError(f"{tensor.name!r} must be {tensor.dtype}, not {piece.dtype}")
                     written += file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
                 if written != tensor.nbytes:
                     raise SafetensorsError(f"{tensor.name!r} got {written} bytes, but its shape needs {tensor.nbytes}")

@@ -1,7 +1,8 @@
 """From logits to the next token: greedy, temperature, top-k, top-p.
 
-Knows: one row of logits and a random generator it is handed. Does not know: the model, tokens' meaning, a seed.
-Spec: SAMPLE-1 to SAMPLE-5. Tutorial: 07.
+Works on one row of logits and a random generator that it is given. Leaves to others: the model, what tokens mean, the
+seed.
+Read more: tutorial 07; clauses SAMPLE-1 to SAMPLE-5.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _FIRST_SORTED: Final = 64  # top-p seldom keeps more
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to choose. `temperature` 0 is greedy; `top_k` and `top_p` narrow the choice where they are given.
+    """How to choose a token. `temperature` 0 is greedy; `top_k` and `top_p` narrow the choice if they are given.
 
     Raises:
         RequestError: a temperature that is negative or not finite, a `top_k` below 1, a `top_p` outside (0, 1].
@@ -47,8 +48,8 @@ def probabilities(logits: Float32Array, sampling: Sampling) -> npt.NDArray[np.fl
     """Return the distribution `[V]` that `sample` draws from; in float64, because it must add up to one.
 
     In the order of Hugging Face's `generate`: temperature, then the `top_k` largest, then the smallest set of the
-    largest that holds at least `top_p` of what is left. Among equal logits the lower id comes first. Sorts only as
-    many of the largest as it keeps.
+    largest that holds at least `top_p` of what is left. Among equal logits the lower id comes first. Sorts only the
+    logits that it keeps.
 
     Examples:
         >>> probabilities(np.log(np.array([1, 2, 5], np.float32)), Sampling(temperature=1.0, top_k=2)).round(3)
@@ -58,8 +59,8 @@ def probabilities(logits: Float32Array, sampling: Sampling) -> npt.NDArray[np.fl
     if sampling.temperature == 0:
         result[np.argmax(logits)] = 1.0
         return result
-    # The largest logit is taken away before dividing, so that it becomes 0 whatever the temperature; under a tiny
-    # one the others become minus infinity, and their exponential the right zero.
+    # The largest logit is subtracted before dividing, so that it becomes 0 at any temperature; at a tiny one the others
+    # become minus infinity, and their exponential is zero, as it should be.
     with np.errstate(over="ignore"):
         weights = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
     kept = np.arange(logits.size)

@@ -1,7 +1,7 @@
 """Random-weight checkpoints in Hugging Face's form: a model of any published shape, without a download.
 
-Knows: configs, safetensors, byte tokenizers. Does not know: what the weights would mean; there is nothing to mean.
-Spec: SYNTH-1 to SYNTH-4. Tutorial: 12.
+Writes a config, weights and a byte tokenizer. The weights are noise. Leaves to others: using them.
+Read more: tutorial 12; clauses SYNTH-1 to SYNTH-4.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from numpy.random import default_rng  # imported late, while a file is written, it can swallow a Ctrl-C
+from numpy.random import default_rng  # imported here, because an import while a file is written can swallow a Ctrl-C
 
 from refinfer.arrays import f32_to_bf16
 from refinfer.errors import RequestError, SafetensorsError
@@ -31,7 +31,7 @@ from refinfer.model.tokenizer import TOKENIZER_NAME, byte_tokenizer_json
 __all__ = ["DTYPES", "checkpoint_nbytes", "write_checkpoint"]
 
 DTYPES: Final = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
-"""Short names of the stored types: what safetensors calls them, and what `config.json` does."""
+"""The stored types by short name: their names in safetensors and in `config.json`."""
 
 _PIECE_BYTES: Final = 2 << 20  # in float32; rounding to bfloat16 takes a few copies more
 
@@ -50,18 +50,17 @@ def write_checkpoint(
     shard_nbytes: int | None = None,
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Write a checkpoint with random weights: config, weights, and a byte tokenizer where the vocabulary has room.
+    """Write a checkpoint with random weights: config, weights, and a byte tokenizer if the vocabulary has room.
 
     Matrices are normal with a standard deviation of `1 / sqrt(K)`, norms lie around one and biases around zero, none
-    of them trivial, so that a forgotten norm or bias shows. A tensor depends on `seed` and its name only. At most
-    16 MiB of weights are in memory at a time; `progress` is told the bytes of each piece. On any failure the folder
-    is left as it was.
+    of them trivial, so that a forgotten norm or bias shows. A tensor depends on `seed` and its name only. At most 16
+    MiB of weights are in memory at a time. On any failure the folder is left as it was.
 
     Args:
         folder: a folder that does not exist yet, or an empty one.
         config: the model's sizes.
         dtype: a key of `DTYPES`.
-        seed: of the weights.
+        seed: random seed for the weights.
         shard_nbytes: start a new file when one would grow beyond this; None writes a single file.
         progress: called with the bytes of each piece as it is made.
 

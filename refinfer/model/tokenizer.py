@@ -1,9 +1,9 @@
 """Tokenizers: text to token ids and back, also piece by piece while a text is being generated.
 
-Knows: `tokenizer.json`. The two forms that refinfer writes, a byte-pair encoding that merges nothing over characters
-or over bytes, are read here, with no package; any other goes to the `tokenizers` package (extra `hf`).
-Does not know: models, sampling.
-Spec: TOKEN-1 to TOKEN-6. Tutorial: 07.
+The two forms of `tokenizer.json` that refinfer writes, a byte-pair encoding without merges over characters or over
+bytes, are read here without any package; any other form goes to the `tokenizers` package (extra `hf`). Leaves to
+others: models, sampling.
+Read more: tutorial 07; clauses TOKEN-1 to TOKEN-6.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; an id that means no text becomes U+FFFD or nothing."""
+        """Return the text of `ids`; an id without a text becomes U+FFFD or nothing."""
         ...
 
 
@@ -137,7 +137,7 @@ def _utf8(text: str) -> bytes:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """Read `tokenizer.json` in `folder`; None where there is none.
+    """Read `tokenizer.json` in `folder`, or return None if the folder has no such file.
 
     Raises:
         TokenizerError: the file is malformed.
@@ -214,12 +214,12 @@ def _byte_alphabet() -> dict[int, str]:
 class TextStream:
     """Turns ids that arrive one by one into pieces of text that can be shown at once.
 
-    Law: the pieces together are the text that the ids add to the text of `context`. A character whose last token
-    has not come yet is held back, so that no half character is ever shown.
+    Law: the pieces together are the text that the ids add to the text of `context`. A character is held back until its
+    last token has arrived, so that half a character is never shown.
     """
 
     _MOST_STILL_COMING: Final = 3  # tokens of an unfinished character: UTF-8 has at most four bytes
-    _CONTEXT: Final = 8  # tokens in front that can change how the next one is written
+    _CONTEXT: Final = 8  # earlier tokens that can change how the next one is written
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
@@ -232,18 +232,18 @@ class TextStream:
         piece = self._text_of(self._pending)
         if not piece.endswith(_REPLACEMENT):
             return self._show(len(self._pending), piece)
-        # Either half a character, or bytes that are none. What the last tokens cannot change any more may go.
+        # Either half a character, or bytes that are not UTF-8. Text that later tokens cannot change may be shown.
         settled = len(self._pending) - self._MOST_STILL_COMING
         if settled > 0 and piece.startswith(start := self._text_of(self._pending[:settled])):
             return self._show(settled, start)
         return ""
 
     def finish(self) -> str:
-        """Return what was held back."""
+        """Return the text that was held back."""
         return self._show(len(self._pending), self._text_of(self._pending))
 
     def _text_of(self, ids: list[int]) -> str:
-        # Some tokenizers write a token differently at the start of a text: decode it behind what it follows.
+        # Some tokenizers write a token differently at the start of a text: decode it after the tokens before it.
         before = self._tokenizer.decode(self._shown)
         return self._tokenizer.decode(self._shown + ids)[len(before) :]
 

@@ -1,8 +1,8 @@
-"""The transformer: tokens in, logits out, over any weight source.
+"""The transformer: tokens in, logits (a number for each possible next token) out, over any weight source.
 
-Knows: the order of operations of a Llama-shaped model, its activations' memory, its KV cache. Does not know: where
-weights live or how they are multiplied (`weights.WeightSource`), nor what tokens mean.
-Spec: MODEL-7 to MODEL-12. Tutorial: 07.
+Runs the operations of a Llama-shaped model in order, in memory that it reserves once. Leaves to others: where weights
+live and how they are multiplied (`weights.WeightSource`), what tokens mean.
+Read more: tutorial 07; clauses MODEL-7 to MODEL-12.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from refinfer.errors import RequestError
 from refinfer.model.config import ModelConfig
 from refinfer.model.kv_cache import KVCache
 from refinfer.model.layers import attention, causal_mask, rms_norm, rope, rope_tables, silu_multiply
-from refinfer.model.weights import LayerWeights, WeightSource
+from refinfer.model.weights import LayerWeights, Weights, WeightSource
 
 __all__ = ["LARGEST_BLOCK", "Transformer", "prefill_block", "scratch_nbytes"]
 
@@ -102,8 +102,8 @@ class Transformer:
     """A Llama-shaped transformer over a weight source, with one KV cache.
 
     Laws: all large memory is reserved here (`scratch_nbytes` and the KV cache); a pass that fails leaves the KV
-    cache as it was; not to be used by two threads at once. Returned logits are new arrays. What is not finite goes
-    through to the logits without a warning from numpy; whoever reads them looks.
+    cache as it was; two threads must not use it at once. Returned logits are new arrays. Infinities and NaNs reach the
+    logits without a warning from numpy; whoever reads the logits checks them.
     """
 
     def __init__(self, source: WeightSource, max_positions: int) -> None:
@@ -123,15 +123,7 @@ class Transformer:
         Raises:
             RequestError: no tokens, an id out of range, or more than the KV cache has room for.
         """
-        ids, length = self._checked(token_ids), self.kv_cache.length
-        try:
-            with np.errstate(all="ignore"):
-                for start in range(0, len(ids), self.block):
-                    a = self._forward(ids[start : start + self.block])
-                last: Float32Array = self._logits(a.x[-1:], a.normed[-1:])[0]
-        except BaseException:
-            self.kv_cache.rewind(length)
-            raise
+        last: Float32Array = self._passes(token_ids, every_token=False)[0][0]
         return last
 
     def decode(self, token_ids: Sequence[int]) -> Float32Array:
@@ -140,17 +132,29 @@ class Transformer:
         Raises:
             RequestError: as `prefill`.
         """
+        blocks = self._passes(token_ids, every_token=True)
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+    # --8<-- [start:passes]
+    def _passes(self, token_ids: Sequence[int], *, every_token: bool) -> list[Float32Array]:
+        """Compute block after block, a pass each; return the logits of every block, or of the last token alone."""
         ids, length = self._checked(token_ids), self.kv_cache.length
-        blocks = []
+        logits = []
         try:
             with np.errstate(all="ignore"):
                 for start in range(0, len(ids), self.block):
-                    a = self._forward(ids[start : start + self.block])
-                    blocks.append(self._logits(a.x, a.normed))
+                    with self.source.forward_pass() as weights:
+                        a = self._forward(weights, ids[start : start + self.block])
+                        if every_token:
+                            logits.append(self._logits(weights, a.x, a.normed))
+                        elif start + self.block >= len(ids):
+                            logits.append(self._logits(weights, a.x[-1:], a.normed[-1:]))
         except BaseException:
             self.kv_cache.rewind(length)
             raise
-        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        return logits
+
+    # --8<-- [end:passes]
 
     def _checked(self, token_ids: Sequence[int]) -> IntArray:
         ids = np.asarray(token_ids, dtype=np.int64)
@@ -161,7 +165,7 @@ class Transformer:
         self.kv_cache.require_room(ids.size)
         return ids
 
-    def _forward(self, ids: IntArray) -> _Activations:
+    def _forward(self, weights: Weights, ids: IntArray) -> _Activations:
         """Run M tokens through every layer; the residual stream `x` `[M, D]` is not yet normed."""
         M, start = ids.size, self.kv_cache.length
         a = self._activations.get(M)
@@ -172,8 +176,8 @@ class Transformer:
             self.config.num_key_value_heads, -1, M, start + M
         )
         mask = self._mask[:M, :M] if M > 1 else None
-        np.copyto(a.x, self.source.embed_tokens.rows(ids))
-        for index, layer in enumerate(self.source.layers()):
+        np.copyto(a.x, weights.embed_tokens.rows(ids))
+        for index, layer in enumerate(weights.layers):
             self._attend(index, layer, a, cos, sin, scores, mask)
             self._feed_forward(layer, a)
         self.kv_cache.advance(M)
@@ -217,7 +221,7 @@ class Transformer:
         layer.down_proj.matmul(a.gate, a.down)
         np.add(a.x, a.down, out=a.x)
 
-    def _logits(self, x: Float32Array, normed: Float32Array) -> Float32Array:
+    def _logits(self, weights: Weights, x: Float32Array, normed: Float32Array) -> Float32Array:
         """Return the logits `[M, V]` of `x` `[M, D]`, as a new array; `normed` is scratch."""
-        rms_norm(x, self.source.norm, self.config.rms_norm_eps, out=normed)
-        return self.source.lm_head.matmul(normed)
+        rms_norm(x, weights.norm, self.config.rms_norm_eps, out=normed)
+        return weights.lm_head.matmul(normed)

@@ -1,25 +1,26 @@
-"""The seam between the transformer and wherever its weights live: three Protocols, and the plainest implementation.
+"""What the transformer asks of its weights, wherever they live: Protocols, and the plainest implementation.
 
-Knows: what a weight source must give, in which order and for how long. Does not know: packing, files that hold packed
-weights, memory budgets; those rooms satisfy these Protocols from outside, by having the right methods.
-Spec: SOURCE-1 to SOURCE-6. Tutorial: 07.
+Leaves to others: packing, files that hold packed weights, memory budgets; those rooms satisfy these Protocols from
+outside, by having the right methods.
+Read more: tutorial 07; clauses SOURCE-1 to SOURCE-6.
 
-Laws of one pass (one block of tokens in `Transformer.prefill` or `decode`):
+A pass computes one block of tokens:
 
-1. `embed_tokens.rows(ids)` comes first.
-2. Then `layers()` is walked once, from the first layer to the last. In each layer every matrix is multiplied exactly
-   once, in the order of the fields of `LayerWeights`.
-3. A layer is valid until the next one is asked for. What it was made of may be gone afterwards.
-4. `norm` and one multiplication by `lm_head` end the pass, or nothing does (all blocks of a prompt but the last);
-   the next pass starts again at 1.
-5. A pass may be left at any point (an error, Ctrl-C); the next one starts at 1 all the same.
+    with source.forward_pass() as weights:       begins the pass
+        weights.embed_tokens.rows(ids)           once
+        for layer in weights.layers:             once, first to last; each matrix is multiplied once, in the order of
+            ...                                  the fields of `LayerWeights`
+        weights.lm_head.matmul(x)                at most once: not for all but the last block of a prompt
+                                                 at the end of the `with` block, the source checks what it must
 
-These laws are what lets a source read weights from disk just ahead of their use.
+A layer is valid until the next one is asked for: that lets a source read weights from disk just ahead of their use. An
+exception may end a pass at any point; then nothing is checked, and the next pass begins as usual.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,9 +40,10 @@ __all__ = [
     "RowTable",
     "StoredRowTable",
     "WeightSource",
+    "Weights",
     "assemble",
     "require_layers",
-    "walk",
+    "still_open",
 ]
 
 
@@ -59,10 +61,10 @@ class RowTable(Protocol):
 
 
 class Matrix(RowTable, Protocol):
-    """A weight matrix `[N, K]`, with its bias where it has one."""
+    """A weight matrix `[N, K]`, with its bias if it has one."""
 
     def matmul(self, x: Float32Array, out: Float32Array | None = None) -> Float32Array:
-        """Return `x @ W.T + bias`, `[M, K]` to `[M, N]`, written to `out` (contiguous) where it is given."""
+        """Return `x @ W.T + bias`, `[M, K]` to `[M, N]`, written to `out` (contiguous) if it is given."""
         ...
 
 
@@ -83,36 +85,38 @@ class LayerWeights:
     k_norm: Float32Array | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights of one pass.
+
+    The embedding table `[V, D]`, the layers in execution order, the last norm `[D]`, and the output table `[V, D]`,
+    which is the embedding table if the two are tied.
+    """
+
+    embed_tokens: RowTable
+    layers: Iterable[LayerWeights]
+    norm: Float32Array
+    lm_head: Matrix
+
+
 # --8<-- [start:source]
 class WeightSource(Protocol):
     """Gives a transformer its weights; where they are, and when they get there, is the source's own business."""
 
     @property
     def config(self) -> ModelConfig:
-        """What model these are the weights of."""
+        """The sizes and switches of the model."""
         ...
 
-    @property
-    def embed_tokens(self) -> RowTable:
-        """The embedding table `[V, D]`."""
-        ...
+    def forward_pass(self) -> AbstractContextManager[Weights]:
+        """Begin a pass, and check what must be checked when its block ends without an exception.
 
-    @property
-    def norm(self) -> Float32Array:
-        """The weight `[D]` of the last norm."""
-        ...
-
-    @property
-    def lm_head(self) -> Matrix:
-        """The output table `[V, D]`; the same weights as `embed_tokens` where they are tied."""
-        ...
-
-    def layers(self) -> Iterator[LayerWeights]:
-        """Walk over the layers in execution order; see the laws at the head of this module."""
+        See the head of this module for what happens in between.
+        """
         ...
 
     def close(self) -> None:
-        """Release what the source holds; whoever asks for its layers then gets a named error. Again is allowed."""
+        """Release what the source keeps; a pass that begins later is a named error. Closing again is allowed."""
         ...
 
 
@@ -166,11 +170,11 @@ class StoredRowTable:
 
 
 class RowMajorSource:
-    """All weights of a checkpoint as row-major float32: the simplest source, and the oracle for every other.
+    """All weights of a checkpoint as row-major float32: the simplest source, which every other is compared with.
 
     float32 tensors stay views of the file; float16 and bfloat16 ones are converted once, here. An untied embedding
-    table is left as stored. `widen` turns a matrix as stored into float32; another one than the default gives the
-    weights that some packed format would compute with.
+    table is left as stored. `widen` turns a stored matrix into float32; another than the default gives
+    the weights that some packed format would compute with.
 
     Raises:
         WeightsError: a tensor that the config asks for is missing, or has another shape or type.
@@ -193,35 +197,40 @@ class RowMajorSource:
             return checkpoint.float32(name, shapes[name]).copy()
 
         self.config = config
-        self.embed_tokens, self._layers, self.norm, self.lm_head = assemble(
+        self._weights: Weights | None = assemble(
             config,
             matrix=lambda name, bias: RowMajorMatrix(widen(stored(name)), bias),
             table=lambda name: StoredRowTable(stored(name)),
             vector=vector,
         )
 
-    def layers(self) -> Iterator[LayerWeights]:
-        """Walk over the layers in execution order."""
-        return walk(self._layers)
+    @contextmanager
+    def forward_pass(self) -> Iterator[Weights]:
+        """Give the weights; nothing has to be checked.
+
+        Raises:
+            GenerationError: the source is closed.
+        """
+        yield still_open(self._weights)
 
     def close(self) -> None:
-        """Let go of the layers: the arrays go with the last reference to them."""
-        self._layers = ()
+        """Release the weights: the arrays go with the last reference to them."""
+        self._weights = None
 
 
-def walk(layers: tuple[LayerWeights, ...]) -> Iterator[LayerWeights]:
-    """Walk over the layers of a source, which has none once it is closed.
+def still_open(weights: Weights | None) -> Weights:
+    """Return the weights of a source, which are None once it is closed.
 
     Raises:
         GenerationError: it is closed.
     """
-    if not layers:
+    if weights is None:
         raise GenerationError("the weights are closed; load the model again")
-    return iter(layers)
+    return weights
 
 
 def require_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Check, before anything as long as a lying config says is made, that there may be so many layers.
+    """Check that a checkpoint can have as many layers as its config claims, before anything of that length is made.
 
     Raises:
         WeightsError: the checkpoint has fewer tensors.
@@ -240,11 +249,11 @@ def assemble(
     matrix: Callable[[str, Float32Array | None], Matrix],
     table: Callable[[str], RowTable],
     vector: Callable[[str], Float32Array],
-) -> tuple[RowTable, tuple[LayerWeights, ...], Float32Array, Matrix]:
-    """Return all parts of a source: the embedding table, the layers, the last norm, the output table.
+) -> Weights:
+    """Put the weights of a model together, in execution order.
 
-    `matrix` makes a matrix of a tensor's name and its bias, `table` an untied embedding table, `vector` a norm or a
-    bias; they are asked in execution order.
+    `matrix` makes a matrix from a tensor's name and its bias, `table` an untied embedding table, `vector` a norm or a
+    bias.
     """
     shapes = config.tensor_shapes()
 
@@ -272,4 +281,4 @@ def assemble(
     embed_tokens: RowTable = tied or table(embedding)
     layers = tuple(layer(f"model.layers.{i}") for i in range(config.num_hidden_layers))
     norm = vector("model.norm.weight")
-    return embed_tokens, layers, norm, tied or matrix("lm_head.weight", None)
+    return Weights(embed_tokens, layers, norm, tied or matrix("lm_head.weight", None))

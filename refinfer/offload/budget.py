@@ -1,17 +1,20 @@
 """The memory budget: a count of bytes that refuses to exceed its limit.
 
-Knows: how much is in use, how much was at most. Does not know: what for; whoever acquires says so.
-Spec: BUDGET-1 to BUDGET-3. Tutorial: 09.
+Counts the bytes that are in use and the most that were in use at once, and reads a budget as people write it. Leaves to
+others: what the bytes are for.
+Read more: tutorial 09; clauses BUDGET-1 to BUDGET-4.
 """
 
 from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Mapping
 from typing import Final
 
 from refinfer.errors import BudgetError
-from refinfer.process import available_bytes, format_nbytes, parse_nbytes
+from refinfer.process import available_bytes
+from refinfer.units import format_nbytes, parse_nbytes
 
 __all__ = ["Budget", "parse_budget"]
 
@@ -37,14 +40,25 @@ class Budget:
         Raises:
             BudgetError: that would exceed the limit; nothing is counted.
         """
+        self.acquire_all({what: nbytes})
+
+    def acquire_all(self, parts: Mapping[str, int]) -> None:
+        """Count the named parts as in use: all of them or, if they do not fit together, none.
+
+        Raises:
+            BudgetError: they would exceed the limit; the message names the first that does not fit.
+        """
         with self._lock:
-            if self._in_use + nbytes > self.limit:
-                raise BudgetError(
-                    f"{what} needs {format_nbytes(nbytes)}, but of the budget of {format_nbytes(self.limit)} "
-                    f"only {format_nbytes(self.limit - self._in_use)} are left"
-                )
-            self._in_use += nbytes
-            self._peak = max(self._peak, self._in_use)
+            in_use = self._in_use
+            for what, nbytes in parts.items():
+                if in_use + nbytes > self.limit:
+                    raise BudgetError(
+                        f"{what} needs {format_nbytes(nbytes)}, but of the budget of {format_nbytes(self.limit)} "
+                        f"only {format_nbytes(self.limit - in_use)} are left"
+                    )
+                in_use += nbytes
+            self._in_use = in_use
+            self._peak = max(self._peak, in_use)
 
     # --8<-- [end:acquire]
 
@@ -67,16 +81,17 @@ class Budget:
 def parse_budget(text: str, streamable_nbytes: int) -> int:
     """Return a budget in bytes.
 
-    A size such as `300MB` or `1.5GiB`; a share of the streamable weights such as `40%`; or `auto`: nine tenths of the
-    memory that is left, by the system's count and by the limit of the control group, version 1 or 2.
+    `text` is a size such as `300MB` or `1.5GiB`, a share of `streamable_nbytes` (all matrices) such as `40%`, or
+    `auto`, which is nine tenths of the memory that is available both in the system and in the control group, the set of
+    processes (such as a container) whose memory Linux limits together.
 
     Raises:
-        BudgetError: it is none of these, not above zero, or the system does not tell.
+        BudgetError: `text` is not one of these, it is not above zero, or the system does not report its memory.
     """
     if text.strip() == "auto":
         available = available_bytes()
         if available is None:
-            raise BudgetError("this system does not tell how much memory is left; give the budget as a size")
+            raise BudgetError("this system does not report how much memory is left; give the budget as a size")
         return int(available * _AUTO_SHARE)
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip()):
         share = float(match[1]) / 100

@@ -1,9 +1,10 @@
-"""What reading and multiplying cost on this machine: measured, and kept in a file for the next time.
+"""What reading and multiplying cost on this machine, kept in a file for later runs.
 
-Knows: `calibration.json`, what a start shows by itself. Does not know: plans; clock and places are handed in.
-Spec: CAL-1 to CAL-6. Tutorial: 11.
+Reads and writes the entries of `calibration.json`, and derives costs from the start of a run that has none. Leaves to
+others: measuring (`bench.calibrate`), plans.
+Read more: tutorial 11; clauses CAL-1 to CAL-6.
 
-    calibration.json in the cache directory, written by `refinfer bench calibrate`:
+    calibration.json, in the cache directory, written by `refinfer bench calibrate`:
 
     {"version": 1,
      "devices":    {"8:1": {"bandwidth": {"1": bytes/s, "2": ...}, "latency_s"}},       by device number
@@ -23,17 +24,18 @@ from typing import Any, Final
 import numpy as np
 from threadpoolctl import threadpool_info
 
+from refinfer.clock import Clock
 from refinfer.errors import InputError
-from refinfer.offload.cost import HERE, Calibration, Device, Processor, calibration_of
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.matrices import Scratch
-from refinfer.packing.layout import Bytes
+from refinfer.inventory import Inventory
+from refinfer.packing.layout import Tiles
 from refinfer.packing.matmul import matmul
-from refinfer.trace import Clock
+from refinfer.planning.cost import HERE, Calibration, Device, Processor, calibration_of
+from refinfer.sources.matrices import Scratch
 from refinfer.weight_cache.directory import cache_directory
 
 __all__ = [
     "CALIBRATION_FILE",
+    "CALIBRATION_VERSION",
     "blas_name",
     "calibration_file",
     "device_number",
@@ -42,16 +44,15 @@ __all__ = [
     "product_seconds_per_byte",
     "read_json",
     "slower",
-    "to_json",
 ]
 
 CALIBRATION_FILE: Final = "calibration.json"
-_VERSION: Final = 1
+CALIBRATION_VERSION: Final = 1
 _MEASURE_S: Final = 0.1
 
 
 def calibration_file() -> Path | None:
-    """Return where calibrations of this user's machine are kept; None where there is no folder for them."""
+    """Return the path of this user's calibration file, or None if there is no cache directory."""
     try:
         return cache_directory() / CALIBRATION_FILE
     except InputError:
@@ -59,7 +60,7 @@ def calibration_file() -> Path | None:
 
 
 def device_number(place: Path) -> str:
-    """Return the number of the device that holds `place`, or would: that of its nearest folder there is."""
+    """Return the number of the device that holds `place`, or its nearest existing parent."""
     while not place.exists():
         place = place.parent
     number = place.stat().st_dev
@@ -67,7 +68,7 @@ def device_number(place: Path) -> str:
 
 
 def blas_name() -> str:
-    """Return what numpy multiplies with: library, version, the processor it is built for, and numpy itself."""
+    """Return what numpy multiplies with: the library, its version, its target processor, and numpy's version."""
     libraries = [
         " ".join(str(part) for part in (info["internal_api"], info.get("version"), info.get("architecture")) if part)
         for info in threadpool_info()
@@ -76,38 +77,8 @@ def blas_name() -> str:
     return ", ".join([*libraries, f"numpy {np.__version__}"])
 
 
-def to_json(known: Mapping[str, Any] | None, place: Path, device: Device, processor: Processor) -> dict[str, Any]:
-    """Return what `calibration.json` holds once this device and this processor are in it, beside what was `known`."""
-    kept = known if known is not None and known.get("version") == _VERSION else {}
-    return {
-        "version": _VERSION,
-        "devices": _section(kept, "devices")
-        | {
-            device_number(place): {
-                "bandwidth": {str(n): rate for n, rate in device.bandwidth.items()},
-                "latency_s": device.latency_s,
-            }
-        },
-        "processors": _section(kept, "processors")
-        | {
-            blas_name(): {
-                "seconds_per_byte": {
-                    name: {str(M): seconds for M, seconds in points.items()}
-                    for name, points in processor.seconds_per_byte.items()
-                },
-                "call_s": processor.call_s,
-            }
-        },
-    }
-
-
-def _section(known: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = known.get(name)
-    return section if isinstance(section, dict) else {}
-
-
 def read_json(file: Path | None) -> dict[str, Any] | None:
-    """Return what a calibration file holds; None where there is none, or none that can be read."""
+    """Return the contents of a calibration file, or None if it is missing or unreadable."""
     if file is None:
         return None
     try:
@@ -118,9 +89,10 @@ def read_json(file: Path | None) -> dict[str, Any] | None:
 
 
 def known_calibration(file: Path | None, place: Path, device: str | None = None) -> Calibration:
-    """Return what is known of the disk under `place` and of this processor.
+    """Return what is known about the disk under `place` and about this processor.
 
-    What `file` does not tell, or tells nonsense of, comes from `offload.cost`; a `device` named is one of its table.
+    Missing or invalid entries of `file` fall back to those of `planning.cost`. A `device` is looked up in its table
+    `DEVICES` instead.
 
     Raises:
         RequestError: there is no such device.
@@ -138,7 +110,7 @@ def known_calibration(file: Path | None, place: Path, device: str | None = None)
 
 def _positive(value: object) -> float:
     if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{value} is no such measure")
+        raise ValueError(f"{value} is not above zero and finite")
     return float(value)
 
 
@@ -180,39 +152,41 @@ def slower(calibration: Calibration, bytes_per_s: float | None) -> Calibration:
 
 
 def observed_calibration(
-    assumed: Calibration, name: str, readers: int, bytes_per_s: float | None, seconds_per_byte: float | None
+    assumed: Calibration, format: str, at_once: int, bytes_per_s: float | None, seconds_per_byte: float | None
 ) -> Calibration:
-    """Return what a start has shown: the rate at which locked chunks came, the cost of products with one row of x.
+    """Return `assumed`, corrected by what the start of a run showed.
 
-    What it has not shown stays as assumed; rates of other numbers of readers keep their relation to the one seen.
+    `bytes_per_s` is how fast locked chunks were read with `at_once` reads under way; rates for other numbers of reads
+    change by the same factor. `seconds_per_byte` is what products with one row cost; costs for more rows change
+    likewise. Whatever is None stays as assumed.
     """
     device, processor = assumed.device, assumed.processor
     if bytes_per_s:
-        ratio = bytes_per_s / device.rate(readers)
+        ratio = bytes_per_s / device.rate(at_once)
         bandwidth = {n: rate * ratio for n, rate in device.bandwidth.items()}
         device = Device("this disk", bandwidth, 0.0, "as the locked chunks were read at this start")
     if seconds_per_byte:
-        of_format = processor.seconds_per_byte[name]
+        of_format = processor.seconds_per_byte[format]
         ratio = seconds_per_byte / of_format[1]
         seconds = {M: s * ratio for M, s in of_format.items()}
         source = "as it multiplied locked chunks at this start"
-        processor = Processor("this processor", {**processor.seconds_per_byte, name: seconds}, 0.0, source)
+        processor = Processor("this processor", {**processor.seconds_per_byte, format: seconds}, 0.0, source)
     return Calibration(device, processor, measured=bool(bytes_per_s and seconds_per_byte))
 
 
 def product_seconds_per_byte(
-    inventory: Inventory, chunks: Mapping[int, Bytes], scratch: Scratch, clock: Clock
+    inventory: Inventory, chunks: Mapping[int, Tiles], scratch: Scratch, clock: Clock
 ) -> float | None:
-    """Return what a byte of weights costs with one row of x: chunks in memory are multiplied, for 0.1 s at most."""
+    """Return the seconds per byte of products with one row of x, from products with these chunks for about 0.1 s."""
     spent, nbytes = 0.0, 0
-    for number, chunk in chunks.items():
+    for number, tiles in chunks.items():
         used = inventory.cycle[number]
         layout = inventory.matrices[used.matrix].layout.alone(used.index)
         x, out = np.ones((1, layout.K), np.float32), np.empty((1, layout.N), np.float32)
         started = clock.now()
-        matmul(x, layout, [layout.tiles(chunk, layout.chunks[0])], out, scratch.of(1))
+        matmul(x, layout, [tiles], out, scratch.of(1))
         spent += clock.now() - started
-        nbytes += len(chunk)
+        nbytes += layout.chunks[0].nbytes
         if spent > _MEASURE_S:
             break
     return spent / nbytes if nbytes and spent > 0 else None

@@ -1,77 +1,86 @@
-"""The prefetch thread: reads the chunks that will be needed next while the ones before them are multiplied.
+"""The prefetch threads: they read the chunks that will be needed next while the ones before them are multiplied.
 
-Knows: the order in which chunks are needed, a ring of slots, threads. Does not know: what a chunk is, how it is read.
-Spec: FETCH-1 to FETCH-11. Tutorial: 10.
+Chunks are read in the order of use into a ring: slots of memory for one chunk each, filled in turn. Leaves to others:
+what a chunk is, and how it is read.
+Read more: tutorial 10; clauses FETCH-1 to FETCH-11.
 
-Sequence numbers count the streamed chunks from the first one ever needed, over all tokens: number k is chunk
-`order[k % n]`, and it is read into slot `k % slots`.
+`order` has the n chunks that one token streams. Sequence numbers count them over all tokens: number k is chunk
+`order[k % n]`, read into slot `k % r` of a ring of r slots. Whoever multiplies takes a chunk, as a `Loan`, and releases
+it when its slot may be overwritten:
 
-         used          taken      ready                    to read
-    ... | k-1 | k  (being multiplied) | k+1 | k+2  (published) | k+3  (being read) | ...
-        free slots wait for no one; a slot is free again when its chunk is released
+    | ..., k-1 | k                | k+1, k+2 | k+3, k+4   | k+5, ...  |
+    | released | taken            | ready    | under way  | not begun |
+    |          | being multiplied | read     | being read |           |
 
 Laws:
 
-1. Chunks are taken in order; releasing one gives back those before it too. `take` waits for that one chunk only.
-2. A thread begins to read number k when number `k - slots` has been released, never before.
+1. Chunks are taken in order. Releasing a chunk also releases those before it. `take` waits for its own chunk only.
+2. A thread begins to read number k only after number k - r, which was in the same slot, has been released.
 3. Reading goes on past the end of the order into the next token.
-4. Asking for another chunk than the next one (a pass was left, or ended early) drops what was read ahead, waits for
-   reads under way, and goes on from there.
-5. What a read raises is raised by the `take` of that chunk, and by every one after it; nothing more is read.
-6. `close` ends every thread, also one whose read is under way, when that read is done; a `take` that waits then raises.
-   Closing again is allowed.
-7. Nobody waits by looking again and again: a busy loop in Python beside BLAS was measured to slow it 5.5 times.
+4. Taking another chunk than the next (the token before was not computed to its end) drops what was read ahead, waits
+   for the reads under way, and goes on from that chunk.
+5. An error from a read is raised by the `take` of that chunk and by every later one. No further read begins.
+6. `close` waits for the reads under way and ends every thread. A `take` that is waiting raises an error. Closing again
+   is allowed.
+7. No thread waits in a busy loop: one such Python thread was measured to make numpy's products 5.5 times as slow.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from refinfer.errors import GenerationError
+from refinfer.offload.readers import Loan, Read
 from refinfer.packing.layout import Bytes
 
-__all__ = ["PREFETCH_THREADS", "Prefetcher", "Read"]
-
-PREFETCH_THREADS: Final = 2
-"""How many read ahead unless told otherwise: while one checks what it has read, the other keeps the disk busy."""
-
-Read = Callable[[int, Bytes, int], Bytes]
-"""Reads a chunk, by its number in the cycle, into a slot, and returns its bytes; the last argument is the thread's."""
+__all__ = ["Prefetcher"]
 
 
 class Prefetcher:
-    """Gives the chunks of `order` one after another, for ever, read ahead by `threads` threads into `slots`.
+    """Gives the chunks of `order` one after another, again and again, read ahead by `threads` threads into `slots`.
+
+    `read(chunk, slot, thread)` reads one chunk, in a prefetch thread. `thread` and `condition` make threads and the
+    condition variable; tests pass ones that they control.
 
     Raises:
-        GenerationError: the system starts fewer threads.
+        GenerationError: the system does not start that many threads.
     """
 
-    def __init__(self, order: Sequence[int], slots: Sequence[Bytes], read: Read, threads: int) -> None:
+    def __init__(
+        self,
+        order: Sequence[int],
+        slots: Sequence[Bytes],
+        read: Read,
+        threads: int,
+        *,
+        thread: Callable[..., threading.Thread] = threading.Thread,
+        condition: Callable[[], threading.Condition] = threading.Condition,
+    ) -> None:
         self._order = tuple(order)
         self._place = {chunk: i for i, chunk in enumerate(self._order)}
         self._slots = tuple(slots)
         self._read = read
-        self._changed = threading.Condition()
+        self._changed = condition()
+        # The next number to read, the next to take, the first that is not released; and how many reads are under way.
         self._to_read = self._to_take = self._released = self._under_way = 0
-        self._ready: dict[int, Bytes] = {}
-        self._held: Bytes | None = None
+        self._ready: dict[int, Loan] = {}
+        self._taken: Loan | None = None
         self._error: tuple[int, BaseException] | None = None
         self._seeking = self._closed = False
         self._threads: list[threading.Thread] = []
         try:
             for i in range(threads):
-                thread = threading.Thread(target=self._run, args=(i,), name=f"prefetch-{i}", daemon=True)
-                thread.start()
-                self._threads.append(thread)
-        except RuntimeError:  # which is what Python says; those that run must not be left behind
+                started = thread(target=self._run, args=(i,), name=f"prefetch-{i}", daemon=True)
+                started.start()
+                self._threads.append(started)
+        except RuntimeError:  # Python's error for a thread that cannot be started; those that were must be ended
             self.close()
             raise GenerationError("this system starts no further thread; use fewer prefetch threads") from None
 
     # --8<-- [start:take]
-    def take(self, chunk: int) -> Bytes:
-        """Return a chunk of the order, waiting until it is there; it stays until `release`.
+    def take(self, chunk: int) -> Loan:
+        """Return a chunk of the order, once it has been read; its slot is not overwritten until `release`.
 
         Raises:
             DamagedWeightsError: it could not be read, or is damaged.
@@ -88,21 +97,20 @@ class Prefetcher:
                 assert self._error is not None
                 raise self._error[1]
             self._to_take += 1
-            self._held = self._ready.pop(number)
-            return self._held
+            self._taken = self._ready.pop(number)
+            return self._taken
 
-    def release(self, taken: Bytes) -> None:
-        """Give back what was taken last: its slot may be read into again. Anything else was given up long ago."""
+    def release(self, loan: Loan) -> None:
+        """End the latest loan: its slot may be read into again. Any other loan has ended already, and is ignored."""
         with self._changed:
-            if taken is self._held:
-                self._held = None
+            if loan is self._taken:
                 self._released = self._to_take
                 self._changed.notify_all()
 
     # --8<-- [end:take]
 
     def close(self) -> None:
-        """End every thread; again is allowed."""
+        """End every thread; closing again is allowed."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -110,19 +118,19 @@ class Prefetcher:
             thread.join()
 
     def _failed(self) -> bool:
-        """Tell whether no further chunk will come: a read failed, and those under way then have ended."""
+        """Return whether a read has failed and no other is under way, so that no further chunk will come."""
         return self._error is not None and self._under_way == 0
 
     def _seek(self, place: int) -> None:
-        """Go on from another place of the order; the slots of reads under way are not touched before they end."""
+        """Go on from another place of the order, after the reads under way: they still write to their slots."""
         self._seeking = True
         try:
             self._changed.wait_for(lambda: self._under_way == 0)
         finally:
             self._seeking = False
+            self._changed.notify_all()
         self._ready.clear()
         self._to_read = self._to_take = self._released = place
-        self._changed.notify_all()
 
     # --8<-- [start:run]
     def _may_read(self) -> bool:
@@ -138,17 +146,17 @@ class Prefetcher:
                 number = self._to_read
                 self._to_read += 1
                 self._under_way += 1
-            chunk: Bytes | None = None
+            loan: Loan | None = None
             error: BaseException | None = None
             try:
                 slot = self._slots[number % len(self._slots)]
-                chunk = self._read(self._order[number % len(self._order)], slot, thread)
-            except BaseException as raised:  # whatever it is, it belongs to whoever takes this chunk
+                loan = Loan(self._read(self._order[number % len(self._order)], slot, thread))
+            except BaseException as raised:  # whatever it is: the `take` of this chunk raises it
                 error = raised
             with self._changed:
                 self._under_way -= 1
-                if chunk is not None:
-                    self._ready[number] = chunk
+                if loan is not None:
+                    self._ready[number] = loan
                 elif error is not None and (self._error is None or number < self._error[0]):
                     self._error = (number, error)
                 self._changed.notify_all()

@@ -1,50 +1,60 @@
-"""Who reads the chunks that stream: the seam that prefetching fills, and what it is compared with.
+"""Readers give a source the chunks that stream: the interface, and two readers that prefetching is compared with.
 
-Knows: slots, and the order of use. Does not know: threads (`prefetch`), files.
-Spec: OFFLOAD-7, READ-1, READ-2. Tutorial: 08, 10.
+Leaves to others: reading ahead with threads (`prefetch`), files (`packed_file`).
+Read more: tutorials 08, 10; clauses OFFLOAD-7, READ-1 to READ-3.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 from refinfer.errors import GenerationError
-from refinfer.offload.prefetch import Read
-from refinfer.packing.layout import Bytes
+from refinfer.packing.layout import Bytes, Tiles
 
-__all__ = ["Closed", "LruPages", "OnDemand", "Reader"]
+__all__ = ["Closed", "Loan", "LruPages", "OnDemand", "Read", "Reader"]
+
+Read: TypeAlias = Callable[[int, Bytes, int], Tiles]
+"""Reads a chunk, by its number in the cycle, into a slot; returns its tiles. The last argument numbers the thread."""
+
+
+@dataclass(slots=True, eq=False)
+class Loan:
+    """A chunk that was taken: its tiles are valid until the loan is released."""
+
+    tiles: Tiles
 
 
 class Reader(Protocol):
-    """Gives streamed chunks in the order of the cycle; each is valid until it is released."""
+    """Gives streamed chunks in the order of the cycle."""
 
-    def take(self, chunk: int) -> Bytes:
+    def take(self, chunk: int) -> Loan:
         """Return a chunk, by its number in the cycle."""
         ...
 
-    def release(self, taken: Bytes) -> None:
-        """Give back what was taken last."""
+    def release(self, loan: Loan) -> None:
+        """End the latest loan; any other has ended already, and is ignored."""
         ...
 
     def close(self) -> None:
-        """Stop reading; again is allowed."""
+        """Stop reading; closing again is allowed."""
         ...
 
 
 class Closed:
-    """What a closed source reads with: nothing."""
+    """The reader of a closed source: taking a chunk is an error."""
 
-    def take(self, chunk: int) -> Bytes:
-        """Say that the source is closed.
+    def take(self, chunk: int) -> Loan:
+        """Refuse: the source is closed.
 
         Raises:
             GenerationError: always.
         """
         raise GenerationError("the weights were closed while they were in use")
 
-    def release(self, taken: Bytes) -> None:
+    def release(self, loan: Loan) -> None:
         """Do nothing."""
 
     def close(self) -> None:
@@ -52,18 +62,18 @@ class Closed:
 
 
 class OnDemand:
-    """Reads each chunk when it is taken: what prefetching is compared with."""
+    """Reads each chunk when it is taken."""
 
     def __init__(self, slots: Sequence[Bytes], read: Read) -> None:
         self._slot = slots[0]
         self._read = read
 
-    def take(self, chunk: int) -> Bytes:
+    def take(self, chunk: int) -> Loan:
         """Read a chunk."""
-        return self._read(chunk, self._slot, 0)
+        return Loan(self._read(chunk, self._slot, 0))
 
-    def release(self, taken: Bytes) -> None:
-        """Do nothing: the next chunk takes its place."""
+    def release(self, loan: Loan) -> None:
+        """Do nothing: the next chunk replaces it."""
 
     def close(self) -> None:
         """Do nothing."""
@@ -71,32 +81,32 @@ class OnDemand:
 
 # --8<-- [start:pages]
 class LruPages:
-    """An explicit page cache of all the memory a plan would have for locks and ring, which forgets what is oldest.
+    """A page cache in all the memory that a plan has for locks and ring; it forgets the chunk used longest ago (LRU).
 
-    What mmap does within a memory limit, without needing the limit: on a cyclic scan every chunk is forgotten just
-    before it is needed again, until all of them fit.
+    It does what mmap does within a memory limit. Chunks are used in the same order again and again, so each is
+    forgotten just before it is needed again, unless all of them fit.
     """
 
     def __init__(self, slots: Sequence[Bytes], read: Read) -> None:
         self._free = list(slots)
-        self._held: OrderedDict[int, tuple[Bytes, Bytes]] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[Bytes, Tiles]] = OrderedDict()
         self._read = read
 
-    def take(self, chunk: int) -> Bytes:
-        """Return a chunk, reading it unless it is held."""
-        if chunk in self._held:
-            self._held.move_to_end(chunk)
-            return self._held[chunk][1]
-        slot = self._free.pop() if self._free else self._held.popitem(last=False)[1][0]
+    def take(self, chunk: int) -> Loan:
+        """Return a chunk, reading it unless it is kept."""
+        if chunk in self._kept:
+            self._kept.move_to_end(chunk)
+            return Loan(self._kept[chunk][1])
+        slot = self._free.pop() if self._free else self._kept.popitem(last=False)[1][0]
         try:
-            self._held[chunk] = slot, self._read(chunk, slot, 0)
+            self._kept[chunk] = slot, self._read(chunk, slot, 0)
         except BaseException:
             self._free.append(slot)
             raise
-        return self._held[chunk][1]
+        return Loan(self._kept[chunk][1])
 
-    def release(self, taken: Bytes) -> None:
-        """Do nothing: chunks stay until they are the oldest."""
+    def release(self, loan: Loan) -> None:
+        """Do nothing: a chunk stays until its slot is needed."""
 
     def close(self) -> None:
         """Do nothing."""

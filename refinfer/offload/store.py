@@ -1,11 +1,12 @@
-"""Reads of packed weights from disk, straight into the memory that the matmul uses.
+"""Reads packed weights from disk, straight into the memory that the matmul uses.
 
-Knows: direct I/O, and what to do where there is none. Does not know: chunks, plans, checksums.
-Spec: STORE-1 to STORE-6. Tutorial: 10, 12.
+Leaves to others: chunks, plans, checksums.
+Read more: tutorials 10, 12; clauses STORE-1 to STORE-6.
 
-Direct I/O (`O_DIRECT`) goes past the page cache, so that a budget's bytes are all the bytes there are; it wants
-offset, length and address on pages, which is why the file has everything there. Where a file system has none, reads
-are ordinary ones, and the page cache is asked to forget them.
+Direct I/O (`O_DIRECT`) bypasses the page cache, where the system keeps copies of what was read, so that the budget
+counts every byte that is in memory. It needs offset, length and address on page boundaries, which is why everything in
+the file starts on one. If the file system does not support it, reads are ordinary ones, and the page cache is asked to
+forget their pages.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Protocol, Self
 
 from refinfer.arrays import PAGE_BYTES, aligned_empty
+from refinfer.clock import Clock
 from refinfer.errors import CacheFileError, DamagedWeightsError, GenerationError
 from refinfer.packing.layout import Bytes
-from refinfer.trace import Clock
 
 __all__ = ["FileStore", "Store", "ThrottledStore"]
 
@@ -37,7 +37,7 @@ class Store(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what the store holds; again is allowed."""
+        """Release what the store keeps open; closing again is allowed."""
         ...
 
 
@@ -45,8 +45,8 @@ class Store(Protocol):
 class ThrottledStore:
     """Reads no faster than a rate: a phone's storage on a laptop.
 
-    A token bucket: each read takes its bytes' time of the one line that all threads stand in, and waits for the end
-    of it on `clock`; not once the store is closed.
+    All threads stand in one line. Each read adds the time of its bytes to the end of the line, and returns when the
+    clock gets there, or when the store is closed.
     """
 
     def __init__(self, store: Store, bytes_per_s: float, clock: Clock) -> None:
@@ -58,7 +58,7 @@ class ThrottledStore:
         self._closed = False
 
     def read(self, offset: int, into: Bytes) -> None:
-        """Read, and return when the rate allows it."""
+        """Read, and return no sooner than the rate allows."""
         with self._lock:
             self._line_ends = max(self._line_ends, self._clock.now()) + len(into) / self._rate
             mine = self._line_ends
@@ -67,7 +67,7 @@ class ThrottledStore:
             self._clock.sleep(min(rest, _LONGEST_SLEEP_S))
 
     def close(self) -> None:
-        """Close the store behind, and let everybody go who waits."""
+        """Close the underlying store, and end all waiting."""
         self._closed = True
         self._store.close()
 
@@ -76,7 +76,7 @@ class ThrottledStore:
 
 
 class FileStore:
-    """Reads pages of a file with direct I/O, or without where that is not supported; any thread may read or close.
+    """Reads pages of a file, with direct I/O if that is supported; any thread may read or close.
 
     Raises:
         CacheFileError: the file cannot be opened.
@@ -100,10 +100,10 @@ class FileStore:
         self._closed = False
 
     def read(self, offset: int, into: Bytes) -> None:
-        """Fill `into` with the bytes from `offset`; both on pages.
+        """Fill `into` with the bytes from `offset` on; both start on page boundaries.
 
         Raises:
-            DamagedWeightsError: the file ends before, or cannot be read.
+            DamagedWeightsError: the file is too short, or cannot be read.
             GenerationError: the store is closed.
         """
         view = memoryview(into.data)
@@ -122,7 +122,7 @@ class FileStore:
 
     @contextmanager
     def _in_use(self) -> Iterator[int]:
-        """Give the descriptor, which stays open meanwhile: another file might get its number, and be read."""
+        """Keep the descriptor open during a read: once it is closed, its number may belong to another file."""
         with self._lock:
             if self._closed or self._descriptor is None:
                 raise GenerationError(f"{self.path} is closed")
@@ -133,7 +133,7 @@ class FileStore:
         finally:
             with self._lock:
                 self._under_way -= 1
-                self._let_go()
+                self._close_if_unused()
 
     def _read(self, descriptor: int, offset: int, view: memoryview) -> int:
         if not hasattr(os, "preadv"):  # Windows
@@ -148,19 +148,19 @@ class FileStore:
         return n
 
     def is_at(self, path: Path) -> bool:
-        """Tell whether `path` is still this file."""
+        """Return whether `path` is still the file that is open here."""
         try:
             return os.path.samestat(path.stat(), self._identity)
         except OSError:
             return False
 
     def close(self) -> None:
-        """Close the file, after the reads that are under way; again is allowed."""
+        """Close the file, after the reads that are under way; closing again is allowed."""
         with self._lock:
             self._closed = True
-            self._let_go()
+            self._close_if_unused()
 
-    def _let_go(self) -> None:
+    def _close_if_unused(self) -> None:
         if self._closed and not self._under_way:
             descriptor, self._descriptor = self._descriptor, None
             if descriptor is not None:
@@ -169,15 +169,13 @@ class FileStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 # --8<-- [start:direct]
 def _open_direct(path: Path) -> int | None:
-    """Open for direct I/O; None where the file system has none, which some say only at the first read."""
+    """Open for direct I/O, or return None if the file system lacks it; some report that only at the first read."""
     flag = getattr(os, "O_DIRECT", None)
     if flag is None:
         return None

@@ -1,6 +1,6 @@
 """bf16: bfloat16 weights, the upper half of a float32, two bytes each.
 
-The whole format on one page. Leaves to others: where chunks are cut (`layout`), which numpy call multiplies for how
+The whole format in one module. Leaves to others: where chunks are cut (`layout`), which numpy call multiplies for how
 many rows of x (`product`).
 Read more: tutorial 02; clauses PACK-16, PACK-23, PACK-26.
 
@@ -9,10 +9,10 @@ Read more: tutorial 02; clauses PACK-16, PACK-23, PACK-26.
             | w[0,1] w[0,0] | w[0,3] w[0,2] | ...    the high half of a word is an odd column, the low half the even
               high     low                           one before it
 
-numpy has no bfloat16. A mask of a word gives its odd column as float32, a shift its even one: two passes, exact, and
-no interleaving, because x is split into odd and even columns instead.
-Error bound: none for bfloat16 checkpoints; other weights are rounded to nearest, |w - w'| <= 2^-8 |w|
-unless w is subnormal.
+numpy has no bfloat16. A mask turns each word into its odd column as float32, a shift into its even one, both exactly.
+They are not put back in order: x is split into odd and even columns instead.
+Error bound: no error if weights are stored as bfloat16; others are rounded to nearest, |w - w'| <= 2^-8 |w| unless w is
+subnormal (so small that float32 itself has fewer digits).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ chunk_nbytes: Final = 2 << 20
 nanoseconds_per_byte: Final[Mapping[int, float]] = {1: 0.152, 8: 0.199, 64: 0.783, 256: 2.084}
 
 _ROWS: Final = 16
-_APART: Final = 64  # floats between two scratch arrays: a cache line or more
+_APART: Final = 64  # floats between two scratch arrays: more than the 64 bytes that a processor loads at once
 _MASK: Final = np.array(0xFFFF0000, np.uint32)
 _SHIFT: Final = np.array(16, np.uint32)
 
@@ -58,7 +58,7 @@ def tile_nbytes(nr: int, K: int) -> int:
 
 
 def view(raw: Bytes, nr: int, K: int) -> Tiles:
-    """See tiles as rows of words."""
+    """Return tiles as a view of rows of words."""
     return Tiles(raw.reshape(-1).view(np.uint32).reshape(raw.shape[0] * nr, -1), K)
 
 
@@ -75,12 +75,12 @@ def pack(rows: npt.NDArray[Any], tiles: Tiles) -> None:
 
 
 def unpack_rows(tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:
-    """Return the rows in lanes `lane` of tiles `which`."""
+    """Return float32 rows: row i is in lane `lane[i]` of tile `which[i]`."""
     return bf16_to_f32(tiles.words[which * _ROWS + lane].view(np.uint16)[:, : tiles.K])
 
 
 def start(x: Float32Array, scratch: GemmScratch) -> tuple[Product] | tuple[Product, Product]:
-    """Return products with the odd and with the even columns of x; for many rows, one product with odd, then even.
+    """Return a `Product` for the odd columns of x and one for the even; for many rows, one for odd, then even ones.
 
     An odd K is padded with a column of zeros, as its weights are.
     """
@@ -97,7 +97,7 @@ def start(x: Float32Array, scratch: GemmScratch) -> tuple[Product] | tuple[Produ
 
 
 def multiply(products: tuple[Product] | tuple[Product, Product], tiles: Tiles, out: Float32Array) -> None:
-    """Write the outputs of one chunk, `[M, R]`, widening `step` rows at a time."""
+    """Write the outputs of a chunk of R rows, `[M, R]`, widening `step` rows at a time."""
     words, R = tiles.words, out.shape[1]
     step = min(R, rows_at_once(products[0].M, _ROWS, tiles.K))
     if len(products) == 1:
@@ -107,9 +107,9 @@ def multiply(products: tuple[Product] | tuple[Product, Product], tiles: Tiles, o
 
 
 def _multiply_few(by_odd: Product, by_even: Product, words: Words, out: Float32Array, step: int) -> None:
-    """Widen odd and even columns into an array each, and add their products."""
+    """Widen odd and even columns into one array each, and add the two products."""
     take, half, R = by_odd.scratch.take, words.shape[1], out.shape[1]
-    # The two arrays lie somewhat apart: the same place of two pages would make loads wait for stores.
+    # If both arrays began at the same place in a page, the processor would mistake one for the other, and wait.
     odd, _, even, more = take(step, half), take(_APART), take(step, half), take(by_odd.M, R)
     odd_bits, even_bits = odd.view(np.uint32), even.view(np.uint32)
     for n in range(0, R, step):
@@ -136,10 +136,10 @@ def _multiply_many(product: Product, words: Words, out: Float32Array, step: int)
 
 
 def scratch_floats(layout: PackedLayout, M: int) -> int:
-    """Return the floats of scratch: x in two halves, `step` widened rows, what the products want for themselves.
+    """Return how many floats of scratch a product takes: x in two halves, `step` widened rows, what numpy calls need.
 
-    With few rows of x there are also a second output, a gap between two arrays, and a product for each half; these
-    two take the memory for their outputs in turn.
+    With few rows of x there are also a second output, the gap between two arrays, and a `Product` for each half. The
+    two use the same memory for their outputs, one after the other.
     """
     rows, half = layout.most_rows, (layout.K + 1) // 2
     step = min(rows, rows_at_once(M, _ROWS, layout.K))

@@ -1,13 +1,13 @@
 """f32: float32 weights, as they are.
 
-The whole format on one page. Leaves to others: where chunks are cut (`layout`), which numpy call multiplies for how
+The whole format in one module. Leaves to others: where chunks are cut (`layout`), which numpy call multiplies for how
 many rows of x (`product`).
 Read more: tutorial 02; clauses PACK-16, PACK-23.
 
     tile    nr = 16 rows of K float32     w[0,0] w[0,1] ... w[0,K-1] w[1,0] ...      rows whole, nothing padded
 
 BLAS multiplies such rows in place, so a product needs no copy of a weight.
-Error bound: none, every float32, float16 and bfloat16 weight is kept exactly.
+Error bound: no error, every float32, float16 and bfloat16 weight is kept exactly.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def tile_nbytes(nr: int, K: int) -> int:
 
 
 def view(raw: Bytes, nr: int, K: int) -> Float32Array:
-    """See tiles as rows `[T * nr, K]`: without pads, a chunk is one matrix."""
+    """Return T tiles as a view of rows `[T * nr, K]`: nothing lies between rows, so a chunk is one matrix."""
     return raw.reshape(-1).view(np.float32).reshape(-1, K)
 
 
@@ -54,22 +54,22 @@ def pack(rows: npt.NDArray[Any], tiles: Float32Array) -> None:
 
 
 def unpack_rows(tiles: Float32Array, which: IntArray, lane: IntArray) -> Float32Array:
-    """Return the rows in lanes `lane` of tiles `which`."""
+    """Return float32 rows: row i is in lane `lane[i]` of tile `which[i]`."""
     rows: Float32Array = tiles[which * _ROWS + lane]
     return rows
 
 
 def start(x: Float32Array, scratch: GemmScratch) -> Product:
-    """Return x, ready for the call that its number of rows asks for."""
+    """Return x, ready for the numpy call that suits its number of rows."""
     return Product(x, scratch)
 
 
 def multiply(product: Product, tiles: Float32Array, out: Float32Array) -> None:
-    """Write the outputs of one chunk, `[M, R]`: one product with all its rows."""
+    """Write the outputs of a chunk of R rows, `[M, R]`: one product with all of them."""
     R = out.shape[1]
     product.rows(tiles if len(tiles) == R else tiles[:R], out)
 
 
 def scratch_floats(layout: PackedLayout, M: int) -> int:
-    """Return the floats of scratch: what the call itself wants for a whole chunk."""
+    """Return how many floats of scratch a product takes: what the numpy call needs for a whole chunk."""
     return Product.scratch_floats(M, layout.K, layout.most_rows)

@@ -1,10 +1,11 @@
-"""The table of the engine's weight formats, and matrices packed in one of them.
+"""The table of weight formats, and matrices packed in one of them.
 
-Leaves to others: what a format is (`layout`; a page for each: `f32`, `bf16`, `int8`, `int4`), how a packed matrix is
-multiplied (`matmul`). A new format is a new page and a line in `FORMATS`.
+Leaves to others: what a format is (`layout`; a module for each: `f32`, `bf16`, `int8`, `int4`), how a packed matrix is
+multiplied (`matmul`). A new format is a new module and one more name in `FORMATS`.
 Read more: tutorial 03; clauses PACK-16 to PACK-22.
 
-Each chunk can be packed, read and multiplied by itself: scales lie in the tile they belong to. Biases are not packed.
+Each chunk can be packed, read and multiplied by itself: scales lie in the tile they belong to. Biases, the numbers that
+some models add to outputs, are not packed.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from refinfer.packing.layout import Bytes, Chunk, Format, PackedLayout, cut_into
 __all__ = ["FORMATS", "PackedMatrix", "format_of", "layout_of", "pack_chunk", "pack_matrix"]
 
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType({page.name: page for page in (f32, bf16, int8, int4)})
-"""The engine's formats by name."""
+"""Each format by name: its value is the format's module."""
 
 
-def format_of(name: str) -> Format:
-    """Return a format by its name; raises PackingError for another name."""
-    if name not in FORMATS:
-        raise PackingError(f"{name!r} is not a weight format; there are {', '.join(FORMATS)}")
-    return FORMATS[name]
+def format_of(format: str) -> Format:
+    """Return the module of a format; raises PackingError if there is no such format."""
+    if format not in FORMATS:
+        raise PackingError(f"{format!r} is not a weight format; there are {', '.join(FORMATS)}")
+    return FORMATS[format]
 
 
-def layout_of(name: str, N: int, K: int, chunk_nbytes: int | None = None) -> PackedLayout:
-    """Return how a matrix `[N, K]` is packed in the format `name`.
+def layout_of(format: str, N: int, K: int, chunk_nbytes: int | None = None) -> PackedLayout:
+    """Return how a matrix `[N, K]` is packed in a format.
 
-    `chunk_nbytes` is the aim for a chunk's size; None means the format's usual one.
+    `chunk_nbytes` is the aim for a chunk's size; None means the format's usual aim.
 
     Raises:
         PackingError: there is no such format, or a size is below one.
     """
-    packed_as = format_of(name)
+    packed_as = format_of(format)
     aim = packed_as.chunk_nbytes if chunk_nbytes is None else chunk_nbytes
     if min(N, K, aim) < 1:
         raise PackingError(f"a matrix of {N} outputs and {K} inputs cannot be packed in chunks of {aim} bytes")
@@ -52,12 +53,13 @@ def layout_of(name: str, N: int, K: int, chunk_nbytes: int | None = None) -> Pac
 
 
 class PackedMatrix:
-    """A packed matrix whose chunks are all at hand, in memory or in a mapped file.
+    """A packed matrix with all of its chunks, in memory or in a mapped file (one that is used as if it were memory).
 
-    Its `tiles` are the typed views of each chunk, made once: making them costs as much as a small product.
+    `buffers` are the bytes of each chunk. `tiles` are the typed views of each, made once: making them costs as much as
+    a small product.
 
     Raises:
-        PackingError: the number of buffers is not that of the chunks, or a buffer is too small.
+        PackingError: there are more or fewer buffers than chunks, or a buffer is too small.
     """
 
     __slots__ = ("buffers", "layout", "tiles")
@@ -70,8 +72,9 @@ class PackedMatrix:
         self.tiles = tuple(map(layout.tiles, self.buffers, layout.chunks))
 
     def unpack(self) -> Float32Array:
-        """Return the float32 weights `[N, K]` that a product uses: the inverse of packing, an oracle."""
+        """Return the float32 weights `[N, K]` that a product uses, such as for a test that compares the product."""
         layout = self.layout
+        # for each chunk: which tile, and which lane of it, each of its rows has
         every = (np.divmod(np.arange(chunk.n_rows), layout.tile.nr) for chunk in layout.chunks)
         rows = [layout.format.unpack_rows(tiles, *at) for tiles, at in zip(self.tiles, every, strict=True)]
         return np.concatenate(rows)
@@ -81,7 +84,7 @@ def pack_chunk(rows: npt.NDArray[Any], layout: PackedLayout, chunk: Chunk, buffe
     """Pack the rows of one chunk `[chunk.n_rows, K]`, as stored, into `buffer` of `chunk.nbytes` zeros.
 
     Raises:
-        PackingError: another shape or type of rows, or values that the format cannot hold.
+        PackingError: the rows have another shape or type, or hold values that the format cannot.
     """
     if rows.shape != (chunk.n_rows, layout.K):
         raise PackingError(f"rows of shape {rows.shape} do not fit a chunk [{chunk.n_rows}, {layout.K}]")
@@ -90,17 +93,18 @@ def pack_chunk(rows: npt.NDArray[Any], layout: PackedLayout, chunk: Chunk, buffe
     layout.format.pack(rows, layout.tiles(buffer, chunk))
 
 
-def pack_matrix(w: npt.NDArray[Any], name: str, chunk_nbytes: int | None = None) -> PackedMatrix:
-    """Pack `w` `[N, K]`, as stored, into memory of its own, chunk by chunk, each on a page.
+def pack_matrix(w: npt.NDArray[Any], format: str, chunk_nbytes: int | None = None) -> PackedMatrix:
+    """Pack `w` `[N, K]`, as stored, into new memory, chunk by chunk; each chunk begins on a page.
 
     Raises:
-        PackingError: not a matrix, an unknown format, a size below one, or values that the format cannot hold.
+        PackingError: `w` is not a matrix, or holds values that the format cannot; there is no such format; or a size
+            is below one.
     """
     if w.ndim != 2:
         raise PackingError(f"only matrices can be packed, not an array of shape {w.shape}")
-    layout = layout_of(name, w.shape[0], w.shape[1], chunk_nbytes)
+    layout = layout_of(format, w.shape[0], w.shape[1], chunk_nbytes)
     memory = np.zeros(layout.padded_nbytes + PAGE_BYTES, np.uint8)
-    memory = memory[-memory.ctypes.data % PAGE_BYTES :]
+    memory = memory[-memory.ctypes.data % PAGE_BYTES :]  # begins at a multiple of a page
     buffers = [memory[chunk.offset : chunk.offset + chunk.nbytes] for chunk in layout.chunks]
     for chunk, buffer in zip(layout.chunks, buffers, strict=True):
         pack_chunk(w[chunk.first_row : chunk.first_row + chunk.n_rows], layout, chunk, buffer)

@@ -1,9 +1,9 @@
 """int4: half a byte for each weight, one bfloat16 scale for each block of 32 columns of a row.
 
-The whole format on one page. Leaves to others: where chunks are cut (`layout`).
+The whole format in one module. Leaves to others: where chunks are cut (`layout`).
 Read more: tutorial 03; clauses PACK-11 to PACK-13, PACK-16, PACK-23, PACK-26.
 
-    B blocks of 32 columns, an even number: K is padded with zeros. A tile of nr rows lies column by column:
+    K is padded with zeros to B blocks of 32 columns, B even. A tile of nr rows is stored column by column:
 
     tile    B/2 x 32 x nr bytes           byte [b, k, n] = low nibble: block b, high nibble: block b + B/2
             B x nr bfloat16 scales        s[b, n]
@@ -12,11 +12,12 @@ Read more: tutorial 03; clauses PACK-11 to PACK-13, PACK-16, PACK-23, PACK-26.
             +------------+------------+  ...  +------------+------------+  ...      the columns of one row
              low nibbles: first plane          high nibbles: second plane
 
-Nibbles hold q + 8, and what the 8 adds to a product is taken away through the sums of x. Two planes of blocks share a
-byte, so that two masks give two whole arrays. For few rows of x the high nibbles are not shifted (numpy shifts bytes
-more slowly than it masks them): they come 16 times as large, and x is divided by 16 instead.
-Error bound: |w - q s| <= s / 2 and one rounding; s is the largest weight of the block divided by 7, as bfloat16. Since
-a product sums up (q + 8) s first, its own rounding is that of weights larger by 8 s.
+A nibble is half a byte. It holds q + 8, which is never negative; what the 8 adds to a product is 8 times the sum of x,
+and is subtracted. The first half of the blocks (the first plane) lies in the low nibbles, the second in the high ones,
+so that two masks give two whole arrays. For few rows of x the high nibbles are not shifted, because numpy shifts bytes
+more slowly than it masks them: they are 16 times too large, and x is divided by 16 instead.
+Error bound: |w - q s| <= s / 2, plus one rounding; s is the largest weight of the block divided by 7, as bfloat16. A
+product first sums up (q + 8) s, so it rounds as if weights were larger by 8 s.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ _FOUR: Final = np.array(4, np.uint8)
 def quantize(w: Float32Array) -> tuple[Int4Array, UInt16Array]:
     """Return `q` `[N, B * 32]` from -7 to 7 and bfloat16 scales `[N, B]`, a block of 32 columns each.
 
-    K is padded with zeros to whole blocks. `|w - q * s| <= s / 2` and one rounding. Blocks of zeros, and of weights
-    too small for a scale, get scale 0, so that they add exactly nothing to a product that takes 8 from each nibble.
+    K is padded with zeros to whole blocks. `|w - q * s| <= s / 2`, plus one rounding. Blocks of zeros, and of weights
+    too small for a scale, get scale 0, so that they add exactly nothing to a product.
 
     Raises:
         PackingError: `w` is not a float32 matrix, or holds NaN or infinity.
@@ -78,7 +79,7 @@ def dequantize(q: Int4Array, scales: UInt16Array, K: int) -> Float32Array:
 
 
 class Tiles(NamedTuple):
-    """The bytes `[T, B/2, 32, nr]` and the bfloat16 scales `[T, B, nr]` of a chunk, and K."""
+    """The bytes `[T, B/2, 32, nr]` and the bfloat16 scales `[T, B, nr]` of the T tiles of a chunk, and K."""
 
     nibbles: Bytes
     scales: UInt16Array
@@ -91,7 +92,7 @@ def _half_blocks(K: int) -> int:
 
 
 def tile_shape(N: int, K: int) -> TileShape:
-    """Return as few tiles as possible, all alike, a multiple of 16 rows: little is wasted on missing rows.
+    """Return equal tiles of a multiple of 16 rows, as few as possible: little is wasted on empty lanes.
 
     A tile has at most 512 rows. If rows are so long that it would be larger than the usual chunk, this limit is lower,
     down to 64.
@@ -107,7 +108,7 @@ def tile_nbytes(nr: int, K: int) -> int:
 
 
 def view(raw: Bytes, nr: int, K: int) -> Tiles:
-    """See tiles as nibbles and scales."""
+    """Return views of the nibbles and of the scales of tiles."""
     half = _half_blocks(K)
     nibbles = part_of_tiles(raw, 0, np.uint8, half, BLOCK, nr)
     return Tiles(nibbles, part_of_tiles(raw, half * BLOCK * nr, np.uint16, 2 * half, nr), K)
@@ -132,14 +133,14 @@ def pack(rows: npt.NDArray[Any], tiles: Tiles) -> None:
 
 
 def unpack_rows(tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:
-    """Return the rows in lanes `lane` of tiles `which`."""
+    """Return float32 rows: row i is in lane `lane[i]` of tile `which[i]`."""
     bytes_ = tiles.nibbles[which, :, :, lane]
     planes = np.stack((bytes_ & 15, bytes_ >> 4), axis=1).astype(np.int8) - np.int8(8)
     return dequantize(planes.reshape(len(which), -1), tiles.scales[which, :, lane], tiles.K)
 
 
 class Operand(NamedTuple):
-    """x in blocks, `[B, M, 32]` for few rows or `[M, B * 32]` for many, -8 times their sums `[M, B]`, the scratch."""
+    """x in blocks, `[B, M, 32]` for few rows or `[M, B * 32]` for many; -8 times the sum of each block; the scratch."""
 
     x: Float32Array
     sums: Float32Array
@@ -167,7 +168,7 @@ def start(x: Float32Array, scratch: GemmScratch) -> Operand:
 
 
 def multiply(operand: Operand, tiles: Tiles, out: Float32Array) -> None:
-    """Write the outputs of one chunk, `[M, R]`, tile by tile."""
+    """Write the outputs of a chunk of R rows, `[M, R]`, tile by tile."""
     multiply_tile = _multiply_few if operand.M <= FEW_ROWS else _multiply_many
     nr, scratch = tiles.nibbles.shape[3], operand.scratch
     used = scratch.used
@@ -177,7 +178,7 @@ def multiply(operand: Operand, tiles: Tiles, out: Float32Array) -> None:
 
 
 def _multiply_few(operand: Operand, nibbles: Bytes, scales: UInt16Array, out: Float32Array) -> None:
-    """Multiply nibble by nibble, block by block, and scale the partial sums: they are 1/32 of the weights."""
+    """Multiply block by block, and scale the sum of each block: fewer multiplications than scaling 32 weights."""
     take, (half, _, nr), M = operand.scratch.take, nibbles.shape, operand.M
     widened_scales = bf16_to_f32(scales, take(2 * half, nr))
     step = _blocks_at_once(half, nr)
@@ -197,7 +198,7 @@ def _multiply_few(operand: Operand, nibbles: Bytes, scales: UInt16Array, out: Fl
 
 
 def _multiply_many(operand: Operand, nibbles: Bytes, scales: UInt16Array, out: Float32Array) -> None:
-    """Widen and scale whole columns, some rows of weights at a time, and multiply once."""
+    """Widen and scale some rows of weights at a time, and multiply with all their columns at once."""
     take, (half, _, nr) = operand.scratch.take, nibbles.shape
     B = 2 * half
     widened_scales = bf16_to_f32(scales, take(B, nr))
@@ -218,7 +219,7 @@ def _multiply_many(operand: Operand, nibbles: Bytes, scales: UInt16Array, out: F
 
 
 def _blocks_at_once(half: int, nr: int) -> int:
-    """Return how many blocks of a tile to widen at a time for few rows of x: what the cache holds."""
+    """Return how many blocks of a tile to widen at a time for few rows of x: what fits in the cache."""
     return min(half, max(1, CACHED_FLOATS // (BLOCK * nr)))
 
 
@@ -228,10 +229,10 @@ def _lanes_at_once(B: int, nr: int) -> int:
 
 
 def scratch_floats(layout: PackedLayout, M: int) -> int:
-    """Return the floats of scratch: x in blocks and its sums, a tile's scales, then what is widened at a time.
+    """Return how many floats of scratch a product takes: x and its sums, a tile's scales, what is widened at a time.
 
-    Few rows of x: one plane as floats and as bytes, all partial sums `[B, M, nr]`, two outputs. Many: both planes as
-    floats, one as bytes.
+    With few rows of x that is one plane as floats and as bytes, the sums of all blocks `[B, M, nr]`, and two outputs;
+    with many, both planes as floats and one as bytes.
     """
     half, nr = _half_blocks(layout.K), layout.tile.nr
     B = 2 * half

@@ -1,16 +1,16 @@
-"""int8: one byte for each weight, one float32 scale for each row.
+"""int8: one byte q for each weight, one float32 scale s for each row; the weight is about q s.
 
-The whole format on one page. Leaves to others: where chunks are cut (`layout`), which numpy call multiplies for how
+The whole format in one module. Leaves to others: where chunks are cut (`layout`), which numpy call multiplies for how
 many rows of x (`product`).
 Read more: tutorial 03; clauses PACK-10, PACK-12, PACK-13, PACK-16, PACK-23, PACK-26.
 
     tile    nr = 16 rows of K bytes       q[0,0] q[0,1] ... q[0,K-1] q[1,0] ...     rows whole: widened by one copy
             nr float32 scales             s[0] ... s[15]                            applied to the outputs
 
-numpy multiplies integers without BLAS, which is slow, so a few rows at a time are widened to float32. A scale belongs
-to a whole row, so it leaves the sum: (q s) . x = s (q . x), one multiplication for each output instead of one for each
-weight.
-Error bound: |w - q s| <= s / 2 and one rounding; s is the largest weight of the row divided by 127.
+To quantise is to find q and s for given weights w. numpy multiplies integers without BLAS, which is slow, so a few rows
+at a time are widened to float32. All weights of a row share a scale, so it can be taken out of the sum:
+(q s) . x = s (q . x), one multiplication for each output instead of one for each weight.
+Error bound: |w - q s| <= s / 2, plus one float32 rounding; s is the largest weight of the row divided by 127.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ nanoseconds_per_byte: Final[Mapping[int, float]] = {1: 0.231, 8: 0.360, 64: 1.25
 Int8Array: TypeAlias = npt.NDArray[np.int8]
 
 _ROWS: Final = 16
-_SMALLEST_SCALE: Final = float(np.finfo(np.float32).tiny)
+_SMALLEST_SCALE: Final = float(np.finfo(np.float32).tiny)  # smaller float32 numbers have fewer digits
 
 
 # --8<-- [start:quantize]
@@ -58,16 +58,18 @@ def dequantize(q: Int8Array, scales: Float32Array) -> Float32Array:
 
 
 def require_matrix(w: Float32Array) -> None:
-    """Check that `w` can be quantised at all; raises PackingError."""
+    """Check that `w` is a float32 matrix and not empty; raises PackingError."""
     if w.dtype != np.float32 or w.ndim != 2 or not w.size:
         raise PackingError(f"a float32 matrix is wanted, not {w.dtype} {list(w.shape)}")
 
 
 def usable_scales(scales: Float32Array, largest: Float32Array) -> Float32Array:
-    """Return `scales`, with 1 for weights too small for a scale: they become zero, as they nearly are.
+    """Return `scales` with each that is too small for float32 replaced by 1: its weights, nearly zero, become zero.
+
+    `largest` has the largest weight, without its sign, of those that share a scale.
 
     Raises:
-        PackingError: a largest weight is NaN or infinite.
+        PackingError: one of `largest` is NaN or infinite.
     """
     if not np.isfinite(largest).all():
         raise PackingError("the weights hold NaN or infinity, which cannot be quantised")
@@ -75,7 +77,7 @@ def usable_scales(scales: Float32Array, largest: Float32Array) -> Float32Array:
 
 
 class Tiles(NamedTuple):
-    """The weights `[T, nr, K]` and the scales `[T, nr]` of a chunk."""
+    """The weights `[T, nr, K]` and the scales `[T, nr]` of the T tiles of a chunk."""
 
     q: Int8Array
     scales: Float32Array
@@ -92,7 +94,7 @@ def tile_nbytes(nr: int, K: int) -> int:
 
 
 def view(raw: Bytes, nr: int, K: int) -> Tiles:
-    """See tiles as weights and scales."""
+    """Return views of the weights and of the scales of tiles."""
     return Tiles(part_of_tiles(raw, 0, np.int8, nr, K), part_of_tiles(raw, nr * K, np.float32, nr))
 
 
@@ -112,18 +114,18 @@ def pack(rows: npt.NDArray[Any], tiles: Tiles) -> None:
 
 
 def unpack_rows(tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:
-    """Return the rows in lanes `lane` of tiles `which`."""
+    """Return float32 rows: row i is in lane `lane[i]` of tile `which[i]`."""
     return dequantize(tiles.q[which, lane], tiles.scales[which, lane])
 
 
 def start(x: Float32Array, scratch: GemmScratch) -> Product:
-    """Return x, ready for the call that its number of rows asks for."""
+    """Return x, ready for the numpy call that suits its number of rows."""
     return Product(x, scratch)
 
 
 # --8<-- [start:multiply]
 def multiply(product: Product, tiles: Tiles, out: Float32Array) -> None:
-    """Write the outputs of one chunk, `[M, R]`: widen some tiles by one copy, multiply, and scale the outputs."""
+    """Write the outputs of a chunk of R rows, `[M, R]`: widen some tiles by one copy, multiply, scale the outputs."""
     q, R = tiles.q, out.shape[1]
     _, nr, K = q.shape
     step = min(len(q), rows_at_once(product.M, nr, K) // nr)
@@ -141,7 +143,7 @@ def multiply(product: Product, tiles: Tiles, out: Float32Array) -> None:
 
 
 def scratch_floats(layout: PackedLayout, M: int) -> int:
-    """Return the floats of scratch: the tiles that are widened at a time, and what the call itself wants for them."""
+    """Return how many floats of scratch a product takes: the tiles widened at a time, and what the numpy call needs."""
     rows = layout.most_rows
     widened = min(-(-rows // _ROWS) * _ROWS, rows_at_once(M, _ROWS, layout.K))
     return widened * layout.K + Product.scratch_floats(M, layout.K, min(rows, widened))

@@ -1,10 +1,12 @@
-r"""The words of this room: tile, chunk, weight format, and where each chunk of a packed matrix lies.
+r"""The words tile, chunk and weight format, and where each chunk of a packed matrix lies.
 
-Index arithmetic and one Protocol, no data. Leaves to others: the weight formats (a page for each: `f32`, `bf16`,
-`int8`, `int4`), and XNNPACK's own layouts (`xnnpack`).
+Has index arithmetic and one Protocol, no data. Leaves to others: the weight formats (a module for each: `f32`, `bf16`,
+`int8`, `int4`), and the layouts of XNNPACK, Google's library for neural networks (`xnnpack`).
 Read more: tutorial 01; clauses PACK-4, PACK-5.
 
-A matrix `[N, K]` is cut into tiles of `nr` rows, and a row of tiles into chunks:
+To pack a matrix is to store it in the order in which a product reads it. A matrix `[N, K]` is cut into tiles of `nr`
+rows, and several tiles, one after another, make a chunk. In shapes, T is a number of tiles. The place of a row in its
+tile is its lane. A page is 4096 bytes, the unit in which a system reads files.
 
     row 0     +--------+ \
               | tile 0 |  |
@@ -48,17 +50,18 @@ Tiles: TypeAlias = Any
 """The tiles of one chunk: whatever a format's `view` returns."""
 
 Operand: TypeAlias = Any
-"""x as the chunks of a product want it: whatever a format's `start` returns."""
+"""x in the form that a format's `multiply` needs: whatever its `start` returns."""
 
 
 @dataclass(frozen=True, slots=True)
 class TileShape:
-    """XNNPACK's words: `nr` rows to a tile, `kr` neighbouring columns kept together, `sr` shuffled groups of them.
+    """The shape of a tile, in XNNPACK's letters: `nr` rows, of which `kr` neighbouring columns stay together.
 
-    `kr=1` gives a tile `[K, nr]`, its transpose; `kr=K` keeps rows whole, `[nr, K]`.
+    `kr=K` keeps rows whole, `[nr, K]`; `kr=1` stores a tile column by column, `[K, nr]`. `sr` is for processors that
+    shuffle their inputs (tutorial 01); in all weight formats it is 1.
 
     Raises:
-        PackingError: a size below one.
+        PackingError: a size is below one.
     """
 
     nr: int
@@ -72,10 +75,10 @@ class TileShape:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of whole tiles: the unit that is checksummed, read, locked and multiplied.
+    """Some neighbouring tiles: the unit that is read, checked, multiplied, and locked (kept in memory).
 
-    `offset` and `nbytes` are its place in the packed matrix, in bytes. It holds the `n_rows` rows from `first_row` on;
-    the lanes of missing rows in a last tile are not counted.
+    `offset` and `nbytes` are its place in the packed matrix, in bytes. It holds the `n_rows` rows from `first_row` on.
+    If N is not a multiple of `nr`, the last tile has empty lanes, which `n_rows` does not count.
     """
 
     first_row: int
@@ -86,19 +89,20 @@ class Chunk:
     @property
     def padded_nbytes(self) -> int:
         """The bytes it takes in a file: `nbytes` rounded up to whole pages."""
-        return -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES
+        return -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES  # -(-a // b) is a / b, rounded up
 
 
 def count_chunks(N: int, nr: int, tile_nbytes: int, chunk_nbytes: int) -> int:
-    """Return how many chunks `cut_into_chunks` would cut."""
+    """Return how many chunks `cut_into_chunks` returns, without making them."""
     n_tiles = -(-N // nr)
     return min(n_tiles, max(1, round(n_tiles * tile_nbytes / chunk_nbytes)))
 
 
 def cut_into_chunks(N: int, nr: int, tile_nbytes: int, chunk_nbytes: int) -> tuple[Chunk, ...]:
-    """Cut a row of tiles into chunks of about `chunk_nbytes`, as equal as whole tiles allow, each on a page.
+    """Cut the tiles of N rows into chunks of about `chunk_nbytes`, as equal as whole tiles allow, each on a page.
 
-    A matrix below one and a half times the aim is one chunk; a tile larger than the aim is a chunk by itself.
+    `chunk_nbytes` is called the aim. A matrix of less than one and a half times the aim is one chunk; a tile larger
+    than the aim is a chunk by itself.
     """
     return tuple(_cut(N, nr, tile_nbytes, chunk_nbytes))
 
@@ -119,25 +123,25 @@ def _cut(N: int, nr: int, tile_nbytes: int, chunk_nbytes: int) -> Iterator[Chunk
 
 
 class Format(Protocol):
-    """A weight format. Each is a module of this room that has these names, so that the module is its whole page."""
+    """A weight format: how weights are stored and multiplied. Each format is a module that defines these names."""
 
     @property
     def name(self) -> str:
-        """The name on the command line and in keys."""
+        """The name on the command line and in the keys of the weight cache."""
         ...
 
     @property
     def chunk_nbytes(self) -> int:
-        """The usual aim for a chunk: about a million weights (two million in int4)."""
+        """The usual aim, in bytes: about a million weights (two million in int4)."""
         ...
 
     @property
     def nanoseconds_per_byte(self) -> Mapping[int, float]:
-        """What a product costs for each packed byte, by rows of x, as measured on one core of the figures page."""
+        """What a product costs for each packed byte, by rows of x: measured on one core (`docs/figures.md`)."""
         ...
 
     def tile_shape(self, N: int, K: int) -> TileShape:
-        """Return the tile shape for a matrix `[N, K]`; it does not depend on the aim for a chunk."""
+        """Return the tile shape for a matrix `[N, K]`; it does not depend on how chunks are cut."""
         ...
 
     def tile_nbytes(self, nr: int, K: int) -> int:
@@ -145,33 +149,37 @@ class Format(Protocol):
         ...
 
     def view(self, raw: Bytes, nr: int, K: int) -> Tiles:
-        """See tiles `[T, tile_nbytes]` as their typed parts. Copies nothing."""
+        """Return typed views of the parts of T tiles; `raw` is their bytes, `[T, tile_nbytes]`. Copies nothing."""
         ...
 
     def pack(self, rows: npt.NDArray[Any], tiles: Tiles) -> None:
-        """Fill tiles of zeros from rows `[n, K]` as stored: float32, float16, or bfloat16 as its bits."""
+        """Pack rows `[n, K]` into tiles that hold zeros.
+
+        Rows come as stored: as float32, float16, or bfloat16. A bfloat16 is the upper half of a float32. numpy has no
+        such type, so its 16 bits come as uint16.
+        """
         ...
 
     def unpack_rows(self, tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:
-        """Return the float32 rows in lanes `lane` of tiles `which` that a product with those tiles uses."""
+        """Return float32 rows as a product uses them: row i is in lane `lane[i]` of tile `which[i]`."""
         ...
 
     def start(self, x: Float32Array, scratch: GemmScratch) -> Operand:
-        """Return what all chunks share of a product: x `[M, K]` in the form that `multiply` wants."""
+        """Prepare x `[M, K]`, once for all chunks of a product: return it in the form that `multiply` needs."""
         ...
 
     def multiply(self, operand: Operand, tiles: Tiles, out: Float32Array) -> None:
-        """Write the outputs of one chunk, `[M, n_rows]`; `operand` is what `start` returned."""
+        """Multiply with one chunk: write its outputs, `[M, n_rows]`, to `out`; `operand` is what `start` returned."""
         ...
 
     def scratch_floats(self, layout: PackedLayout, M: int) -> int:
-        """Return exactly the floats of scratch that a product of M rows of x takes, `start` included."""
+        """Return exactly how many floats of scratch a product with M rows of x takes, `start` included."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLayout:
-    """Everything about a packed matrix `[N, K]` but its bytes; `chunk_nbytes` is the aim its chunks were cut for."""
+    """Everything about a packed matrix `[N, K]` except its bytes; `chunk_nbytes` is the aim its chunks were cut for."""
 
     format: Format
     N: int
@@ -191,15 +199,15 @@ class PackedLayout:
         return max(chunk.n_rows for chunk in self.chunks)
 
     def alone(self, index: int) -> PackedLayout:
-        """Return the layout of the matrix that is one chunk of this one."""
+        """Return the layout of one chunk, seen as a matrix of its own."""
         chunk = self.chunks[index]
         return replace(self, N=chunk.n_rows, chunks=(replace(chunk, first_row=0, offset=0),))
 
     def tiles(self, buffer: Bytes, chunk: Chunk) -> Tiles:
-        """See the bytes of a chunk, in a buffer at least as large, as the format's typed tiles.
+        """Return the tiles of a chunk, as typed views; `buffer` begins with the chunk's bytes.
 
         Raises:
-            PackingError: the buffer is not contiguous bytes, or too small.
+            PackingError: the buffer is not contiguous bytes, or is too small.
         """
         if buffer.dtype != np.uint8 or buffer.ndim != 1 or not buffer.flags.c_contiguous or buffer.size < chunk.nbytes:
             raise PackingError(f"a chunk of {chunk.nbytes} bytes does not lie in {buffer.dtype} {list(buffer.shape)}")
@@ -208,6 +216,6 @@ class PackedLayout:
 
 
 def part_of_tiles(raw: Bytes, start: int, dtype: npt.DTypeLike, *shape: int) -> npt.NDArray[Any]:
-    """See the part of each tile `[T, tile_nbytes]` that starts at its byte `start` as `[T, *shape]`. Copies nothing."""
+    """Return a view `[T, *shape]` of the part that begins at byte `start` of each tile; `raw` is `[T, tile_nbytes]`."""
     end = start + math.prod(shape) * np.dtype(dtype).itemsize
     return raw[:, start:end].view(dtype).reshape(len(raw), *shape)

@@ -1,12 +1,12 @@
-"""The numpy matmul core: `x @ W.T` and single rows of W, over packed weights, chunk by chunk.
+"""The matmul core: `x @ W.T` with a packed W, chunk by chunk; and single rows of W.
 
 Takes the tiles of each chunk from an iterator, so that a chunk may be in memory, mapped, or still arriving. Leaves to
-others: how a chunk is multiplied (the format's page), where chunks lie, biases, models.
+others: how a chunk is multiplied (the format's module), where chunks lie, biases, models.
 Read more: tutorial 02; clauses PACK-18, PACK-23 to PACK-29.
 
-Two laws. No call into BLAS spans two chunks, and the calls inside a chunk depend on M and that chunk alone: so a
-product has the same bits wherever its chunks lie. Scratch memory is reserved beforehand (`scratch_floats`): weights are
-widened into it a few rows at a time, never as a whole.
+Two laws. First, no call into BLAS spans two chunks, and the calls for a chunk depend on M and that chunk alone. So a
+product is the same, to the bit, wherever its chunks lie. Second, all scratch is reserved before a product begins
+(`scratch_floats`): weights are widened into it a few rows at a time, never the whole matrix.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ __all__ = ["UNPACKED_AT_ONCE", "matmul", "scratch_floats", "unpack_rows"]
 
 _F32: Final = np.dtype(np.float32)  # comparing with it is quicker than with np.float32
 UNPACKED_AT_ONCE: Final = 16
-"""Rows that `unpack_rows` takes from a chunk at a time: a budget counts the memory for them."""
+"""How many rows `unpack_rows` unpacks at a time; a memory budget counts the memory they take."""
 
+# the numbers of rows of x at which a call, or a format's own way, is used for the last time
 _EDGES: Final = (1, FEW_ROWS, int(GEMM_CONFIG[-2].most_rows))
 
 
 def scratch_floats(layouts: Iterable[PackedLayout], most_rows: int) -> int:
-    """Return the floats of scratch that suffice for products of up to `most_rows` rows with any of `layouts`.
+    """Return how many floats of scratch are enough for products of up to `most_rows` rows of x with any of `layouts`.
 
-    Within the reach of one call more rows take more scratch, so only the edges of the calls are asked for.
+    As long as the numpy call stays the same, more rows take more scratch. So only the largest number of rows of each
+    call is tried.
     """
     edges = {min(most_rows, edge) for edge in (*_EDGES, most_rows)}
     return max((layout.format.scratch_floats(layout, M) for layout in layouts for M in edges), default=0)
@@ -55,11 +57,11 @@ def matmul(
         tiles: the tiles of each chunk in order, such as `PackedMatrix.tiles`; each is used before the next is asked
             for.
         out: where to write, contiguous; None makes a new array.
-        scratch: of at least `scratch_floats`; None makes it for this product.
+        scratch: at least `scratch_floats([layout], M)` floats; None reserves them for this product alone.
 
     Raises:
         PackingError: shapes or types do not match, or the scratch is too small.
-        ValueError: there are more or fewer tiles than chunks.
+        ValueError: `tiles` has more or fewer items than there are chunks.
     """
     out = _checked(x, layout, out)
     scratch = scratch or GemmScratch(scratch_floats([layout], len(x)))
@@ -77,7 +79,7 @@ def matmul(
 
 
 def _checked(x: Float32Array, layout: PackedLayout, out: Float32Array | None) -> Float32Array:
-    """Check the shapes and types of x and `out`, and return `out`, made if need be."""
+    """Check the shapes and types of x and `out`, and return `out`, or a new array if it is None."""
     if x.dtype != _F32 or x.ndim != 2 or x.shape[1] != layout.K or not len(x):
         raise PackingError(f"x must be float32 [M, {layout.K}] with M of at least 1, not {x.dtype} {list(x.shape)}")
     shape = (len(x), layout.N)
@@ -96,8 +98,8 @@ def unpack_rows(
     Args:
         ids: numbers of rows, in any order.
         layout: how the weights are packed.
-        tiles_of: returns the tiles of the chunks with these numbers, in order; only chunks that hold a row are asked
-            for, each once.
+        tiles_of: called once, with the numbers of the chunks that hold these rows; returns the tiles of each, in the
+            same order.
 
     Raises:
         RequestError: there is no such row.

@@ -78,7 +78,7 @@ class GoiLayout:
 
     @property
     def n_tiles(self) -> int:
-        """How many tiles hold all rows."""
+        """The number of tiles that hold all rows."""
         return -(-self.N // self.tile.nr)
 
     @property
@@ -171,12 +171,14 @@ def pack_rows(
     first_row: int = 0,
     bias: npt.NDArray[Element] | None = None,
 ) -> None:
-    """Pack the rows of `w` `[n, K]`, which start at `first_row` of the matrix, into `packed`, which is all of it.
+    """Pack the rows of `w` `[n, K]`, which start at `first_row` of the matrix, into `packed`.
 
-    This is what lets a matrix be packed in blocks of rows. Pads are left as they are: `packed` starts as zeros.
+    `packed` holds the whole matrix, so that it can be packed in blocks of rows. Pads are left as they are: `packed`
+    starts as zeros.
 
     Raises:
-        PackingError: shapes or types do not match, `first_row` is not the start of a tile, or `packed` has gaps.
+        PackingError: shapes or types do not match, `first_row` is not the start of a tile, or `packed` is not
+            contiguous.
     """
     K, nr = layout.K, layout.tile.nr
     if w.ndim != 2 or w.shape[1] != K or not 0 <= first_row <= layout.N - len(w) or packed.size != layout.elements:
@@ -213,7 +215,7 @@ def _copy_tiles(w: npt.NDArray[Element], tiles: npt.NDArray[Element], layout: Go
 
 
 def _steps(tiles: npt.NDArray[Element], layout: GoiLayout, start: int, width: int) -> npt.NDArray[Element]:
-    """See the columns from `start` on of some tiles as `[T, group, block, lane, kr]`."""
+    """View the columns of some tiles, from `start` on, as `[T, group, block, lane, kr]`."""
     nr, kr, sr = layout.tile.nr, layout.tile.kr, layout.tile.sr
     groups = -(-width // (kr * sr))
     begin = nr * (layout.has_bias + start)
@@ -237,7 +239,7 @@ def _copy_columns(source: npt.NDArray[Element], steps: npt.NDArray[Element], lay
 
 
 def unpack(packed: npt.NDArray[Element], layout: GoiLayout) -> npt.NDArray[Element]:
-    """Return the matrix `[N, K]` that was packed: the inverse of `pack`, an oracle."""
+    """Return the matrix `[N, K]` that was packed: the inverse of `pack`, for tests."""
     return unpack_rows(packed, layout, np.arange(layout.N))
 
 
@@ -246,7 +248,7 @@ def unpack_rows(packed: npt.NDArray[Element], layout: GoiLayout, ids: IntArray) 
 
     Raises:
         PackingError: `packed` does not have the layout's size.
-        RequestError: there is no such row.
+        RequestError: a row does not exist.
     """
     ids = np.asarray(ids)
     if packed.size != layout.elements or packed.ndim != 1:
@@ -257,7 +259,7 @@ def unpack_rows(packed: npt.NDArray[Element], layout: GoiLayout, ids: IntArray) 
 
 
 def _indices(layout: GoiLayout, ids: IntArray) -> npt.NDArray[Any]:
-    """`layout.weight_index` for whole rows at once: `[len(ids), K]`."""
+    """Return `layout.weight_index` for whole rows at once: `[len(ids), K]`."""
     nr, kr, sr = layout.tile.nr, layout.tile.kr, layout.tile.sr
     t, j = (part[:, None] for part in np.divmod(ids, nr))
     group, within = np.divmod(np.arange(layout.K), kr * sr)
@@ -284,9 +286,11 @@ def pack_xnnpack_int8(q: Int8Array, scales: Float32Array, bias: Float32Array, ti
     N, K = q.shape
     layout = GoiLayout(N, K, tile)
     if scales.shape != (layout.N,) or bias.shape != (layout.N,):
-        raise PackingError(f"{layout.N} rows need as many scales and biases, not {scales.shape} and {bias.shape}")
+        raise PackingError(f"{layout.N} rows need one scale and one bias each, not {scales.shape} and {bias.shape}")
     if q.dtype != np.int8 or scales.dtype != np.float32 or bias.dtype != np.float32:
-        raise PackingError(f"int8, float32 and float32 are wanted, not {q.dtype}, {scales.dtype} and {bias.dtype}")
+        raise PackingError(
+            f"q, scales and bias must be int8, float32 and float32, not {q.dtype}, {scales.dtype} and {bias.dtype}"
+        )
 
     def per_tile(values: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
         padded = np.zeros(layout.n_tiles * tile.nr, values.dtype)

@@ -1,7 +1,7 @@
-"""Where cache files lie, and how people look after their disk.
+"""Where cache files lie, and how they are named, listed, described and removed.
 
-Knows: the user's cache directory, file names, which files are cache files. Does not know: what is in a model.
-Spec: DIR-1 to DIR-4. Tutorial: 06.
+Finds the user's cache directory and the cache files in it. Leaves to others: what is in a model.
+Read more: tutorial 06; clauses DIR-1 to DIR-4.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,14 +20,13 @@ from refinfer.weight_cache.format import FORMAT_VERSION, MAGIC
 from refinfer.weight_cache.identity import SideFile, side_path
 from refinfer.weight_cache.mapped_file import read_file
 from refinfer.weight_cache.packers import packer_fingerprint
-from refinfer.weight_cache.publish import Draft, draft_path, remove_dead_draft
+from refinfer.weight_cache.publish import draft_path, remove_dead_draft
 
 __all__ = [
     "SUFFIX",
     "cache_directory",
     "cache_files",
     "describe",
-    "discard",
     "files_of",
     "is_cache_file",
     "path_for",
@@ -49,20 +48,21 @@ def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
         raise InputError("there is no home folder for cache files: set XDG_CACHE_HOME, or name a file") from None
 
 
-def path_for(model: Path, name: str, packers: bytes, directory: Path | None = None) -> Path:
-    """Return where the cache file of a model in the format `name` lies.
+def path_for(model: Path, format: str, packers: bytes, directory: Path | None = None) -> Path:
+    """Return the path of a model's cache file.
 
-    It follows from where the model lies, the format and the packers, not from the weights: a changed model replaces
-    its file. The beginning is for people, the end tells models of one name apart.
+    The path depends on where the model lies, the format and the packers, but not on the weights: a changed model
+    replaces its file. The file's name begins with the model's, for people, and ends with a hash that distinguishes
+    models of one name.
     """
     model = model.resolve()
-    identity = hashlib.sha256("\0".join((str(model), name, packers.hex())).encode("utf-8", "surrogateescape"))
+    identity = hashlib.sha256("\0".join((str(model), format, packers.hex())).encode("utf-8", "surrogateescape"))
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model.name)[:80] or "model"
-    return (directory or cache_directory()) / f"{readable}-{name}-{identity.hexdigest()[:16]}{SUFFIX}"
+    return (directory or cache_directory()) / f"{readable}-{format}-{identity.hexdigest()[:16]}{SUFFIX}"
 
 
 def cache_files(directory: Path) -> Iterator[Path]:
-    """Walk over the cache files of a folder by name, also those whose file is gone and something else is left."""
+    """Yield the cache files of a folder, by name, including those of which only a side file or a draft is left."""
     if directory.is_dir():
         names = {path.name for path in directory.iterdir()}
         endings = [part.name.removeprefix("x") for part in _parts(Path(f"x{SUFFIX}"))]
@@ -71,7 +71,7 @@ def cache_files(directory: Path) -> Iterator[Path]:
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """Return what lies on the disk for a cache file: itself, its side file, drafts of both."""
+    """Return the files that exist for a cache file: itself, its side file, drafts of both."""
     return tuple(file for file in _parts(path) if file.exists())
 
 
@@ -81,7 +81,7 @@ def _parts(path: Path) -> tuple[Path, ...]:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return what header, index and side file say of a cache file; no weights are read.
+    """Return what header, index and side file record about a cache file; no weights are read.
 
     `reason` says why it cannot be used, or None.
     """
@@ -108,7 +108,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def is_cache_file(path: Path) -> bool:
-    """Tell whether a file begins as cache files do, whatever else is wrong with it."""
+    """Return whether a file begins like a cache file; it may be damaged further on."""
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -122,30 +122,10 @@ def remove(path: Path) -> int:
     Processes that have mapped it keep their pages; a draft that is being written stays.
 
     Raises:
-        OSError: the folder does not let files be removed.
+        OSError: a file cannot be removed from the folder.
     """
     freed = sum(file.stat().st_size for file in files_of(path))
     for file in (path, side_path(path)):
         file.unlink(missing_ok=True)
         remove_dead_draft(file)
     return freed - sum(file.stat().st_size for file in files_of(path))
-
-
-def discard(path: Path, is_at: Callable[[Path], bool]) -> bool:
-    """Remove a damaged file, unless another process has replaced it meanwhile; tell whether it is gone.
-
-    `is_at` tells whether a path is still the file that was found damaged.
-    """
-    try:
-        draft = Draft(path)
-    except OSError:
-        return False
-    try:
-        if is_at(path):
-            path.unlink()
-    except OSError:
-        return False
-    else:
-        return True
-    finally:
-        draft.abandon()

@@ -1,8 +1,10 @@
-"""The provider in a file: packed once, then mapped by every process, read-only and shared.
+"""The provider that keeps its buffers in a file: packed once, then mapped by every process, read-only and shared.
 
-Reserve, commit, finalize, map, look up. Leaves to others: what the bytes of the file mean (`format`), the mapped file
-(`mapped_file`), how a file becomes durable and gets its name (`publish`), models.
+Reserves, commits, finalizes, maps and looks up. Leaves to others: what the bytes of the file mean (`format`), the
+mapped file (`mapped_file`), how a file is brought safely to disk and gets its name (`publish`), models.
 Read more: tutorials 05, 06; clauses CACHE-1 to CACHE-12, FILE-9 to FILE-11.
+
+While it is built, the file is a draft: it has a temporary name. To publish it is to give it its own.
 
     while it is built                            once finalized
     -----------------                            --------------
@@ -10,8 +12,8 @@ Read more: tutorials 05, 06; clauses CACHE-1 to CACHE-12, FILE-9 to FILE-11.
                       new end is mapped          under its name, and maps it read-only
     look_up_or_insert the space is committed
 
-Every reservation is a place of its own in the file. Space that was reserved and never committed stays, and holds
-zeros once the file is finalized: so whoever still has a view of it can write to nothing that matters.
+Every reservation is a place of its own in the file. Space that was reserved but never committed stays in the file as
+zeros, and is used for nothing else. So a view of it that is still in use can do no harm, even if it is written to.
 """
 
 from __future__ import annotations
@@ -49,10 +51,10 @@ _UNKNOWN: Final = Provenance("", "", ())
 
 
 class FileWeightCacheProvider(DictFace):
-    """Packed buffers in one file: `build(path)` begins a new one, `load(path)` maps a whole one.
+    """Packed buffers in one file: `build(path)` begins a new one, `load(path)` maps a complete one.
 
-    The file appears under its name when it is finalized, whole; until then, and if that never happens, whatever lay
-    there stays. A mapped file is never written. The mapping lives as long as a view of it does.
+    The file appears under its name when it is finalized, complete. Until then an older file of that name stays as it
+    is. A mapped file is never written to, and stays mapped as long as there is a view of it.
     """
 
     def __init__(self, held: Draft | MappedFile, provenance: Provenance = _UNKNOWN) -> None:
@@ -75,7 +77,7 @@ class FileWeightCacheProvider(DictFace):
         """Begin a new file; waits while another process builds it.
 
         Raises:
-            OSError: the folder does not let a file be made.
+            OSError: no file can be made in the folder.
         """
         return cls(Draft(path), provenance)
 
@@ -84,7 +86,7 @@ class FileWeightCacheProvider(DictFace):
         """Map a cache file.
 
         Raises:
-            CacheFileError: it cannot be used; its `reason` says why.
+            CacheFileError: the file cannot be used; `reason` says why.
         """
         return cls(MappedFile(path))
 
@@ -102,10 +104,10 @@ class FileWeightCacheProvider(DictFace):
 
     @property
     def mapped(self) -> MappedFile:
-        """The mapped file, once there is one.
+        """The mapped file.
 
         Raises:
-            WeightCacheStateError: it is being built, or deleted.
+            WeightCacheStateError: the cache is being built, or was deleted.
         """
         if self._mapped is None:
             raise WeightCacheStateError(f"a weight cache that is {self._state.value} is not mapped")
@@ -119,7 +121,7 @@ class FileWeightCacheProvider(DictFace):
 
     # --8<-- [start:reserve]
     def reserve_space(self, nbytes: int) -> Bytes:
-        """Return `nbytes` zeros of the file to come, for which the disk has room.
+        """Return a buffer of `nbytes` zeros in the draft, for which space on the disk is reserved too.
 
         Raises:
             WeightCacheStateError: the file is not being built.
@@ -137,13 +139,13 @@ class FileWeightCacheProvider(DictFace):
     # --8<-- [end:reserve]
 
     def drop_pages(self) -> None:
-        """Let the system take back the memory of what was packed so far; the file keeps it."""
+        """Release the memory of the latest reservation; what was packed into it stays in the file."""
         if self._reserved is not None:
             self._reserved.drop_pages()
 
     # --8<-- [start:commit]
     def look_up_or_insert(self, key: PackKey, buffer: Bytes) -> int:
-        """Commit `buffer` under `key`, unless there is one; equal buffers are kept once.
+        """Return the offset of the buffer of `key`; if there is none, commit `buffer`. Equal buffers are kept once.
 
         Raises:
             WeightCacheStateError: the key is new, and the cache is finalized.
@@ -171,7 +173,7 @@ class FileWeightCacheProvider(DictFace):
     # --8<-- [end:commit]
 
     def _entry_of(self, key: PackKey, view: Bytes, start: int) -> Entry:
-        """Return the entry of a buffer that lies at `start`, or at the place of an equal buffer in equal chunks."""
+        """Return the entry of the buffer at `start`, or one with the place of an equal buffer that is there already."""
         digest = hashlib.sha256(view.data).digest()
         places = chunks_of(key)
         chunks = tuple(
@@ -214,16 +216,17 @@ class FileWeightCacheProvider(DictFace):
         self._draft.write(self._end, index)
         self._draft.write(0, header)
         self._draft.settle(self._end + len(index))
-        mapped = MappedFile(self.path, self._draft.temporary)  # once published, the name may already be another's
+        # opened before it is published: afterwards another process may have put its own file under the name
+        mapped = MappedFile(self.path, self._draft.temporary)
         self._draft.publish()
-        mapped.changed()  # renaming changes a file's times
+        mapped.changed()  # notes the new times: renaming a file changes them
         self._draft = self._reserved = None
         self._use(mapped, State.FINALIZED)
 
     # --8<-- [end:finalize]
 
     def _uncommitted(self) -> Iterator[tuple[int, int]]:
-        """Yield where the space begins and ends that was reserved and never committed."""
+        """Yield the start and the end of each space that was reserved but never committed."""
         end = PAGE_BYTES
         for start, view in sorted(self._views.items()):
             if end < start:
@@ -233,17 +236,17 @@ class FileWeightCacheProvider(DictFace):
             yield end, self._end
 
     def check(self) -> None:
-        """Walk every invariant of a complete cache; reads every byte.
+        """Check everything that must hold for a complete cache; reads every byte.
 
         Raises:
-            DamagedWeightsError: one is broken; the text says which.
-            WeightCacheStateError: it is being built, or deleted.
+            DamagedWeightsError: something does not hold; the text says what.
+            WeightCacheStateError: the cache is being built, or was deleted.
         """
         for problem in self.mapped.problems():
             raise DamagedWeightsError(f"{self.path}: {problem}")
 
     def delete_cache(self) -> None:
-        """Release mapping and memory; an unfinished draft goes, a published file stays."""
+        """Release the mapped file; a draft that was not published is removed, a published file stays."""
         if self._draft is not None:
             self._draft.abandon()
         self._state = State.DELETED

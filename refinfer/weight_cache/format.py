@@ -1,6 +1,6 @@
-"""The bytes of a cache file: header and index, to dataclasses and back; no input or output.
+"""The bytes of a cache file: header and index, from dataclasses to bytes and back, without reading or writing files.
 
-Every byte that is not packed weights; `docs/file-format.md` draws them. Leaves to others: files and mappings
+Covers every byte that is not packed weights; `docs/file-format.md` draws them. Leaves to others: files and mappings
 (`mapped_file`), what packed weights mean (`packers`).
 Read more: tutorial 05; clauses FILE-1 to FILE-8.
 
@@ -8,9 +8,10 @@ Read more: tutorial 05; clauses FILE-1 to FILE-8.
     +----------+---------+---------+--- ... ---+---------------+-------------------+
     | header   | chunk 0 | chunk 1 |           | last chunk    | index             |
     +----------+---------+---------+--- ... ---+---------------+-------------------+
-               each on a page, in execution order              SHA-256 in the header
+               each on a page, in the order of use             SHA-256 in the header
 
-All numbers are little-endian; a string is its length in two bytes and UTF-8.
+The index lists, for each buffer, its key and where its chunks lie. All numbers are little-endian (their lowest byte
+comes first); a string is its length in two bytes, then its UTF-8.
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ __all__ = [
 ]
 
 MAGIC: Final = b"\x89RWC\r\n\x1a\n"
-"""As PNG's: a byte that is not text, a name, and line ends that a text transfer would change."""
+"""The first bytes of a file. As in PNG: one that is not text, a name, line ends that a text transfer changes."""
 
 FORMAT_VERSION: Final = 2
 BEING_BUILT: Final = 0
 COMPLETE: Final = 1
 
+# the fields as `encode_header` lists them, 24 zeros before the last one
 _HEADER: Final = struct.Struct("<8sII32s32sQQQ24x32s")
 _CHUNK: Final = np.dtype([("offset", "<u8"), ("nbytes", "<u8"), ("checksum", "<u4")])
 _LARGEST_INDEX: Final = 1 << 28
@@ -59,7 +61,11 @@ _NO_DIGEST: Final = bytes(DIGEST_BYTES)
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The first page. `model` digests the model's files, `packers` is the fingerprint of the packing code."""
+    """The first page of a file: its state, what it was made from, and where its index lies.
+
+    `model` is a digest of the model's files. `packers` is the fingerprint: a digest of what the packing code makes of
+    fixed made-up weights, so it changes when the code packs differently.
+    """
 
     state: int
     model: bytes
@@ -70,7 +76,7 @@ class Header:
 
     @property
     def file_nbytes(self) -> int:
-        """The size the file must have: the index ends it."""
+        """The size that the file must have: the index comes last."""
         return self.index_offset + self.index_nbytes
 
 
@@ -85,7 +91,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What a file was made of and by what: the model's folder (for people), the format, the files, the packers."""
+    """What a cache file was made from: the model's folder (for people to read), format, source files, fingerprint."""
 
     model: str
     format: str
@@ -94,14 +100,14 @@ class Provenance:
 
     @property
     def model_digest(self) -> bytes:
-        """The identity of the model: the contents of its files; not where they lie."""
+        """A digest of the names, sizes and contents of the model's files, whichever folder they are in."""
         listed = b"".join(_text(s.name) + s.nbytes.to_bytes(8, "little") + s.digest for s in self.sources)
         return hashlib.sha256(listed).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """Where a chunk lies in the file, and the CRC-32 of its bytes without the padding."""
+    """Where a chunk lies in the file, and its checksum: the CRC-32 of its bytes without the padding."""
 
     offset: int
     nbytes: int
@@ -115,7 +121,7 @@ class StoredChunk:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A buffer of the file: its key, its chunks, and the SHA-256 of all its bytes, pads included."""
+    """A buffer of the file: its key, its chunks, and the SHA-256 of all its bytes, padding included."""
 
     key: PackKey
     digest: bytes
@@ -134,7 +140,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What lies in a file: where it comes from, and its buffers in the order they were inserted."""
+    """What a file contains: what it was made from, and its buffers in the order in which they were inserted."""
 
     provenance: Provenance
     entries: tuple[Entry, ...]
@@ -166,7 +172,7 @@ def decode_header(page: bytes, file_nbytes: int) -> Header:
     """Return the header of a file of `file_nbytes` whose first page is `page`.
 
     Raises:
-        CacheFileError: it is not one, not whole, or not this version's; the text says which.
+        CacheFileError: it is not a cache file, is damaged or not complete, or has another version; the text says which.
     """
     if page[: len(MAGIC)] != MAGIC:
         raise CacheFileError("it is not a refinfer weight cache")
@@ -199,7 +205,7 @@ def encode_file(index: Index, index_offset: int) -> tuple[bytes, bytes]:
 
 
 def _text(text: str) -> bytes:
-    encoded = text.encode("utf-8", "surrogateescape")[:65_535]  # only a folder's name can be longer or no text
+    encoded = text.encode("utf-8", "surrogateescape")[:65_535]  # only a folder's name can be longer, or not be UTF-8
     return struct.pack("<H", len(encoded)) + encoded
 
 
@@ -219,7 +225,7 @@ def _encode_index(index: Index) -> bytes:
 
 
 class _Cursor:
-    """Reads an index from its start to its end; whatever is not there is an error."""
+    """Reads an index from its start to its end; reading beyond the end is an error."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -246,7 +252,7 @@ class _Cursor:
 
 
 def decode_index(header: Header, data: bytes) -> Index:
-    """Return the index of a file, every rule of it checked.
+    """Return the index of a file, after checking every rule of the format.
 
     Raises:
         CacheFileError: a rule is broken; the text says which.
@@ -279,7 +285,7 @@ def _decode_entry(cursor: _Cursor, header: Header) -> Entry:
     digest = cursor.raw(DIGEST_BYTES)
     (n,) = cursor.numbers("I")
     chunks = tuple(StoredChunk(*row) for row in np.frombuffer(cursor.raw(_CHUNK.itemsize * n), _CHUNK).tolist())
-    expected = chunks_of(key) if count_of(key) == n else ()  # so an absurd shape is known before its chunks are listed
+    expected = chunks_of(key) if count_of(key) == n else ()  # count first: an absurd shape would list endless chunks
     if not expected or [c.nbytes for c in expected] != [c.nbytes for c in chunks]:
         raise CacheFileError(f"{key.name!r} does not have the size of its shape")
     start = chunks[0].offset
@@ -291,7 +297,7 @@ def _decode_entry(cursor: _Cursor, header: Header) -> Entry:
 
 
 def _check_places(entries: Sequence[Entry]) -> None:
-    """Check that no key is there twice, and that buffers share all of their bytes or none."""
+    """Check that no key is there twice, and that buffers share all of their bytes (equal ones do) or none."""
     if len({entry.key for entry in entries}) != len(entries):
         raise CacheFileError("a key is there twice")
     places = {(entry.offset, entry.padded_nbytes, entry.digest, entry.chunks) for entry in entries}

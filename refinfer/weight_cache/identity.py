@@ -1,16 +1,17 @@
 """Whether a model is still the one that was packed, without reading its weights.
 
-Digests of the source files, and when one that was taken before may be believed. Leaves to others: what is in them.
+Takes digests of the source files, the files that weights come from, and decides when one that was taken before may be
+believed. Leaves to others: what is in the files.
 Read more: tutorial 05; clauses IDENT-1 to IDENT-6.
 
 The identity of a source file is the SHA-256 of its content, which takes half a second for each gigabyte. What the
-file system says (size, times, inode) and the first 64 KiB only decide whether a digest that was taken before may be
-believed, as in git's index. They lie in a side file, `name.sources.json`, written after the digest was taken.
+file system records (size, times, and inode, the file's number) and the first 64 KiB only decide whether a digest that
+was taken before may be believed, as in git's index. All of it is kept in a side file, `name.sources.json`.
 
-A file changed in the same tick of the file system's clock in which it was looked at would look unchanged, so a record
-is believed only if the file had been at rest for a while when its digest was begun: git calls this racily clean. Two
-kinds of change go unnoticed: bytes changed through a shared mapping before the system has written them, and bytes
-changed with the clock turned back.
+A file system's clock moves in ticks. A file that changes in the same tick in which it was looked at would look
+unchanged. So a record is believed only if the file had not been written to for a while when its digest was begun; git
+calls the other files racily clean. Two kinds of change go unnoticed: bytes changed through a shared mapping before the
+system has written them, and bytes changed with the clock turned back.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _COARSE_TICK_NS: Final = 2_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What the file system says of a file, and the SHA-256 of its first 64 KiB."""
+    """What the file system records about a file, and the SHA-256 of its first 64 KiB."""
 
     size: int
     mtime_ns: int
@@ -63,7 +64,7 @@ class Stat:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What was seen of a source file when its digest was taken; `at_rest` if it had not just been written."""
+    """What was found about a source file when its digest was taken; `at_rest` is false if it had just been written."""
 
     name: str
     stat: Stat
@@ -89,7 +90,7 @@ class SideFile:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read it; whatever is missing or malformed is as if it had never been written."""
+        """Read it; a side file that is missing or malformed counts as empty."""
         try:
             raw: dict[str, Any] = json.loads(path.read_bytes())
             records = tuple(Record(**{**r, "stat": Stat(**r["stat"])}) for r in raw["records"])
@@ -99,7 +100,7 @@ class SideFile:
         return side if side._is_sound() else cls(())
 
     def _is_sound(self) -> bool:
-        """Tell whether every field has its type."""
+        """Return whether every field has its type."""
         stats = [record.stat for record in self.records]
         return (
             (self.packing_s is None or type(self.packing_s) in (int, float))
@@ -116,7 +117,7 @@ def side_path(path: Path) -> Path:
 
 # --8<-- [start:believed]
 def believed(sources: Sequence[Path], side: SideFile) -> tuple[SourceFile, ...] | None:
-    """Return the identities of `sources` where all records may be believed, else None; reads 64 KiB of each.
+    """Return the identities of `sources` if all records may be believed, else None; reads 64 KiB of each.
 
     Raises:
         WeightsError: a source file cannot be read.
@@ -134,7 +135,7 @@ def _believed(path: Path, records: Mapping[str, Record]) -> Record | None:
 
 
 def unchanged(sources: Sequence[Path], records: Sequence[Record]) -> bool:
-    """Tell whether the files still are what they were when their digests were taken.
+    """Return whether the files are still what they were when their digests were taken.
 
     A file that had just been written then, and might have changed since without showing it, is read again.
     """
@@ -150,10 +151,10 @@ def identify(
     """Return a record for each source file, taking the digest of those whose record may not be believed.
 
     Args:
-        sources: the files; their names are told apart, so all lie in one folder.
+        sources: the files; only their names tell them apart, so all must be in one folder.
         side: what was found before.
         now_ns: the time, by the file system's clock.
-        progress: told how many bytes have been read.
+        progress: called with the number of bytes after each block that was read.
 
     Raises:
         WeightsError: a source file cannot be read, or changed meanwhile.
@@ -171,7 +172,7 @@ def _take_digest(path: Path, now_ns: int, progress: Callable[[int], None]) -> Re
 
 
 def tick_ns(time_ns: int) -> int:
-    """Return how coarse a file's time may be: one that is a whole second may be of a file system that counts those."""
+    """Return the tick of a file's clock: a time of whole seconds may come from a file system that counts only those."""
     return _TICK_NS if time_ns % 1_000_000_000 else _COARSE_TICK_NS
 
 

@@ -1,11 +1,12 @@
-"""What identifies a packed buffer: everything that decides its bytes, and nothing else.
+"""What identifies a packed buffer (a tensor's packed bytes): everything that decides these bytes, and nothing else.
 
-The fields of a pack identifier. Leaves to others: how a tensor is packed (`packers`), where buffers are kept.
+Defines the fields of a pack identifier, the key under which the weight cache keeps a buffer for the next start. Leaves
+to others: how a tensor is packed (`packers`), where buffers are kept (`memory`, `file`).
 Read more: tutorial 04; clauses KEY-1 to KEY-3.
 
-XNNPACK's identifier is `seed = N ^ K ^ nr ^ kr ^ sr ^ ...`, so that a matrix and its transpose share one, and the
-tensor's number in the model file, so that another model's tensor has it too. Here every field is kept and compared,
-and a tensor is named by the content of the file it comes from.
+XNNPACK's identifier has two parts. The seed, `N ^ K ^ nr ^ kr ^ sr ^ ...`, is the same for a matrix and its transpose.
+The tensor's number in the model file can be the same in another model. Here every field is kept and compared, and a
+tensor is identified by its name and the content of its file.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def require_name(name: str) -> None:
 class WeightId:
     """Which tensor: the SHA-256 of the file that holds it, and its name there.
 
-    So a look-up reads no weight, and a changed file changes every key made from it.
+    A look-up therefore reads no weight, and every key changes when its file does.
 
     Raises:
         PackingError: the digest does not have 32 bytes.
@@ -60,11 +61,12 @@ class WeightId:
 class PackKey:
     """The pack identifier: which packer made which tensor into which layout.
 
-    `packer` is one of `packers.PACKERS`; `shape` is the tensor's, `(N, K)` for a matrix; `tile` is its tile shape, and
-    `chunk_nbytes` the aim that its chunks were cut for.
+    `packer` is "goi" for a matrix cut into tiles (XNNPACK's word), "rows" for a table of single rows, or "vectors".
+    `shape` is the tensor's, `(N, K)` for a matrix. `tile` is its tile shape, and `chunk_nbytes` the aim that its chunks
+    were cut for.
 
     Raises:
-        PackingError: sizes below one, or beyond any memory.
+        PackingError: a size is below one, or larger than any memory.
     """
 
     packer: str

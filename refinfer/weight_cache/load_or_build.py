@@ -1,6 +1,6 @@
-"""Load a cache file or build it: one call decides, and says why.
+"""Loads a cache file or builds it: one call decides, and reports the reason.
 
-The order in which to look, to wait, to hash, to pack and to publish. Leaves to others: what is packed, and how.
+Decides when to look, wait, hash, pack and publish. Leaves to others: what is packed, and how.
 Read more: tutorials 05, 06; clauses OPEN-1 to OPEN-8.
 
     _load_believed     the side file is believed?  --yes-->  the file is good and whole?  --yes-->  mapped
@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
+from refinfer.clock import Clock
 from refinfer.errors import CacheFileError, WeightCacheError, WeightsError
 from refinfer.packing.layout import Bytes
-from refinfer.trace import Clock
 from refinfer.weight_cache.file import FileWeightCacheProvider
 from refinfer.weight_cache.format import Entry, Provenance, SourceFile
 from refinfer.weight_cache.identity import Record, SideFile, believed, identify, side_path, unchanged
@@ -35,7 +35,7 @@ from refinfer.weight_cache.packers import padded_nbytes_of
 from refinfer.weight_cache.provider import Pack, WeightCacheProvider
 from refinfer.weight_cache.publish import Draft, remove_dead_draft, write_small_file
 
-__all__ = ["SILENT", "Contents", "Listener", "Prepared", "load_or_build"]
+__all__ = ["SILENT", "CacheOutcome", "Contents", "Listener", "Prepared", "load_or_build"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Callbacks that report how it goes.
+    """Callbacks that report progress, waiting and warnings.
 
     `progress` gets the number of bytes that were read or packed since the last call. `on_wait` is called when another
     process is packing. `warn` gets a sentence about something that does not work as asked, but is no reason to stop.
@@ -69,42 +69,61 @@ SILENT: Final = Listener()
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A provider that holds every buffer asked for, and how that came to be.
+class CacheOutcome:
+    """How a start obtained its packed weights: the fields of the command line's JSON.
 
-    `keys` are those asked for, by their tensor's name. `state` is `loaded`, `built` or `memory`; `reason` says why the
-    weights were packed although a file was asked for. `packed` are the keys that were packed now, `packing_s` the
-    seconds that packing took, now or when the file was built, if known. `mapped` is the file, if there is one.
+    `state` is `loaded`, `built`, `memory`, or `off` if nothing was packed; `reason` says why the weights were packed
+    although a file was asked for. `packed_buffers` and `packed_bytes` count what was packed now, `held_buffers` and
+    `held_bytes` count what the provider has. `packing_s` is how long packing took, now or when the file was built, if
+    known.
+    """
+
+    state: str
+    path: str | None = None
+    reason: str | None = None
+    packed_buffers: int = 0
+    packed_bytes: int = 0
+    load_or_build_s: float = 0.0
+    held_buffers: int = 0
+    held_bytes: int = 0
+    packing_s: float | None = None
+
+    @classmethod
+    def of(cls, state: str, provider: WeightCacheProvider, packed: Sequence[PackKey], seconds: float) -> Self:
+        """Return the outcome of a start that took `seconds` and packed the keys `packed`."""
+        return cls(
+            state=state,
+            packed_buffers=len(packed),
+            packed_bytes=sum(map(padded_nbytes_of, packed)),
+            load_or_build_s=seconds,
+            held_buffers=len(provider),
+            held_bytes=sum(map(padded_nbytes_of, provider)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A provider that holds every buffer asked for, and how it obtained them.
+
+    `keys` maps the names of tensors to the keys asked for; `mapped` is the file, if any.
     """
 
     provider: WeightCacheProvider
     keys: Mapping[str, PackKey]
-    state: str
-    reason: str | None = None
-    packed: tuple[PackKey, ...] = ()
-    packing_s: float | None = None
+    outcome: CacheOutcome
     mapped: MappedFile | None = None
-
-    @property
-    def packed_bytes(self) -> int:
-        """The bytes that were packed now."""
-        return sum(map(padded_nbytes_of, self.packed))
-
-    @property
-    def held_bytes(self) -> int:
-        """The bytes that the provider holds."""
-        return sum(map(padded_nbytes_of, self.provider))
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What `load_or_build` was asked for."""
+    """The arguments of `load_or_build`."""
 
     path: Path
     sources: Sequence[Path]
     contents_of: Callable[[tuple[SourceFile, ...]], Contents]
     clock: Clock
     listener: Listener
+    started: float
 
 
 def load_or_build(
@@ -114,7 +133,6 @@ def load_or_build(
     *,
     clock: Clock,
     listener: Listener = SILENT,
-    reason: str | None = None,
 ) -> Prepared:
     """Map the cache file at `path`, after building it if it is missing, outdated, incomplete or damaged.
 
@@ -124,16 +142,15 @@ def load_or_build(
         path: the file.
         sources: the files that weights come from.
         contents_of: returns what the file must hold, given the identities of `sources`.
-        clock: what measures the packing.
-        listener: who is told how it goes.
-        reason: why the caller removed the file before, if it did.
+        clock: the clock that measures the packing.
+        listener: callbacks for progress, waiting and warnings.
 
     Raises:
         WeightCacheError: the place cannot be written, and holds no file that can be used as it is.
         WeightsError: a source file cannot be read, or changes meanwhile.
-        PackingError: weights that the format cannot hold.
+        PackingError: the format cannot hold the weights.
     """
-    request = _Request(path, sources, contents_of, clock, listener)
+    request = _Request(path, sources, contents_of, clock, listener, clock.now())
     if (loaded := _load_believed(request)) is not None:
         return loaded
     try:
@@ -146,9 +163,9 @@ def load_or_build(
     try:
         loaded, found, records = _load_identified(request, draft.now_ns())
         if loaded is None:
-            return _build(request, draft, found, records, reason)
+            return _build(request, draft, found, records)
         if records != SideFile.read(side_path(path)).records:
-            _note(path, SideFile(records, loaded.packing_s))
+            _note(path, SideFile(records, loaded.outcome.packing_s))
     except OSError as error:
         raise WeightCacheError(f"{path} cannot be written: {error.strerror}") from None
     else:
@@ -169,19 +186,19 @@ def _load_believed(request: _Request) -> Prepared | None:
         return None
     remove_dead_draft(request.path)
     remove_dead_draft(side_path(request.path))
-    return found.loaded(side.packing_s)
+    return found.loaded(request, side)
 
 
 def _load_identified(request: _Request, now_ns: int) -> tuple[Prepared | None, _Found, tuple[Record, ...]]:
-    """Take the digests that are not believed, and map the file if it is good and whole."""
+    """Hash the source files without a believed digest, and map the cache file if it is good and whole."""
     side = SideFile.read(side_path(request.path))
     records = identify(request.sources, side, now_ns, request.listener.progress)
     found = _look(request.path, request.contents_of(tuple(record.source for record in records)))
-    return found.loaded(side.packing_s) if found.is_whole else None, found, records
+    return found.loaded(request, side) if found.is_whole else None, found, records
 
 
-def _build(request: _Request, draft: Draft, found: _Found, records: tuple[Record, ...], reason: str | None) -> Prepared:
-    """Pack what the file that was found does not have, and publish a new one."""
+def _build(request: _Request, draft: Draft, found: _Found, records: tuple[Record, ...]) -> Prepared:
+    """Pack the buffers that the file found there does not have, and publish a new file."""
     started = request.clock.now()
     provider = FileWeightCacheProvider(draft, found.contents.provenance)
     packed = _pack(provider, found, request.listener)
@@ -192,8 +209,10 @@ def _build(request: _Request, draft: Draft, found: _Found, records: tuple[Record
     # Before the lock is released: a process that waits for it must not hash again.
     draft.then = lambda: _note(request.path, SideFile(records, packing_s))
     provider.finalize()
-    why = reason or found.reason
-    return Prepared(provider, found.contents.keys, "built", why, tuple(packed), packing_s, provider.mapped)
+    seconds = request.clock.now() - request.started
+    outcome = CacheOutcome.of("built", provider, packed, seconds)
+    outcome = replace(outcome, path=str(request.path), reason=found.reason, packing_s=packing_s)
+    return Prepared(provider, found.contents.keys, outcome, provider.mapped)
 
 
 # --8<-- [end:steps]
@@ -201,7 +220,7 @@ def _build(request: _Request, draft: Draft, found: _Found, records: tuple[Record
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What lies at a path: `provider` has all of `contents`, or some of it, or is None; `reason` says what is wrong."""
+    """What was found at a path: `provider` has all or some of `contents`, or is None; `reason` says what is wrong."""
 
     contents: Contents
     provider: FileWeightCacheProvider | None
@@ -211,9 +230,12 @@ class _Found:
     def is_whole(self) -> bool:
         return self.reason is None
 
-    def loaded(self, packing_s: float | None) -> Prepared:
+    def loaded(self, request: _Request, side: SideFile) -> Prepared:
         assert self.provider is not None
-        return Prepared(self.provider, self.contents.keys, "loaded", packing_s=packing_s, mapped=self.provider.mapped)
+        seconds = request.clock.now() - request.started
+        outcome = CacheOutcome.of("loaded", self.provider, (), seconds)
+        outcome = replace(outcome, path=str(request.path), packing_s=side.packing_s)
+        return Prepared(self.provider, self.contents.keys, outcome, self.provider.mapped)
 
 
 # --8<-- [start:look]
@@ -245,7 +267,7 @@ def _pack(provider: FileWeightCacheProvider, found: _Found, listener: Listener) 
         copy = _copy_of(partial.mapped, stored[key]) if partial and key in stored else None
         pack = copy or packs.get(key)
         if pack is None:
-            continue  # damaged, and nobody asks for it
+            continue  # damaged, and not asked for
         buffer = provider.reserve_space(padded_nbytes_of(key))
         done = 0
         for so_far in pack(buffer):
@@ -259,7 +281,7 @@ def _pack(provider: FileWeightCacheProvider, found: _Found, listener: Listener) 
 
 
 def _copy_of(mapped: MappedFile, entry: Entry) -> Pack | None:
-    """Return what packs by copying from a file, or None if the file is damaged there."""
+    """Return a function that packs by copying from a file, or None if the file is damaged there."""
     if not all(map(mapped.is_sound, entry.chunks)):
         return None
 

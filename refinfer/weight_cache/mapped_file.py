@@ -1,7 +1,9 @@
 """A cache file as a process sees it: mapped read-only, and shared with every process that maps it.
 
-Opening with every rule of the format checked, checksums, and whether anybody wrote to the file since. Leaves to
-others: what its bytes mean (`format`), how it comes into being (`file`, `publish`), when to check (`sources`).
+A mapped file can be used as if its bytes were in memory; the system reads a page of it when it is first touched. Checks
+every rule of the format on opening, compares checksums, and notices if somebody wrote to the file since.
+Leaves to others: what its bytes mean (`format`), how it comes into being (`file`, `publish`), when to check
+(`sources`).
 Read more: tutorial 05; clauses FILE-9, FILE-12 to FILE-15.
 """
 
@@ -21,16 +23,16 @@ from typing import IO, Final
 import numpy as np
 
 from refinfer.arrays import PAGE_BYTES
+from refinfer.clock import wall_time_ns
 from refinfer.errors import CacheFileError, DamagedWeightsError, WeightCacheError
 from refinfer.packing.layout import Bytes
-from refinfer.trace import wall_time_ns
 from refinfer.weight_cache.format import Header, Index, StoredChunk, decode_header, decode_index, encode_header
 from refinfer.weight_cache.identity import tick_ns
 
 __all__ = ["NO_FILE", "MappedFile", "read_file"]
 
 NO_FILE: Final = "there was no file yet"
-"""Why a first start builds."""
+"""The reason why a first start builds the file."""
 
 
 def read_file(path: Path) -> tuple[Header, Index]:
@@ -52,7 +54,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         raise CacheFileError(NO_FILE) from None
     except OSError as error:
         raise CacheFileError(f"it cannot be read: {error.strerror}") from None
-    except ValueError:  # of mmap, if the file was cut short meanwhile
+    except ValueError:  # raised by mmap if the file was cut short meanwhile
         raise CacheFileError("it changed while it was opened") from None
 
 
@@ -65,10 +67,10 @@ def _read(file: IO[bytes]) -> tuple[Header, Index]:
 class MappedFile:
     """A whole cache file, mapped read-only and shared with every process that maps it.
 
-    `opened` is the name it has now, if that is not yet `path`.
+    `path` is its name. `opened` is the name that it has now, if it has not been given its own yet.
 
     Raises:
-        CacheFileError: it cannot be used; the text says why.
+        CacheFileError: the file cannot be used; the text says why.
     """
 
     # --8<-- [start:mapped]
@@ -77,26 +79,26 @@ class MappedFile:
         with _open(opened or path) as file:
             self.header, self.index = _read(file)
             self._map = mmap.mmap(file.fileno(), self.header.file_nbytes, access=mmap.ACCESS_READ)
-            self._descriptor = os.dup(file.fileno())
+            self._descriptor = os.dup(file.fileno())  # stays this file's, even if its name becomes another's
         weakref.finalize(self, os.close, self._descriptor)
         self._bytes = np.frombuffer(self._map, np.uint8)
         self._seen = self._look()
 
     def bytes(self, offset: int, nbytes: int) -> Bytes:
-        """Return some bytes, read-only."""
+        """Return a read-only view of `nbytes` bytes of the file, from `offset` on."""
         return self._bytes[offset : offset + nbytes]
 
     def is_sound(self, chunk: StoredChunk) -> bool:
-        """Return whether a chunk agrees with its checksum; reads it."""
+        """Return whether a chunk agrees with its checksum; reads the whole chunk."""
         return zlib.crc32(self.bytes(chunk.offset, chunk.nbytes).data) == chunk.checksum
 
     # --8<-- [end:mapped]
 
     def changed(self) -> bool:
-        """Return whether anybody wrote to the file since this was last asked; takes a microsecond.
+        """Return whether the size or the times of the file changed since the last call; takes a microsecond.
 
         Raises:
-            DamagedWeightsError: it is shorter than it was; touching what is missing would end the process.
+            DamagedWeightsError: the file is too short; the system ends a process that reads mapped bytes that are gone.
         """
         before, self._seen = self._seen, self._look()
         if self._seen[0] < self.header.file_nbytes:
@@ -109,23 +111,23 @@ class MappedFile:
 
     @property
     def age_s(self) -> float:
-        """The seconds since the file was last written to, as its times have it."""
+        """The seconds since the file was last written to, according to its times."""
         return (wall_time_ns() - max(self._seen[1:])) * 1e-9
 
     @property
     def tick_s(self) -> float:
-        """The seconds within which two writes may leave the same times; a file system may count whole seconds."""
+        """The seconds within which two writes may leave the same times; some file systems count only whole seconds."""
         return tick_ns(self._seen[2]) * 1e-9
 
     def is_at(self, path: Path) -> bool:
-        """Return whether `path` is still this file."""
+        """Return whether `path` still names this file, and not one that replaced it."""
         try:
             return os.path.samestat(path.stat(), os.fstat(self._descriptor))
         except OSError:
             return False
 
     def lock_memory(self) -> None:
-        """Keep the whole file in memory (`mlock`), as XNNPACK's `weight_cache_lock_memory` does.
+        """Forbid the system to remove the file from memory (`mlock`), as XNNPACK's `weight_cache_lock_memory` does.
 
         Raises:
             WeightCacheError: the limit on locked memory (`ulimit -l`) does not allow it, or the system cannot.
@@ -137,7 +139,7 @@ class MappedFile:
             raise WeightCacheError(f"{self.path} cannot be locked in memory: {why}")
 
     def problems(self) -> Iterator[str]:
-        """Read every byte, and describe everything that is not as it was written."""
+        """Read every byte, and yield a sentence for each thing that is not as it was written."""
         if self._map[:PAGE_BYTES] != encode_header(self.header):
             yield "the header is not followed by zeros"
         index = self._map[self.header.index_offset : self.header.file_nbytes]

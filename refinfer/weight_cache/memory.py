@@ -1,7 +1,7 @@
 """The provider in memory: packed buffers that live as long as the process.
 
-Knows: its buffers. Does not know: files.
-Spec: CACHE-1 to CACHE-12. Tutorial: 04.
+Keeps each buffer in memory of its own. Leaves to others: files.
+Read more: tutorial 04; clauses CACHE-1 to CACHE-12.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MemoryWeightCacheProvider(DictFace):
         return self._offsets.get(key)
 
     def reserve_space(self, nbytes: int) -> Bytes:
-        """Return `nbytes` zeros on a page.
+        """Return a buffer of `nbytes` zeros that starts on a page.
 
         Raises:
             WeightCacheStateError: the cache is not being built.
@@ -50,7 +50,7 @@ class MemoryWeightCacheProvider(DictFace):
         return self._reserved
 
     def look_up_or_insert(self, key: PackKey, buffer: Bytes) -> int:
-        """Keep `buffer` under `key`, unless there is one.
+        """Keep `buffer` under `key`, unless that key has a buffer already; return the offset.
 
         Raises:
             WeightCacheStateError: the key is new, and the cache is finalized.
@@ -88,12 +88,12 @@ class MemoryWeightCacheProvider(DictFace):
         return self._state is not State.BUILDING
 
     def finalize(self) -> None:
-        """End the building."""
+        """Finish building; nothing can be inserted afterwards."""
         require("finalize", self._state)
         self._state = State.FINALIZED
 
     def delete_cache(self) -> None:
-        """Forget every buffer; views that are still held keep theirs."""
+        """Release every buffer; views that are still held stay valid."""
         self._state = State.DELETED
         self._offsets, self._buffers, self._reserved = {}, {}, None
 

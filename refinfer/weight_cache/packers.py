@@ -1,17 +1,17 @@
-"""What each packer makes of a tensor: which chunks, which bytes; and a fingerprint of all that.
+"""What each packer makes of a tensor: which chunks, which bytes; and a fingerprint, a digest of all that.
 
-The three kinds of buffer of a cache file. Leaves to others: which tensor goes where (`prepare`), files, models.
+Packs the three kinds of buffer of a cache file. Leaves to others: which tensor goes where (`prepare`), files, models.
 Read more: tutorial 04; clauses KEY-4 to KEY-8, SUM-3.
 
-    goi       a matrix in the tiles of a weight format, cut into chunks (`packing.formats`)
-    rows      a table of which single rows are read: each row as it is stored, then its own checksum
+    goi       a matrix in the tiles of a weight format, cut into chunks (groups, outputs, inputs: XNNPACK's word)
+    rows      a table from which single rows are read: each row as it is stored, with a checksum of its own
 
               | CRC-32, begun with the row's number: u32 | K elements, zeros up to 4 bytes |   a record for each row
 
-              The checksum comes first: a CRC at the end of its record would cancel the record out of the CRC of the
-              whole chunk, and rows that are sound by themselves could change places unseen.
+              The checksum comes first. A record that ended in its own CRC would leave the CRC of the whole chunk the
+              same whatever the row holds, so that two sound rows could change places unnoticed.
 
-    vectors   norms and biases as float32, one after another: one chunk, always resident
+    vectors   small arrays (norms, biases) as float32, one after another: one chunk, always in memory
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ __all__ = [
 STORED_TYPES: Final[Mapping[str, np.dtype[Any]]] = MappingProxyType(
     {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype("<u2")}
 )
-"""The types a row may be stored in; bfloat16 as its bits."""
+"""The types that a row may be stored in; bfloat16 as its 16 bits."""
 
 _ONE: Final = TileShape(1)
 _CHUNK_BYTES: Final = 4 << 20  # of a table of rows
 _CHECKSUM: Final = np.dtype("<u4")
 LARGEST_BLOCK_BYTES: Final = 16 << 20
-"""Weights are packed in blocks of rows that take at most as much as stored and as float32 each."""
+"""Weights are packed in blocks of rows that take at most this many bytes as float32."""
 
 
 def matrix_key(layout: PackedLayout, weights: WeightId) -> PackKey:
@@ -75,7 +75,7 @@ def rows_key(shape: tuple[int, int], stored: str, weights: WeightId, chunk_nbyte
 
 
 def vectors_key(n: int, weights: WeightId) -> PackKey:
-    """Return the key of `n` float32 numbers in one block."""
+    """Return the key of the `n` float32 numbers of all vectors."""
     return PackKey("vectors", (n,), "f32", _ONE, _CHUNK_BYTES, weights)
 
 
@@ -101,10 +101,10 @@ Tiling: TypeAlias = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Packer:
-    """One kind of buffer: how its tiles lie, and how it is packed; `as_stored` if it keeps the stored type.
+    """One kind of buffer: where its tiles lie and how it is packed; `as_stored` if it keeps the type of the tensor.
 
-    `pack` fills a buffer of zeros from a tensor as stored, in blocks whose size its last argument limits,
-    and yields the bytes done so far.
+    `pack` fills a buffer of zeros from a tensor as stored, in blocks of at most as many bytes as its last argument, and
+    yields how many bytes are done so far.
     """
 
     tiling: Callable[[PackKey], Tiling]
@@ -163,7 +163,7 @@ def _pack_rows(stored: npt.NDArray[Any], key: PackKey, buffer: Bytes, most: int)
 
 
 def _pack_vectors(stored: npt.NDArray[Any], key: PackKey, buffer: Bytes, most: int) -> Iterator[int]:
-    """Copy float32 numbers."""
+    """Copy the float32 numbers."""
     buffer[: stored.nbytes].view(np.float32)[:] = stored
     yield stored.nbytes
 
@@ -195,7 +195,7 @@ def chunks_of(key: PackKey) -> tuple[Chunk, ...]:
 
 
 def count_of(key: PackKey) -> int:
-    """Return how many chunks a buffer has, without listing them: a file may claim an absurd shape.
+    """Return how many chunks a buffer has, without listing them: a damaged file may claim an absurd shape.
 
     Raises:
         PackingError: no packer makes such a buffer.
@@ -209,7 +209,7 @@ def padded_nbytes_of(key: PackKey) -> int:
 
 
 def pack_into(stored: npt.NDArray[Any], key: PackKey, buffer: Bytes, most: int = LARGEST_BLOCK_BYTES) -> Iterator[int]:
-    """Pack a tensor, as stored, into `buffer` of `padded_nbytes_of(key)` zeros; yield the bytes done so far.
+    """Pack a tensor, as stored, into `buffer` of `padded_nbytes_of(key)` zeros; yield how many are done.
 
     Raises:
         PackingError: the tensor does not fit the key, or holds what the format cannot.
@@ -223,7 +223,7 @@ def pack_into(stored: npt.NDArray[Any], key: PackKey, buffer: Bytes, most: int =
 
 
 def _row_checksum(record: Bytes, row: int) -> int:
-    """Return the CRC-32 of a record, begun with the row's number: so no row passes for another."""
+    """Return the CRC-32 of a record, begun with the row's number, so that no row can be mistaken for another."""
     return zlib.crc32(record[_CHECKSUM.itemsize :].data, row & 0xFFFFFFFF)
 
 
@@ -236,28 +236,29 @@ def row_of_record(record: Bytes, key: PackKey, row: int) -> npt.NDArray[Any] | N
 
 
 _SAMPLES: Final = ((1, 1), (37, 65), (64, 96), (529, 40))
-"""Shapes of the operators that are packed for a fingerprint: odd sizes, one tile and several."""
+"""Shapes of the made-up matrices that are packed for a fingerprint: odd sizes, one tile and several."""
 
 _LARGE: Final = ((4096, 4096), (11008, 4096), (4096, 11008), (128256, 2048))
 
 
 @lru_cache(maxsize=8)
-def packer_fingerprint(name: str) -> bytes:
-    """Return the SHA-256 of what packing in the format `name` makes of fixed pseudo-random operators.
+def packer_fingerprint(format: str) -> bytes:
+    """Return the SHA-256 of what packing in a format makes of fixed pseudo-random matrices.
 
-    Every stored type, odd sizes, the chunks of large matrices. So whoever changes what packing writes need not
-    remember to raise a number. XNNPACK does the same for each of its operators
-    (`src/operators/fingerprint_cache.c`), with a hash of 32 bits. Takes some milliseconds, once.
+    They cover every stored type and odd sizes; of large matrices only the places of the chunks are included. When
+    packing writes something else, the fingerprint changes, and nobody has to remember to raise a version number.
+    XNNPACK does the same for each kind of layer (`src/operators/fingerprint_cache.c`), with a hash of 32 bits. Takes
+    some milliseconds, once.
     """
     digest = hashlib.sha256()
     for N, K in _SAMPLES:
-        for key, stored in _operators(name, N, K):
+        for key, stored in _operators(format, N, K):
             buffer = np.zeros(padded_nbytes_of(key), np.uint8)
             for _ in pack_into(stored, key, buffer):
                 pass
             digest.update(buffer.data)
     for N, K in _LARGE:
-        layout = layout_of(name, N, K)
+        layout = layout_of(format, N, K)
         places = [(chunk.first_row, chunk.n_rows, chunk.offset, chunk.nbytes) for chunk in layout.chunks]
         digest.update(f"{layout.tile!r} {layout.chunk_nbytes}".encode() + np.array(places, "<u8").tobytes())
     table = chunks_of(rows_key((200_000, 1024), "bf16", WeightId(bytes(32), "fingerprint")))
@@ -265,19 +266,19 @@ def packer_fingerprint(name: str) -> bytes:
     return digest.digest()
 
 
-def _operators(name: str, N: int, K: int) -> Iterator[tuple[PackKey, npt.NDArray[Any]]]:
+def _operators(format: str, N: int, K: int) -> Iterator[tuple[PackKey, npt.NDArray[Any]]]:
     weights = WeightId(bytes(32), "fingerprint")
     w = (scrambled(N * K, stream=2) >> np.uint64(40)).astype(np.float32).reshape(N, K) / np.float32(1 << 23) - 1
     for dtype, stored in {"f32": w, "f16": w.astype(np.float16), "bf16": f32_to_bf16(w)}.items():
-        yield matrix_key(layout_of(name, N, K), weights), stored
+        yield matrix_key(layout_of(format, N, K), weights), stored
         yield rows_key((min(N, 3), K), dtype, weights), stored[:3]
     yield vectors_key(N, weights), w[:, 0].copy()
 
 
 def scrambled(n: int, stream: int) -> npt.NDArray[np.uint64]:
-    """Return `n` fixed pseudo-random words: number i is splitmix64's of `i + 2^32 * stream`.
+    """Return `n` fixed pseudo-random numbers of 64 bits: number i is what splitmix64 makes of `i + 2^32 * stream`.
 
-    Written out because the fingerprint is part of the file format, and numpy does not promise its own streams.
+    Written out because the file format contains the fingerprint, and numpy may change its own random numbers.
     """
     z = (np.arange(1, n + 1, dtype=np.uint64) + np.uint64(stream << 32)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

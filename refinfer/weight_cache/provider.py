@@ -1,27 +1,30 @@
-"""The seam: a weight cache provider, a dictionary that packing fills and products read.
+"""A weight cache provider: a dictionary of packed buffers, which packing fills and products read.
 
-Knows: the verbs, in which state each may be used, and the dictionary's face. Does not know: where buffers lie;
-`memory` and `file` do.
-Spec: CACHE-1 to CACHE-12. Tutorial: 04.
+Defines its methods (the verbs), the states in which each may be called, and how it behaves as a dictionary. Leaves to
+others: where buffers are kept (`memory`, `file`).
+Read more: tutorial 04; clauses CACHE-1 to CACHE-12.
 
 The verbs are those of XNNPACK's `xnn_weights_cache_provider` (`include/xnnpack.h`), which "behaves as a dictionary
 that XNNPACK will fill and query":
 
-    look_up(key)                      the offset of a buffer, or None
-    reserve_space(nbytes)             a buffer of zeros to pack into; one at a time, a later one takes its place
-    look_up_or_insert(key, buffer)    an existing key wins and the data is dropped; otherwise commits; the offset
-    offset_to_addr(offset)            a read-only view of the buffer
-    is_finalized()                    true once nothing more can be inserted
-    delete_cache()                    releases memory and mappings; never a file
+    look_up(key)                      returns the offset of a buffer (its place in the cache), or None
+    reserve_space(nbytes)             returns a buffer of zeros to pack into
+    look_up_or_insert(key, buffer)    commits the buffer (enters it under its key) if the key is new; returns its offset
+    offset_to_addr(offset)            returns a read-only view of the buffer
+    is_finalized()                    returns true once nothing more can be inserted
+    delete_cache()                    releases memory and mapped files, but deletes no file
 
-XNNPACK's `is_finalized` is already true while a file is being built, and means that buffers keep their addresses;
-here it means what its name says. What ends the building, `finalize`, XNNPACK leaves to each provider.
+A buffer is committed without a copy only if it is the latest that was reserved.
 
-    state       what it is                                        leaves it by
+XNNPACK's `is_finalized` is already true while a file is being built, and means that buffers keep their addresses; here
+it means what its name says. `finalize`, which ends the building, is not one of XNNPACK's verbs: it leaves that to each
+provider.
+
+    state       what it is                                        ended by
     building    buffers are inserted, by one thread               finalize, delete_cache
     finalized   complete; any thread may read without a lock      delete_cache
-    loaded      complete, and found that way                      delete_cache
-    deleted     nothing but is_finalized and delete_cache
+    loaded      complete since an earlier start                   delete_cache
+    deleted     only is_finalized and delete_cache may be called
 """
 
 from __future__ import annotations
@@ -42,11 +45,11 @@ from refinfer.weight_cache.packers import padded_nbytes_of
 __all__ = ["ALLOWED", "DictFace", "Pack", "State", "WeightCacheProvider", "lies_at", "require", "require_fitting"]
 
 Pack = Callable[[Bytes], Iterable[int]]
-"""Packs into a buffer of zeros step by step, giving the bytes done so far."""
+"""A function that packs into a buffer of zeros step by step, and yields how many bytes are done so far."""
 
 
 class State(Enum):
-    """Where a provider is in its life."""
+    """The states of a provider; the head of this module explains them."""
 
     BUILDING = "building"
     FINALIZED = "finalized"
@@ -67,29 +70,30 @@ ALLOWED: Final[Mapping[str, frozenset[State]]] = MappingProxyType(
         "delete_cache": frozenset(State),
     }
 )
-"""The verbs, and the states that have them."""
+"""For each verb the states in which it may be called."""
 
 
 class WeightCacheProvider(Protocol):
-    """A dictionary of packed buffers; see the head of this module for the verbs and their laws."""
+    """A dictionary of packed buffers; the head of this module explains its verbs and states."""
 
     def look_up(self, key: PackKey) -> int | None:
         """Return the offset of the buffer of `key`, or None; reads no weight."""
         ...
 
     def reserve_space(self, nbytes: int) -> Bytes:
-        """Return `nbytes` zeros to pack into, on a page; valid until the next reservation, or the end of building."""
+        """Return `nbytes` zeros that begin on a page; valid until the next reservation or the end of building."""
         ...
 
     def look_up_or_insert(self, key: PackKey, buffer: Bytes) -> int:
-        """Commit `buffer` under `key` unless there is one; copies what does not lie in reserved space.
+        """Return the offset of the buffer of `key`; if there is none, commit `buffer` first.
 
-        Reserved space is handed over: it must not be written to afterwards.
+        A buffer is copied unless it lies in the latest reservation. Reserved space that was committed must not be
+        written to afterwards.
         """
         ...
 
     def offset_to_addr(self, offset: int) -> Bytes:
-        """Return the buffer at an offset that this provider gave, read-only."""
+        """Return a read-only view of the buffer at an offset that this provider returned."""
         ...
 
     def is_finalized(self) -> bool:
@@ -97,11 +101,11 @@ class WeightCacheProvider(Protocol):
         ...
 
     def finalize(self) -> None:
-        """End the building; again is allowed, and does nothing."""
+        """End the building; calling it again does nothing."""
         ...
 
     def delete_cache(self) -> None:
-        """Release memory and mappings; views that are still held stay valid. Again is allowed."""
+        """Release memory and mapped files; views that are still in use stay valid. Calling it again does nothing."""
         ...
 
     def __getitem__(self, key: PackKey) -> Bytes: ...
@@ -110,15 +114,15 @@ class WeightCacheProvider(Protocol):
     def __len__(self) -> int: ...
 
     def get_or_pack(self, key: PackKey, pack: Pack) -> Bytes:
-        """Return the buffer of `key`; where there is none, pack it, and keep it while building."""
+        """Return the buffer of `key`; if there is none, pack it, and while building, commit it."""
         ...
 
 
 # --8<-- [start:face]
 class DictFace(Mapping[PackKey, Bytes]):
-    """The face of a dictionary, from the verbs; a provider adds its verbs, `__iter__` and `__len__`."""
+    """The methods of a dictionary, made from the verbs; a subclass adds its verbs, `__iter__` and `__len__`."""
 
-    __eq__ = object.__eq__  # two providers are not one for having equal buffers
+    __eq__ = object.__eq__  # providers with equal buffers are still different ones
     __hash__ = object.__hash__
 
     def __getitem__(self: WeightCacheProvider, key: PackKey) -> Bytes:
@@ -131,10 +135,10 @@ class DictFace(Mapping[PackKey, Bytes]):
         return isinstance(key, PackKey) and self.look_up(key) is not None
 
     def get_or_pack(self: WeightCacheProvider, key: PackKey, pack: Pack) -> Bytes:
-        """Return the buffer of `key`: a hit reads no weight and packs nothing.
+        """Return the buffer of `key`; if the key is there, this reads no weight and packs nothing.
 
-        A miss packs: into reserved space while building, so that the next call is a hit; once finalized, into memory
-        of the caller's own.
+        Otherwise it packs: while building, into reserved space, and commits it, so that the next call finds it; once
+        finalized, into new memory, which only the caller has.
         """
         offset = self.look_up(key)
         if offset is None:
@@ -152,20 +156,20 @@ class DictFace(Mapping[PackKey, Bytes]):
 
 
 def require(verb: str, state: State) -> None:
-    """Check that `state` has `verb`.
+    """Check that `verb` may be called in `state`.
 
     Raises:
-        WeightCacheStateError: it does not.
+        WeightCacheStateError: it may not.
     """
     if state not in ALLOWED[verb]:
         raise WeightCacheStateError(f"a weight cache that is {state.value} has no {verb}")
 
 
 def require_fitting(key: PackKey, buffer: Bytes) -> None:
-    """Check that a buffer has the size that its key means.
+    """Check that a buffer has the size that its key requires.
 
     Raises:
-        PackingError: it is not one row of bytes, or of another size.
+        PackingError: it has another size, or is not a contiguous array of bytes in one dimension.
     """
     if buffer.dtype != np.uint8 or buffer.shape != (padded_nbytes_of(key),) or not buffer.flags.c_contiguous:
         raise PackingError(
@@ -175,5 +179,5 @@ def require_fitting(key: PackKey, buffer: Bytes) -> None:
 
 
 def lies_at(buffer: Bytes, reserved: Bytes | None) -> bool:
-    """Tell whether a buffer is the beginning of reserved space, whichever view of it."""
+    """Return whether `buffer` begins where `reserved` begins, and is not longer."""
     return reserved is not None and buffer.size <= reserved.size and buffer.ctypes.data == reserved.ctypes.data

@@ -1,11 +1,12 @@
-"""How a file comes into being: under another name, by one process at a time, and then all at once.
+"""How a file is created: under another name, by one process at a time, and then all at once.
 
-Temporary files, locks, fsync, renaming. Leaves to others: what is in a file.
+Uses temporary files, locks, fsync and renaming. Leaves to others: what is in a file.
 Read more: tutorial 05; clauses PUBLISH-1 to PUBLISH-7.
 
-A draft of `name` is `name.tmp`, and whoever holds its lock may write it. Publishing makes its bytes durable, then
-gives it its name, then makes the name durable. So whoever opens `name` finds the old file or the new one, whole, at
-every instant, also after a crash; and whoever has mapped the old one keeps it.
+The draft of `name` is `name.tmp`; only the process that has its lock may write to it. Publishing makes its bytes
+durable (they are on the disk when `fsync` returns, and survive a power cut), then gives it its name, then makes the
+name durable. So a process that opens `name` finds the old file or the new one, always complete, even after a crash. A
+process that has mapped the old one keeps it.
 
     one process               another                       a crashed one leaves
     -----------               -------                       --------------------
@@ -37,9 +38,9 @@ import numpy as np
 
 from refinfer.arrays import PAGE_BYTES
 
-__all__ = ["Draft", "Space", "draft_path", "remove_dead_draft", "write_small_file"]
+__all__ = ["Draft", "Space", "discard", "draft_path", "remove_dead_draft", "write_small_file"]
 
-_GRANULE: Final = mmap.ALLOCATIONGRANULARITY
+_GRANULE: Final = mmap.ALLOCATIONGRANULARITY  # a mapping begins at a multiple of it
 _ZEROS: Final = bytes(1 << 20)
 
 
@@ -49,7 +50,7 @@ def draft_path(path: Path) -> Path:
 
 
 class Space:
-    """`nbytes` of a draft from `start` on, mapped for writing: `view`. The mapping lives as long as a view of it."""
+    """`nbytes` of a draft from `start` on, mapped for writing as `view`; it stays mapped as long as there is a view."""
 
     def __init__(self, file: IO[bytes], start: int, nbytes: int) -> None:
         before = start % _GRANULE
@@ -58,7 +59,7 @@ class Space:
         self.view = np.frombuffer(self._map, np.uint8)[before:]
 
     def drop_pages(self) -> None:
-        """Take the pages out of this process; their content stays in the file."""
+        """Release the memory of the mapped pages; their content stays in the file."""
         if hasattr(mmap.mmap, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -66,15 +67,15 @@ class Space:
 class Draft:
     """A file under construction, locked: `publish` makes it `path`, `abandon` removes it.
 
-    Making one waits until no other process has a draft of the same file; `on_wait` is called first when it must.
+    Making one waits until no other process has a draft of the same file; if it has to wait, it calls `on_wait` first.
 
     Raises:
-        OSError: the folder does not let a file be made.
+        OSError: no file can be made in the folder.
     """
 
     def __init__(self, path: Path, on_wait: Callable[[], None] = lambda: None) -> None:
         self.path = path
-        self.then: Callable[[], None] = lambda: None  # what others who wait for the lock must find done
+        self.then: Callable[[], None] = lambda: None  # runs after publishing and before the lock is released
         self.temporary = draft_path(path)
         self._file = _open_locked(self.temporary, on_wait)
         self._file.truncate(0)
@@ -85,7 +86,7 @@ class Draft:
         return os.fstat(self._file.fileno()).st_mtime_ns
 
     def grow(self, start: int, nbytes: int) -> Space:
-        """Make the file reach from `start` over whole pages of zeros for which the disk has room; return them mapped.
+        """Append whole pages of zeros at `start`, with space on the disk reserved for them; return them mapped.
 
         Raises:
             OSError: the disk has no room.
@@ -134,7 +135,7 @@ class Draft:
             self._close()
 
     def _close(self) -> None:
-        """Unlock and close: whatever is still mapped holds the file, and would hold its lock."""
+        """Unlock and close; closing alone would not unlock it, because a mapping keeps the file open."""
         if fcntl:
             fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
@@ -151,7 +152,7 @@ def _open_locked(path: Path, on_wait: Callable[[], None]) -> IO[bytes]:
             file = path.open("r+b", buffering=0)
         except FileNotFoundError:  # published or removed since
             continue
-        except PermissionError:  # another user's: once it is dead it is in the way, if the folder lets us
+        except PermissionError:  # another user's draft: removed when nobody writes it any more
             _remove_when_unlocked(path, on_wait)
             continue
         try:
@@ -181,7 +182,7 @@ def _lock(file: IO[bytes], on_wait: Callable[[], None]) -> bool:
 
 
 def _is_at(path: Path, file: IO[bytes]) -> bool:
-    """Tell whether the open file is the one with that name: while we waited it may have been published."""
+    """Return whether the open file still has that name: while we waited it may have been published."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -218,11 +219,31 @@ def remove_dead_draft(path: Path) -> None:
         return  # somebody is writing it, or has removed it, or we may not
 
 
+def discard(path: Path, is_at: Callable[[Path], bool]) -> bool:
+    """Remove a damaged file, unless another process has replaced it meanwhile; return whether it is gone.
+
+    `is_at` returns whether a path is still the file that was found damaged.
+    """
+    try:
+        draft = Draft(path)
+    except OSError:
+        return False
+    try:
+        if is_at(path):
+            path.unlink()
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        draft.abandon()
+
+
 def write_small_file(path: Path, data: bytes) -> None:
-    """Replace a small file at once, durably.
+    """Replace a small file all at once and durably.
 
     Raises:
-        OSError: the disk is full, or the folder does not let a file be made; nothing is left behind.
+        OSError: the disk is full, or no file can be made in the folder; nothing is left behind.
     """
     draft = Draft(path)
     try:

@@ -3,7 +3,7 @@
     pip install torch==2.13.0 transformers==5.23.0
     python tests/golden/make_model_goldens.py
 
-Writes, beside itself, one folder for each family: a tiny random checkpoint (`config.json` in the spelling of
+Writes, next to itself, one folder for each family: a tiny random checkpoint (`config.json` in the spelling of
 `transformers` 5, `model.safetensors` in bfloat16) and `golden.json` (a prompt, the logits after each of its tokens, 64
 greedy tokens). Sizes are odd on purpose: `head_dim` is not `hidden_size / heads`, the vocabulary is a prime. Weights
 are chosen so that float32, float16 and bfloat16 hold the very same values. Also writes

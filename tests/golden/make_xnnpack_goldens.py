@@ -3,7 +3,7 @@
     pip install ai-edge-litert==2.3.0 numpy flatbuffers
     python tests/golden/make_xnnpack_goldens.py
 
-Writes `xnnpack/<case>.npz` beside itself, one for each case: `weights` `[N, K]` and `bias` `[N]` as they stood in the
+Writes `xnnpack/<case>.npz` next to itself, one for each case: `weights` `[N, K]` and `bias` `[N]` as they stood in the
 model, `scales` `[N]` when the weights are int8, `packed` (the bytes of the one buffer in the cache file), and `nr`,
 `kr`, `sr`. A case is a model of one fully connected layer. LiteRT compiles it with a weight cache, XNNPACK packs the
 weights, and the cache file is read here by hand: a header, the buffers, a flatbuffer that lists them.

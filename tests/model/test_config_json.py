@@ -62,7 +62,7 @@ def write_folder(folder: Path, **files: object) -> Path:
     ],
     ids=["theta", "no scaling", "scaling", "type", "dtype"],
 )
-def test_older_and_newer_keys_mean_the_same_and_not_nothing(older: dict[str, Any], newer: dict[str, Any]) -> None:
+def test_older_and_newer_keys_have_the_same_effect(older: dict[str, Any], newer: dict[str, Any]) -> None:
     assert parse_config(raw_config(**older)) == parse_config(raw_config(**newer)) != parse_config(raw_config())
 
 
@@ -97,7 +97,7 @@ def test_an_absent_end_of_text_id_takes_the_default_of_the_family(family: str, i
 
 @pytest.mark.spec("CONFIG-4")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_null_key_value_heads_are_as_many_as_query_heads(family: str) -> None:
+def test_null_key_value_heads_mean_one_for_each_query_head(family: str) -> None:
     assert parse_config(raw_config(family, num_key_value_heads=None)).num_key_value_heads == 32
 
 
@@ -121,7 +121,7 @@ def test_llama3_scaling_without_an_original_context_takes_the_models_own() -> No
 
 
 @pytest.mark.spec("CONFIG-6")
-def test_the_older_scaling_is_not_ignored_beside_the_newer_key() -> None:
+def test_the_older_scaling_counts_even_if_the_newer_key_is_there() -> None:
     raw = raw_config(rope_scaling={"rope_type": "yarn"}, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     with pytest.raises(ConfigError, match="'yarn'"):
         parse_config(raw)
@@ -218,7 +218,7 @@ NO_POSITIVE_NUMBERS = {
 @pytest.mark.spec("CONFIG-7")
 @pytest.mark.parametrize("value", NO_SIZES.values(), ids=NO_SIZES)
 @pytest.mark.parametrize("key", [*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"])
-def test_a_size_that_is_no_size_is_refused(key: str, value: object) -> None:
+def test_an_impossible_size_is_refused(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"{key} must be a whole number from 1 to"):
         parse_config(raw_config(**{key: value}))
 

@@ -1,4 +1,4 @@
-"""The KV cache: reserved once, filled behind its end, rewound."""
+"""The KV cache: reserved once, filled after its end, rewound."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOM = 12
 
 
 class KVCacheAgainstAList(RuleBasedStateMachine):
-    """Random stores, advances and rewinds, beside a plain list of positions."""
+    """Random stores, advances and rewinds, compared with a plain list of positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def test_the_kv_cache_behaves_like_a_list_of_positions() -> None:
 
 @pytest.mark.spec("KV-4")
 @pytest.mark.parametrize("name", ["tiny", "storyteller", "stories15m"])
-def test_the_cache_takes_the_bytes_it_says(name: str) -> None:
+def test_the_cache_takes_the_bytes_that_kv_cache_nbytes_returns(name: str) -> None:
     assert KVCache(SHAPES[name], 64).nbytes == kv_cache_nbytes(SHAPES[name], 64)
 
 
@@ -119,7 +119,7 @@ def test_prefill_gives_the_logits_of_the_last_token_of_its_blocks(tiny_source: R
 
 
 @pytest.mark.spec("KV-2")
-def test_after_a_rewind_forgotten_tokens_have_never_been(tiny_source: RowMajorSource) -> None:
+def test_after_a_rewind_forgotten_tokens_have_no_effect(tiny_source: RowMajorSource) -> None:
     kept, forgotten, later = random_ids(9), random_ids(30, seed=1), random_ids(5, seed=2)
     rewound, plain = Transformer(tiny_source, 96), Transformer(tiny_source, 96)
     rewound.decode(kept)

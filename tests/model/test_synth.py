@@ -99,7 +99,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
 
 
-# Python ignores the signal that tells of a file beyond its limit: writing fails as it does on a full disk.
+# Python ignores the signal about a file beyond its limit: writing fails as it does on a full disk.
 WRITE_WITH_LITTLE_ROOM = """
 import resource, sys
 from pathlib import Path

@@ -262,7 +262,7 @@ def test_a_stream_adds_what_comes_after_its_context(before: str, after: str) -> 
 
 
 @pytest.mark.spec("TOKEN-5")
-def test_a_word_is_streamed_as_it_is_written_behind_its_context() -> None:
+def test_a_word_is_streamed_as_it_is_written_after_its_context() -> None:
     words = load(word_json())
     assert stream_pieces(words, [0, 1]) == ["once", " upon", ""]
     assert stream_pieces(words, [1], context=[0]) == [" upon", ""]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from refinfer.arrays import Float32Array, IntArray
-from refinfer.errors import WeightsError
+from refinfer.errors import GenerationError, RequestError, WeightsError
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import ModelConfig
 from refinfer.model.config_json import load_config
@@ -26,6 +29,7 @@ from refinfer.model.weights import (
     RowMajorSource,
     RowTable,
     StoredRowTable,
+    Weights,
     WeightSource,
 )
 
@@ -97,16 +101,21 @@ class RecordingSource:
         self.inner = inner
         self.log: list[str] = []
         self.config: ModelConfig = inner.config
-        self.norm = inner.norm
-        self.lm_head: Matrix = Recorded(inner.lm_head, "lm_head", self.log)
 
-    @property
-    def embed_tokens(self) -> RowTable:
-        self.log.append("embed_tokens.rows")
-        return self.inner.embed_tokens
+    @contextmanager
+    def forward_pass(self) -> Iterator[Weights]:
+        self.log.append("begin")
+        with self.inner.forward_pass() as weights:
+            yield Weights(
+                Recorded(cast("Matrix", weights.embed_tokens), "embed_tokens", self.log),
+                self.layers(weights.layers),
+                weights.norm,
+                Recorded(weights.lm_head, "lm_head", self.log),
+            )
+        self.log.append("end")
 
-    def layers(self) -> Iterator[LayerWeights]:
-        for i, layer in enumerate(self.inner.layers()):
+    def layers(self, layers: Iterable[LayerWeights]) -> Iterator[LayerWeights]:
+        for i, layer in enumerate(layers):
             matrices: dict[str, Any] = {
                 name: Recorded(getattr(layer, name), f"{i}.{name}", self.log)
                 for name in (f.name for f in fields(LayerWeights))
@@ -149,22 +158,36 @@ def test_a_config_that_lies_about_its_layers_is_refused_before_anything_is_made(
 
 @pytest.mark.spec("SOURCE-2")
 @pytest.mark.parametrize("n_tokens", [1, 5], ids=["one token", "five tokens"])
-def test_a_pass_uses_every_matrix_once_in_execution_order(tiny_source: RowMajorSource, n_tokens: int) -> None:
+def test_a_pass_begins_uses_every_matrix_once_in_execution_order_and_ends(
+    tiny_source: RowMajorSource, n_tokens: int
+) -> None:
     source = RecordingSource(tiny_source)
     as_source: WeightSource = source
     Transformer(as_source, 96).decode(list(range(n_tokens)))
     order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     layers = [f"{i}.{name}" for i in range(source.config.num_hidden_layers) for name in order]
-    assert source.log == ["embed_tokens.rows", *layers, "lm_head"]
+    assert source.log == ["begin", "embed_tokens.rows", *layers, "lm_head", "end"]
 
 
 @pytest.mark.spec("SOURCE-2")
-def test_a_prompt_of_several_blocks_needs_lm_head_once(tiny_source: RowMajorSource) -> None:
+def test_a_prompt_of_several_blocks_takes_a_pass_for_each_and_needs_lm_head_once(tiny_source: RowMajorSource) -> None:
     source = RecordingSource(tiny_source)
     transformer = Transformer(source, 96)
     transformer.prefill(list(range(2 * transformer.block + 1)))
-    assert source.log.count("embed_tokens.rows") == 3
-    assert source.log.count("lm_head") == 1
+    outside_the_layers = [use for use in source.log if "_proj" not in use]
+    block = ["begin", "embed_tokens.rows", "end"]
+    assert outside_the_layers == [*block, *block, *block[:2], "lm_head", "end"]
+    assert source.log.count("2.down_proj") == 3
+
+
+@pytest.mark.spec("SOURCE-2")
+@pytest.mark.parametrize("ids", [[], [261], [-1], list(range(97))], ids=["none", "too large", "negative", "too many"])
+def test_impossible_tokens_begin_no_pass(tiny_source: RowMajorSource, ids: list[int]) -> None:
+    source = RecordingSource(tiny_source)
+    for compute in (Transformer(source, 96).decode, Transformer(source, 96).prefill):
+        with pytest.raises(RequestError):
+            compute(ids)
+    assert source.log == []
 
 
 def logits_of(folder: Path) -> Float32Array:
@@ -205,13 +228,27 @@ def test_sharding_changes_no_logit(tiny_config: ModelConfig, tiny_folder: Path, 
 def test_tied_embeddings_are_one_table(tiny_config: ModelConfig, tmp_path: Path) -> None:
     tied = replace(tiny_config, tie_word_embeddings=True)
     write_checkpoint(tmp_path, tied, dtype="bf16")
-    source = RowMajorSource(tied, open_checkpoint(tmp_path))
-    assert source.embed_tokens is source.lm_head
+    with RowMajorSource(tied, open_checkpoint(tmp_path)).forward_pass() as weights:
+        assert weights.embed_tokens is weights.lm_head
 
 
 @pytest.mark.spec("SOURCE-5")
 def test_float32_matrices_stay_in_the_file(tiny_source: RowMajorSource) -> None:
-    matrices = [getattr(layer, f.name) for layer in tiny_source.layers() for f in fields(LayerWeights)]
+    with tiny_source.forward_pass() as weights:
+        matrices = [getattr(layer, f.name) for layer in weights.layers for f in fields(LayerWeights)]
     in_place = [m for m in matrices if isinstance(m, RowMajorMatrix)]
     assert len(in_place) == 7 * tiny_source.config.num_hidden_layers
     assert not any(m.weight.flags.owndata or m.weight.flags.writeable for m in in_place)
+
+
+@pytest.mark.spec("OFFLOAD-11")
+def test_a_closed_source_has_released_its_weights_and_begins_no_pass(tiny_source: RowMajorSource) -> None:
+    with tiny_source.forward_pass() as weights:
+        released = weakref.ref(weights.lm_head)
+    del weights
+    tiny_source.close()
+    gc.collect()
+    assert released() is None
+    with pytest.raises(GenerationError, match="the weights are closed; load the model again"):
+        tiny_source.forward_pass().__enter__()
+    tiny_source.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,20 +14,23 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from refinfer.engine import fixed_of
+from refinfer.clock import RealClock
+from refinfer.inventory import Inventory
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import ModelConfig
 from refinfer.model.transformer import Transformer, prefill_block
 from refinfer.model.weights import WeightSource
-from refinfer.offload.budget import Budget
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.plan import Fixed, Plan, smallest_budget
-from refinfer.offload.source import PackedSource
+from refinfer.offload.packed_file import PackedFile
 from refinfer.offload.store import FileStore, Store
 from refinfer.offload.streamed import StreamedSource
+from refinfer.planning.account import Fixed, fixed_of
+from refinfer.planning.cost import HERE, costs_of
+from refinfer.planning.plan import Plan, Prefetch, make_plan, smallest_budget
 from refinfer.prepare import IN_MEMORY, prepare
-from refinfer.trace import RealClock
+from refinfer.sources.packed import PackedSource
+from refinfer.trace import Recorder
 from refinfer.weight_cache.format import Entry, StoredChunk
+from refinfer.weight_cache.key import PackKey
 from refinfer.weight_cache.load_or_build import Prepared
 from refinfer.weight_cache.mapped_file import read_file
 
@@ -82,14 +85,22 @@ class PackedModel:
         return self.packed(IN_MEMORY)
 
     @cached_property
+    def keys(self) -> Mapping[str, PackKey]:
+        """The keys of the buffers, by name; the file is built if need be."""
+        found = self.prepared()
+        found.provider.delete_cache()
+        return found.keys
+
+    @cached_property
     def built(self) -> Path:
-        self.packed().close()
+        assert self.keys
         return self.file
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """The buffers of the file, by name."""
-        return {entry.key.name: entry for entry in read_file(self.built)[1].entries}
+        entries = {entry.key: entry for entry in read_file(self.built)[1].entries}
+        return {name: entries[key] for name, key in self.keys.items()}
 
     @property
     def vectors(self) -> Entry:
@@ -102,34 +113,38 @@ class PackedModel:
         matrices = self.inventory.matrices
         return [self.entries[matrices[c.matrix].name].chunks[c.index] for c in self.inventory.cycle]
 
-    def streamed(
-        self,
-        plan: Plan,
-        budget: Budget | None = None,
-        store: Store | None = None,
-        *,
-        threads: int = 0,
-        paged: bool = False,
-    ) -> StreamedSource:
-        """Return the weights as a plan says, by default within just its budget and from the file."""
+    def plan(self, name: str, budget: int, *, prefetch_threads: int = 0, ring_nbytes: int | None = None) -> Plan:
+        costs = costs_of(self.inventory, HERE, prefetch_threads=prefetch_threads)
+        prefetch = Prefetch(prefetch_threads, ring_nbytes)
+        return make_plan(name, self.inventory, self.fixed, budget, costs, prefetch)
+
+    def streamed(self, plan: Plan, store: Store | None = None, *, paged: bool = False) -> StreamedSource:
+        """Return the weights as a plan says, by default read from the file."""
         read_from = store or FileStore(self.built)
         try:
-            return StreamedSource(
-                self.inventory,
-                self.entries,
-                read_from,
-                plan,
-                budget or Budget(plan.account.budget),
-                most_rows=self.rows,
-                clock=RealClock(),
-                threads=threads,
-                paged=paged,
-                where=str(self.file),
-            )
+            file = PackedFile(self.built, self.inventory, self.keys, read_from)
+            return StreamedSource(file, plan, Recorder(RealClock()), self.rows, paged=paged)
         except BaseException:
             if store is None:
                 read_from.close()
             raise
+
+    def within_a_budget(
+        self,
+        share: float = 0.5,
+        plan: str = "balanced",
+        ring: int | None = None,
+        *,
+        prefetch_threads: int,
+        paged: bool = False,
+    ) -> StreamedSource:
+        """Return the weights within a budget: a share of the way from the smallest that works to all of them."""
+        slot = int(self.inventory.sizes.max())
+        smallest = self.smallest + max(0, (ring or 2) - 2) * slot
+        budget = smallest + round(share * (max(smallest, self.most) - smallest))
+        ring_nbytes = None if ring is None else ring * slot
+        made = self.plan(plan, budget, prefetch_threads=prefetch_threads, ring_nbytes=ring_nbytes)
+        return self.streamed(made, paged=paged)
 
 
 Logits = list[npt.NDArray[np.uint32]]
@@ -144,7 +159,7 @@ def drawn_ids(vocab_size: int, n: int, seed: int = 0) -> list[int]:
 def logits_of(
     source: WeightSource, positions: int, prompt: int = 40, steps: Sequence[int] = (1, 3), seed: int = 0
 ) -> Logits:
-    """Return the bits of the logits of a prompt, of further tokens in steps, and of a text that begins anew."""
+    """Return the bits of the logits of a prompt, of further tokens in steps, and of a text that begins again."""
     ids = drawn_ids(source.config.vocab_size, prompt + sum(steps), seed)
     transformer = Transformer(source, positions)
     logits, at = [transformer.prefill(ids[:prompt])], prompt

@@ -17,7 +17,7 @@ WATCHDOG_S = 60
 
 
 class BudgetAgainstAList(RuleBasedStateMachine):
-    """Random acquiring and releasing, beside a plain list of what is held."""
+    """Random acquiring and releasing, compared with a plain list of what is in use."""
 
     @initialize(limit=st.integers(1, 1000))
     def begin(self, limit: int) -> None:
@@ -35,6 +35,17 @@ class BudgetAgainstAList(RuleBasedStateMachine):
         self.held.append(nbytes)
         self.peak = max(self.peak, sum(self.held))
 
+    @rule(parts=st.lists(st.integers(0, 400), max_size=4))
+    def acquire_all(self, parts: list[int]) -> None:
+        named = {f"part {i}": nbytes for i, nbytes in enumerate(parts)}
+        if sum(self.held) + sum(parts) > self.budget.limit:
+            with pytest.raises(BudgetError):
+                self.budget.acquire_all(named)
+            return
+        self.budget.acquire_all(named)
+        self.held.extend(parts)
+        self.peak = max(self.peak, sum(self.held))
+
     @rule(which=st.integers(0, 50))
     def release(self, which: int) -> None:
         if self.held:
@@ -48,7 +59,7 @@ class BudgetAgainstAList(RuleBasedStateMachine):
 
 
 @pytest.mark.spec("BUDGET-1", "BUDGET-2")
-def test_a_budget_counts_as_a_list_of_what_is_held_would() -> None:
+def test_a_budget_counts_what_a_list_of_what_is_in_use_adds_up_to() -> None:
     run_state_machine_as_test(BudgetAgainstAList, settings=settings(max_examples=40, stateful_step_count=30))
 
 
@@ -63,7 +74,7 @@ def test_a_budget_is_used_to_the_last_byte() -> None:
 
 
 @pytest.mark.spec("BUDGET-1", "ERR-1")
-def test_what_does_not_fit_is_named_with_what_is_left_and_counts_nothing() -> None:
+def test_a_part_that_does_not_fit_is_named_with_what_is_left_and_counts_nothing() -> None:
     budget = Budget(3_000_000)
     budget.acquire(1_000_000, "the ring")
     with pytest.raises(BudgetError) as refused:
@@ -75,8 +86,20 @@ def test_what_does_not_fit_is_named_with_what_is_left_and_counts_nothing() -> No
     budget.acquire(2_000_000, "what is left")
 
 
+@pytest.mark.spec("BUDGET-1", "BUDGET-2", "ERR-1")
+def test_parts_that_do_not_fit_together_are_refused_by_the_first_that_does_not_and_count_nothing() -> None:
+    budget = Budget(3_000_000)
+    budget.acquire(500_000, "the KV cache")
+    with pytest.raises(BudgetError) as refused:
+        budget.acquire_all({"locked chunks": 1_500_000, "ring": 1_000_001, "scratch": 1})
+    assert str(refused.value) == "ring needs 1.0 MB, but of the budget of 3.0 MB only 1.0 MB are left"
+    assert (budget.in_use, budget.peak) == (500_000, 500_000)
+    budget.acquire_all({"locked chunks": 1_500_000, "ring": 1_000_000})
+    assert (budget.in_use, budget.peak) == (3_000_000, 3_000_000)
+
+
 class Meddling(int):
-    """A number of bytes that, while it is being added, lets another thread try to acquire as much."""
+    """A number of bytes that, while it is being added, lets another thread try to acquire the same number."""
 
     other: threading.Thread
 

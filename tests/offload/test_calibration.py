@@ -1,4 +1,4 @@
-"""What reading and multiplying cost here: measured, kept, found again, and used."""
+"""Specifies `refinfer.offload.calibration`: what reading and multiplying cost here is measured, kept and used."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refinfer.bench.calibrate import CHUNK_SIZES, READERS, ROWS_OF_X, calibrate, fit_device, processor_of
-from refinfer.cli import main
+from refinfer.bench.calibrate import CHUNK_SIZES, ROWS_OF_X, THREADS, calibrate, fit_device, processor_of, to_json
+from refinfer.cli.main import main
+from refinfer.clock import RealClock
 from refinfer.errors import RequestError
 from refinfer.generate import load
+from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
 from refinfer.model.synth import write_checkpoint
 from refinfer.offload.calibration import (
@@ -24,13 +26,10 @@ from refinfer.offload.calibration import (
     observed_calibration,
     product_seconds_per_byte,
     slower,
-    to_json,
 )
-from refinfer.offload.cost import DEVICES, HERE, Calibration, Device, Processor
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.matrices import Scratch
 from refinfer.packing.formats import FORMATS, pack_matrix
-from refinfer.trace import RealClock
+from refinfer.planning.cost import DEVICES, HERE, Calibration, Device, Processor
+from refinfer.sources.matrices import Scratch
 
 FAST = Device("d", {1: 2e9, 2: 3e9}, 1e-4, "a test")
 EVEN = Processor("p", {name: {1: 1e-10, 256: 2e-9} for name in FORMATS}, 5e-6, "a test")
@@ -48,14 +47,14 @@ def test_a_calibration_has_a_row_for_every_way_to_read_and_every_product(measure
     folder, result = measured
     assert result["calibration_file"] == str(folder / CALIBRATION_FILE)
     reads = [(row["chunk_bytes"], row["prefetch_threads"]) for row in result["rows"] if row["what"] == "read"]
-    assert reads == [(size, readers) for size in CHUNK_SIZES for readers in READERS]
+    assert reads == [(size, threads) for size in CHUNK_SIZES for threads in THREADS]
     products = [(row["format"], row["m"]) for row in result["rows"] if row["what"] == "product"]
     assert products == [(name, M) for name in FORMATS for M in ROWS_OF_X]
     assert all(row.get("gb_per_s", 1) > 0 and row.get("ns_per_byte", 1) > 0 for row in result["rows"])
 
 
 @pytest.mark.spec("CAL-1", "CAL-3")
-def test_what_was_measured_is_found_again_and_leaves_nothing_else_behind(
+def test_what_was_measured_is_found_again_and_no_other_file_is_left(
     measured: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, result = measured
@@ -80,19 +79,19 @@ def test_other_disks_and_other_blas_builds_stay_in_the_file(tmp_path: Path) -> N
 
 
 @pytest.mark.spec("CAL-1", "CAL-3")
-def test_a_file_whose_parts_are_nonsense_is_written_anew(tmp_path: Path) -> None:
+def test_a_file_with_invalid_parts_is_replaced_by_a_valid_one(tmp_path: Path) -> None:
     after = to_json({"version": 1, "devices": 3, "processors": ["x"]}, tmp_path, FAST, EVEN)
     assert (list(after["devices"]), list(after["processors"])) == ([device_number(tmp_path)], [blas_name()])
 
 
 @pytest.mark.spec("CAL-5")
-def test_what_a_start_shows_fits_a_device_that_knows_other_numbers_of_readers_only() -> None:
+def test_what_a_start_shows_scales_a_device_with_rates_for_other_numbers_of_threads_only() -> None:
     device = Device("d", {2: 3e9, 4: 4e9}, 0.0, "a test")
     assert observed_calibration(Calibration(device, EVEN), "f32", 1, 6e9, None).device.bandwidth == {2: 6e9, 4: 8e9}
 
 
 @pytest.mark.spec("CAL-2")
-def test_the_fit_gives_a_device_back() -> None:
+def test_the_fit_recovers_the_device() -> None:
     device = Device("true", {1: 1.5e9, 2: 2.5e9, 4: 2.6e9}, 2e-4, "")
     rows = [
         {
@@ -110,7 +109,7 @@ def test_the_fit_gives_a_device_back() -> None:
 
 
 @pytest.mark.spec("CAL-2")
-def test_reads_that_were_held_up_make_no_nonsense_of_the_others() -> None:
+def test_the_fit_stays_plausible_when_some_reads_were_held_up() -> None:
     rates = {(1 << 20, 1): 0.01, (2 << 20, 1): 0.02, (4 << 20, 1): 0.03, (4 << 20, 2): 9.0, (4 << 20, 4): 9.0}
     rows = [{"what": "read", "chunk_bytes": b, "prefetch_threads": n, "gb_per_s": r} for (b, n), r in rates.items()]
     found = fit_device(rows)
@@ -161,7 +160,7 @@ NONSENSE: list[object] = [
 
 @pytest.mark.spec("CAL-3")
 @pytest.mark.parametrize("entry", NONSENSE, ids=range(len(NONSENSE)))
-def test_nonsense_in_the_file_is_as_if_nothing_was_measured(entry: object, tmp_path: Path) -> None:
+def test_invalid_entries_of_the_file_count_as_not_measured(entry: object, tmp_path: Path) -> None:
     file = written(tmp_path, devices={device_number(tmp_path): entry}, processors={blas_name(): entry})
     assert known_calibration(file, tmp_path) == HERE
 
@@ -178,7 +177,7 @@ def test_a_file_that_is_missing_or_cannot_be_read_is_no_error(content: bytes | N
 
 
 @pytest.mark.spec("CAL-3")
-def test_without_a_home_folder_nothing_is_known_and_nothing_fails(
+def test_without_a_home_folder_nothing_is_measured_and_nothing_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_home() -> Path:
@@ -195,7 +194,7 @@ def test_without_a_home_folder_nothing_is_known_and_nothing_fails(
 
 
 @pytest.mark.spec("CAL-4")
-def test_a_device_that_is_named_is_the_tables_with_the_measured_processor(tmp_path: Path) -> None:
+def test_a_named_device_comes_from_the_table_and_the_processor_from_the_file(tmp_path: Path) -> None:
     found = known_calibration(written(tmp_path), tmp_path, "emmc")
     assert (found.device, found.measured) == (DEVICES["emmc"], False)
     assert found.processor.seconds_per_byte == EVEN.seconds_per_byte
@@ -204,13 +203,13 @@ def test_a_device_that_is_named_is_the_tables_with_the_measured_processor(tmp_pa
 
 
 @pytest.mark.spec("CAL-4")
-def test_a_throttled_disk_is_no_faster_than_its_rate() -> None:
+def test_a_throttled_disk_is_at_most_as_fast_as_its_rate() -> None:
     assert slower(HERE, None) is HERE
     assert slower(Calibration(FAST, EVEN), 2.5e9).device.bandwidth == {1: 2e9, 2: 2.5e9}
 
 
 @pytest.mark.spec("CAL-4")
-def test_the_command_line_uses_what_was_calibrated_and_says_so(
+def test_the_commands_use_what_was_calibrated_and_name_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -222,7 +221,7 @@ def test_the_command_line_uses_what_was_calibrated_and_says_so(
         assert told["measured"]
         assert told["processor_source"].startswith("refinfer bench calibrate")
         assert main([command, "--shape", "tiny"]) == 0
-        assert "as refinfer bench calibrate" in capsys.readouterr().out
+        assert "as measured here: refinfer bench calibrate" in capsys.readouterr().out
         assert main([command, "--shape", "tiny", "--device", "nvme"]) == 0
         assert "assuming: disk nvme" in capsys.readouterr().out
     assert main(["generate", "--budget", "70%", "--max-tokens", "2", "--json"]) == 0
@@ -234,7 +233,7 @@ def test_the_command_line_uses_what_was_calibrated_and_says_so(
 
 
 @pytest.mark.spec("CAL-5")
-def test_what_a_start_shows_takes_the_place_of_what_was_assumed() -> None:
+def test_what_a_start_shows_replaces_what_was_assumed() -> None:
     found = observed_calibration(Calibration(FAST, EVEN), "int8", 2, 6e9, 3e-10)
     assert found.device.bandwidth == {1: 4e9, 2: 6e9}  # the relation of the two stays
     assert found.processor.seconds_per_byte["int8"] == pytest.approx({1: 3e-10, 256: 6e-9})
@@ -246,13 +245,13 @@ def test_what_a_start_shows_takes_the_place_of_what_was_assumed() -> None:
 
 @pytest.mark.spec("CAL-5")
 @pytest.mark.parametrize("name", FORMATS)
-def test_chunks_in_memory_tell_what_a_byte_of_weights_costs(name: str) -> None:
+def test_products_with_chunks_in_memory_show_what_a_byte_of_weights_costs(name: str) -> None:
     inventory = Inventory(SHAPES["tiny"], name)
     rng = np.random.default_rng(0)
     packed = [
         pack_matrix(rng.standard_normal((m.layout.N, m.layout.K), dtype=np.float32), name) for m in inventory.matrices
     ]
-    chunks = {i: packed[c.matrix].buffers[c.index] for i, c in enumerate(inventory.cycle)}
+    chunks = {i: packed[c.matrix].tiles[c.index] for i, c in enumerate(inventory.cycle)}
     seconds = product_seconds_per_byte(inventory, chunks, Scratch(inventory, 1), RealClock())
     assert seconds is not None
     assert 0 < seconds < 1e-3
@@ -260,7 +259,7 @@ def test_chunks_in_memory_tell_what_a_byte_of_weights_costs(name: str) -> None:
 
 
 @pytest.mark.spec("CAL-5")
-def test_products_are_timed_for_a_tenth_of_a_second_and_no_longer() -> None:
+def test_products_are_timed_for_a_tenth_of_a_second_at_most() -> None:
     class Slow:
         def __init__(self) -> None:
             self.t = 0.0
@@ -278,12 +277,12 @@ def test_products_are_timed_for_a_tenth_of_a_second_and_no_longer() -> None:
     alike = [i for i, chunk in enumerate(inventory.cycle) if inventory.matrices[chunk.matrix].layout == first]
     clock = Slow()
     assert len(alike) > 4
-    assert product_seconds_per_byte(inventory, dict.fromkeys(alike, w.buffers[0]), Scratch(inventory, 1), clock)
+    assert product_seconds_per_byte(inventory, dict.fromkeys(alike, w.tiles[0]), Scratch(inventory, 1), clock)
     assert clock.t == pytest.approx(4 * 2 * 0.03)  # the fourth product is the one that goes beyond
 
 
 @pytest.mark.spec("CAL-5", "CAL-6")
-def test_a_run_under_a_budget_says_what_it_should_reach_and_which_threads_multiply(tmp_path: Path) -> None:
+def test_only_a_run_under_a_budget_has_a_prediction(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", SHAPES["tiny"], dtype="f32")
     with load(tmp_path / "m", weight_cache=tmp_path / "w", budget="70%", max_positions=8) as session:
         assert session.prediction is not None

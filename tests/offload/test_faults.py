@@ -1,9 +1,8 @@
 """Specifies what happens when something goes wrong while weights stream: one clear error, no wait, nothing left.
 
-Real files, real threads, real processes. Every test is watched: what may hang runs in a thread or a program that is
-given up after a while, and every test must leave as many threads and descriptors as it found. What happens to damaged
-files from one start to the next is told in `tests/test_engine.py`, what threads may do to each other in
-`test_prefetch.py`.
+Real files, real threads, real processes. Whatever may hang runs in a thread or a program that is given up after a
+while, and every test must leave no thread and no descriptor more than it found. `tests/test_engine.py` has what happens
+to damaged files from one start to the next, `test_prefetch.py` what threads may do to each other.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from refinfer.arrays import PAGE_BYTES
-from refinfer.cli import main
-from refinfer.engine import fixed_of
+from refinfer.cli.main import main
 from refinfer.errors import DamagedWeightsError, GenerationError, RequestError
 from refinfer.generate import STORYTELLER, Session, load
+from refinfer.inventory import Inventory
 from refinfer.model.config import ModelConfig
 from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
 from refinfer.model.transformer import Transformer
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.plan import make_plan, smallest_budget
 from refinfer.offload.streamed import StreamedSource
+from refinfer.planning.account import fixed_of
+from refinfer.planning.plan import smallest_budget
 from refinfer.weight_cache.identity import side_path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -88,8 +87,7 @@ class Streaming(PackedModel):
 
     def source(self, threads: int) -> StreamedSource:
         budget = self.smallest + 8 * int(self.inventory.sizes.max())
-        plan = make_plan("none", self.inventory, self.fixed, budget, readers=threads)
-        return self.streamed(plan, threads=threads)
+        return self.streamed(self.plan("none", budget, prefetch_threads=threads))
 
     @cached_property
     def expected(self) -> npt.NDArray[np.uint32]:
@@ -233,7 +231,7 @@ class Reads:
             return 0
         if self.how == "brings other bytes" and number == self.at:
             n = self._real(descriptor, buffers, offset)
-            buffers[0][0] ^= 0x55
+            np.frombuffer(buffers[0], np.uint8)[:] ^= 0x55  # every byte: of a row's pages most are not its own
             return n
         return self._real(descriptor, [buffers[0][:PAGE_BYTES]] if self.how == "is short" else buffers, offset)
 
@@ -252,10 +250,11 @@ SAID: Final = {
 @given(at=st.integers(0, 100), how=st.sampled_from([*SAID, "is short"]), threads=st.integers(0, 3))
 @example(at=0, how="ends", threads=1)  # the first of all: that of the norms
 @example(at=1, how="brings other bytes", threads=1)
-def test_any_read_from_the_first_on_that_goes_wrong_is_one_error_and_a_short_one_is_none(
+@example(at=1, how="brings other bytes", threads=0)  # the row of the token
+def test_a_read_that_goes_wrong_is_one_error_whichever_it_is_and_a_short_read_changes_nothing(
     at: int, how: str, threads: int, streaming: Streaming
 ) -> None:
-    """Three tokens read more than a hundred times, what is read ahead for a fourth not counted."""
+    """Three tokens take more than a hundred reads, not counting what is read ahead for a fourth."""
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         source: list[StreamedSource] = []
@@ -344,7 +343,7 @@ def test_a_request_longer_than_the_reserved_positions_is_refused_before_anything
                 with pytest.raises(RequestError, match=f"do not fit the {POSITIONS} positions reserved"):
                     session.generate(token_ids=ids, max_tokens=n)
             with pytest.raises(RequestError, match="do not fit"):
-                session._transformer.decode(list(range(POSITIONS + 1)))
+                Transformer(session.source, POSITIONS).decode(list(range(POSITIONS + 1)))
         assert reads.count <= 8  # what the threads had not yet read ahead
         assert session.stats is None
         assert text_of(session) == text
@@ -372,7 +371,7 @@ def test_a_budget_below_the_smallest_is_one_line_that_names_one_that_works(
 def test_closing_during_a_read_of_whoever_computes_waits_for_nobody_and_suspects_no_file(
     threads: int, at: int, site: Site, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With threads that read ahead, it is the row of an embedding table that the computation reads itself."""
+    """Even with prefetch threads, the computation itself reads the row of an embedding table."""
     reading, go, real, count = threading.Event(), threading.Event(), os.preadv, [0]
 
     def preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -411,38 +410,6 @@ def test_closing_during_a_read_of_whoever_computes_waits_for_nobody_and_suspects
         assert text_of(session) == text
 
 
-FEWER_THREADS: Final = """
-import resource, sys, threading
-from pathlib import Path
-import numpy as np
-from refinfer.errors import GenerationError
-from refinfer.offload.prefetch import Prefetcher
-
-STACK = 1 << 28
-threading.stack_size(STACK)
-size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 2 * STACK + STACK // 2, resource.RLIM_INFINITY))
-try:
-    Prefetcher(range(3), [np.zeros(8, np.uint8)] * 8, lambda chunk, slot, thread: slot, 8)
-except GenerationError as error:
-    print(error)
-print([thread.name for thread in threading.enumerate()])
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc and its limits, as Linux has them")
-@pytest.mark.spec("FETCH-8")
-def test_where_fewer_threads_start_than_were_asked_for_none_is_left() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FEWER_THREADS], capture_output=True, text=True, timeout=WATCHDOG_S, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "this system starts no further thread; use fewer prefetch threads",
-        "['MainThread']",
-    ]
-
-
 # Programs that are ended.
 
 
@@ -459,7 +426,7 @@ def told_before(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 def telling(cache: Path, threads: int, **more: str) -> list[str]:
-    """Return the command of a program that tells a story within a budget, and locks nothing unless told to."""
+    """Return the command of a program that tells a story within a budget; by default it locks nothing."""
     options = {"budget": "60%", "plan": "none", "prefetch_threads": str(threads), "weight_cache": str(cache)}
     options |= {"weights": "f32", "max_tokens": "100"} | more
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -467,13 +434,13 @@ def telling(cache: Path, threads: int, **more: str) -> list[str]:
 
 
 def begun(command: list[str]) -> subprocess.Popen[str]:
-    """Start a program that has no thread of BLAS, and whose words can be read as soon as they are said."""
+    """Start a program that has no BLAS thread and whose output can be read at once."""
     env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def wait_until_it_waits(program: subprocess.Popen[str], threads: int) -> None:
-    """Wait until a program has so many threads beside its first one, and that one has slept for many looks at it."""
+    """Wait until a program has this number of threads besides its first one, and that one sleeps at many looks."""
     process, before, looks = Path(f"/proc/{program.pid}"), "", 0
     while program.poll() is None and sum(1 for _ in (process / "task").iterdir()) <= threads:
         threading.Event().wait(0.005)
@@ -489,7 +456,7 @@ def wait_until_it_waits(program: subprocess.Popen[str], threads: int) -> None:
 def test_ctrl_c_while_a_slow_disk_is_waited_for_ends_the_program_at_once(
     plan: str, told: str, told_before: Site
 ) -> None:
-    """While the first chunk of the prompt is waited for; while locked chunks are, before anything is told."""
+    """While it waits for the first chunk of the prompt, and while it waits for locked chunks, before any output."""
     with begun(telling(told_before.cache, 2, plan=plan, disk_bandwidth=str(RATE))) as program:
         watchdog = threading.Timer(2 * WATCHDOG_S, program.kill)
         watchdog.start()
@@ -507,8 +474,9 @@ def test_ctrl_c_while_a_slow_disk_is_waited_for_ends_the_program_at_once(
     assert program.returncode == 130
 
 
+@pytest.mark.slow
 @pytest.mark.spec("FETCH-10", "GEN-12")
-def test_a_program_killed_while_it_tells_leaves_nothing_that_hinders_the_next(told_before: Site) -> None:
+def test_a_program_killed_while_it_generates_leaves_nothing_that_hinders_the_next(told_before: Site) -> None:
     """Killed before the first letter, since it is so slow; quicker, before the last."""
     cache = told_before.cache
     before = {path.name: path.read_bytes() for path in cache.parent.iterdir()}

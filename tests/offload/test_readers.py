@@ -1,4 +1,4 @@
-"""Specifies `refinfer.offload.readers` and throttled stores."""
+"""Specifies `refinfer.offload.readers`, and stores that read no faster than a rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from refinfer.errors import DamagedWeightsError, GenerationError
 from refinfer.generate import load
-from refinfer.offload.readers import LruPages, OnDemand
+from refinfer.offload.readers import Closed, Loan, LruPages, OnDemand
 from refinfer.offload.store import ThrottledStore
 from refinfer.offload.streamed import StreamedSource
 from refinfer.packing.layout import Bytes
@@ -59,10 +59,10 @@ def test_on_demand_a_chunk_is_read_when_it_is_taken_and_only_then() -> None:
     reader = OnDemand(slots(2), disk.read)
     assert disk.taken() == []
     for chunk in (0, 1, 2, 0, 0, 2):
-        view = reader.take(chunk)
-        assert view.tolist() == content(chunk)
+        loan = reader.take(chunk)
+        assert loan.tiles.tolist() == content(chunk)
         assert disk.taken() == [chunk]
-        reader.release(view)
+        reader.release(loan)
         assert disk.taken() == []
     reader.close()
     reader.close()
@@ -74,18 +74,18 @@ def test_on_demand_a_read_that_fails_fails_the_take_and_the_next_may_work() -> N
     disk = Disk()
     reader = OnDemand(slots(1), disk.read)
     disk.broken = {1}
-    assert reader.take(0).tolist() == content(0)
+    assert reader.take(0).tiles.tolist() == content(0)
     with pytest.raises(DamagedWeightsError, match="chunk 1"):
         reader.take(1)
     disk.broken = set()
-    assert reader.take(1).tolist() == content(1)
+    assert reader.take(1).tiles.tolist() == content(1)
 
 
 @pytest.mark.spec("READ-1", "READ-2")
 @pytest.mark.parametrize(
     "make", [lambda d: OnDemand(slots(1), d.read), lambda d: LruPages(slots(2), d.read)], ids=["demand", "lru"]
 )
-def test_without_threads_there_are_none(make: Callable[[Disk], OnDemand | LruPages]) -> None:
+def test_readers_without_threads_start_no_thread(make: Callable[[Disk], OnDemand | LruPages]) -> None:
     before = threading.active_count()
     reader = make(Disk())
     reader.take(0)
@@ -95,14 +95,14 @@ def test_without_threads_there_are_none(make: Callable[[Disk], OnDemand | LruPag
 @pytest.mark.spec("READ-2")
 @pytest.mark.parametrize("n", [1, 2, 3, 6])
 @pytest.mark.parametrize("n_slots", [1, 2, 3, 5])
-def test_a_cyclic_scan_that_does_not_fit_reads_everything_and_one_that_fits_nothing_again(n: int, n_slots: int) -> None:
+def test_a_cyclic_scan_reads_everything_again_unless_all_of_it_fits(n: int, n_slots: int) -> None:
     disk = Disk()
     reader = LruPages(slots(n_slots), disk.read)
     for scan in range(4):
         for chunk in range(n):
-            view = reader.take(chunk)
-            assert view.tolist() == content(chunk)
-            reader.release(view)
+            loan = reader.take(chunk)
+            assert loan.tiles.tolist() == content(chunk)
+            reader.release(loan)
         assert disk.taken() == (list(range(n)) if n > n_slots or scan == 0 else [])
     reader.close()
     reader.close()
@@ -113,10 +113,10 @@ def test_a_cyclic_scan_that_does_not_fit_reads_everything_and_one_that_fits_noth
     n_slots=st.integers(1, 5),
     wanted=st.lists(st.tuples(st.integers(0, 6), st.sets(st.integers(0, 6), max_size=2)), max_size=60),
 )
-def test_lru_pages_keep_as_many_as_there_are_slots_and_forget_what_was_not_used_longest(
+def test_lru_pages_keep_a_chunk_in_each_slot_and_forget_the_one_that_was_not_used_for_longest(
     n_slots: int, wanted: list[tuple[int, set[int]]]
 ) -> None:
-    """Also when reads fail: a slot is never lost, and what failed is not held."""
+    """Also when reads fail: a slot is never lost, and what failed is not kept."""
     disk, memory = Disk(), slots(n_slots)
     reader = LruPages(memory, disk.read)
     held: OrderedDict[int, Bytes] = OrderedDict()
@@ -131,12 +131,29 @@ def test_lru_pages_keep_as_many_as_there_are_slots_and_forget_what_was_not_used_
                 assert disk.taken() == [chunk]
                 continue
         expected = [] if chunk in held else [chunk]
-        held[chunk] = reader.take(chunk)
+        loan = reader.take(chunk)
+        held[chunk] = loan.tiles
         held.move_to_end(chunk)
         assert disk.taken() == expected
-        reader.release(held[chunk])
+        reader.release(loan)
         assert all(view.tolist() == content(number) for number, view in held.items())  # none overwrites another
         assert len({view.ctypes.data for view in held.values()}) == len(held)
+
+
+@pytest.mark.spec("READ-1")
+def test_a_closed_reader_gives_no_chunk_and_closing_again_is_allowed() -> None:
+    reader = Closed()
+    with pytest.raises(GenerationError, match="were closed while they were in use"):
+        reader.take(0)
+    reader.release(Loan(None))
+    reader.close()
+    reader.close()
+
+
+@pytest.mark.spec("FETCH-2")
+def test_two_loans_are_never_equal_although_they_lend_the_same_tiles() -> None:
+    tiles = slots(1)[0]
+    assert Loan(tiles) != Loan(tiles)
 
 
 # Throttled stores, on a clock of their own.
@@ -165,7 +182,7 @@ class FakeClock:
             assert self._moved.wait_for(lambda: wakes <= self.time and wakes not in self._wakes, WATCHDOG_S)
 
     def leave(self) -> None:
-        """Be no sleeper any more."""
+        """Count one sleeper less."""
         with self._moved:
             self._running -= 1
             self._advance()
@@ -249,7 +266,7 @@ def test_a_read_that_fails_fails_as_without_a_rate() -> None:
 
 
 @pytest.mark.spec("FETCH-11", "STORE-5")
-def test_closing_a_throttled_store_lets_whoever_waits_go_with_what_was_read() -> None:
+def test_closing_a_throttled_store_ends_a_wait_and_the_reader_gets_what_was_read() -> None:
     class ClosingClock(FakeClock):
         """A clock during whose third sleep the store is closed."""
 
@@ -308,11 +325,17 @@ def test_the_rate_holds_for_all_threads_together(threads: int, seconds: float) -
 def test_a_closed_source_says_so_and_does_not_suspect_its_file(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     with load(budget="90%", weight_cache=cache) as session:
-        source = session._transformer.source
+        source = session.source
         assert isinstance(source, StreamedSource)
-        source.close()
-        with pytest.raises(GenerationError, match="were closed"):
-            next(source.chunks(source.n_chunks - 1, 1))
-        with pytest.raises(GenerationError, match="were closed"):
-            source.embed_tokens.rows(np.array([0]))
+        with source.forward_pass() as weights:
+            source.close()
+            for number in (0, 1):
+                with pytest.raises(GenerationError, match="were closed"):
+                    next(source.chunks(number, 1))
+            with pytest.raises(GenerationError, match="were closed"):
+                weights.lm_head.matmul(np.ones((1, weights.lm_head.shape[1]), np.float32))
+            with pytest.raises(GenerationError, match="were closed"):
+                weights.embed_tokens.rows(np.array([0]))
+        with pytest.raises(GenerationError, match="are closed; load the model again"), source.forward_pass():
+            pass
     assert cache.exists()

@@ -54,7 +54,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def refuse_direct_io(patch: pytest.MonkeyPatch, when: str, number: int = errno.EINVAL) -> None:
-    """Be a file system that has no direct I/O, and says so when a file is opened, or at its first read."""
+    """Be a file system without direct I/O, which reports that when a file is opened, or at its first read."""
     real_open, real_preadv, direct = os.open, os.preadv, set()
 
     def opening(path: Any, flags: int, *rest: Any, **more: Any) -> int:
@@ -179,7 +179,7 @@ def resident(path: Path) -> list[bool]:
 
 
 def forget(path: Path) -> None:
-    """Take a file out of the page cache; skip where that cannot be done."""
+    """Take a file out of the page cache; skip the test if that cannot be done."""
     with path.open("rb") as opened:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if any(resident(path)):
@@ -191,7 +191,7 @@ linux_only = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs 
 
 @pytest.mark.skipif(not O_DIRECT, reason="this system has no direct I/O")
 @pytest.mark.spec("STORE-1", "STORE-2")
-def test_direct_io_is_used_where_it_works(file: Path) -> None:
+def test_direct_io_is_used_if_it_works(file: Path) -> None:
     try:
         descriptor = os.open(file, os.O_RDONLY | O_DIRECT)
     except OSError:
@@ -242,7 +242,7 @@ def test_direct_reads_leave_the_pages_that_others_had_read_where_they_are(tmp_pa
 @linux_only
 @pytest.mark.spec("STORE-2")
 def test_looking_for_pages_in_memory_finds_those_that_were_read(file: Path) -> None:
-    """The instrument of the tests above: it can tell."""
+    """This shows that the tests above would notice."""
     forget(file)
     file.read_bytes()
     assert all(resident(file))
@@ -290,7 +290,7 @@ def test_a_file_that_ends_before_is_one_named_error(system: str, nbytes: int, tm
 
 
 @pytest.mark.spec("STORE-3")
-def test_a_file_that_ends_within_a_page_is_said_to_be_cut_short(tmp_path: Path) -> None:
+def test_a_file_that_ends_within_a_page_is_reported_as_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write(path, bytes(8 * PAGE_BYTES))
     with FileStore(path) as store:
@@ -332,13 +332,13 @@ def test_what_cannot_be_opened_is_one_named_error(path_in: Any, tmp_path: Path) 
 
 @pytest.mark.spec("STORE-3", "ERR-1")
 def test_a_folder_is_one_named_error_at_the_first_read_at_the_latest(tmp_path: Path) -> None:
-    """Some file systems say of a folder that it has no direct I/O."""
+    """Some file systems report of a folder that it has no direct I/O."""
     with pytest.raises((CacheFileError, DamagedWeightsError), match="cannot be read: "), FileStore(tmp_path) as store:
         store.read(0, pages(1))
 
 
 @pytest.mark.spec("STORE-3", "ERR-1")
-def test_a_missing_file_is_a_named_error_also_where_there_is_no_direct_io(
+def test_a_missing_file_is_a_named_error_also_without_direct_io(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without(monkeypatch, "O_DIRECT")
@@ -347,7 +347,7 @@ def test_a_missing_file_is_a_named_error_also_where_there_is_no_direct_io(
 
 
 @pytest.mark.spec("STORE-3")
-def test_a_trouble_other_than_missing_direct_io_is_no_reason_to_read_without(
+def test_an_error_other_than_missing_direct_io_does_not_lead_to_reading_without_it(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_direct_io(monkeypatch, "read", errno.EIO)
@@ -461,7 +461,7 @@ def test_a_first_direct_read_that_fails_leaves_no_descriptor(file: Path, monkeyp
 
 
 @pytest.mark.spec("OPEN-7")
-def test_a_store_knows_whether_a_path_is_still_its_file(file: Path, tmp_path: Path, content: bytes) -> None:
+def test_a_store_reports_whether_a_path_is_still_its_file(file: Path, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file"
     write(path, content)
     with FileStore(path) as store:

@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from refinfer.arrays import PAGE_BYTES
+from refinfer.arrays import PAGE_BYTES, Float32Array
+from refinfer.clock import RealClock
 from refinfer.errors import BudgetError, CacheFileError, DamagedWeightsError
 from refinfer.generate import load
+from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
 from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
 from refinfer.model.transformer import Transformer
 from refinfer.model.weights import WeightSource
 from refinfer.offload.budget import Budget
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.plan import Plan, make_plan
+from refinfer.offload.run import PlannedRun, Within, open_run, plan_run
 from refinfer.offload.store import FileStore, Store
 from refinfer.offload.streamed import StreamedSource
 from refinfer.packing.formats import FORMATS
@@ -43,13 +45,15 @@ WATCHDOG_S: Final = 60
 every_format = pytest.mark.parametrize("name", list(FORMATS))
 
 
-def plan_for(case: PackedModel, budget: int, name: str = "leading") -> Plan:
-    return make_plan(name, case.inventory, case.fixed, budget)
-
-
 def streamed(case: PackedModel, budget: int, store: Store | None = None, threads: int = 0) -> StreamedSource:
     """Return the weights within a budget; read when they are needed, or ahead by some threads."""
-    return case.streamed(plan_for(case, budget), store=store, threads=threads)
+    return case.streamed(case.plan("leading", budget, prefetch_threads=threads), store)
+
+
+def embedded(source: WeightSource, ids: list[int]) -> Float32Array:
+    """Return the rows of the embedding table for these tokens, looked up in a pass of their own."""
+    with source.forward_pass() as weights:
+        return weights.embed_tokens.rows(np.array(ids))
 
 
 def with_head(inventory: Inventory) -> list[int]:
@@ -122,7 +126,7 @@ def test_a_source_first_reads_the_vectors_and_the_locked_chunks_each_once(case: 
     for budget in budgets_of(case):
         store = Recording(case.built)
         source = streamed(case, budget, store)
-        locked = places(case, sorted(plan_for(case, budget).locked))
+        locked = places(case, sorted(case.plan("leading", budget).locked))
         assert store.taken() == [(vectors.offset, vectors.padded_nbytes), *locked]
         source.close()
 
@@ -132,7 +136,7 @@ def test_a_source_first_reads_the_vectors_and_the_locked_chunks_each_once(case: 
 def test_each_token_reads_exactly_the_chunks_that_are_not_locked_in_the_order_of_use(
     either: Path, name: str, tmp_path: Path
 ) -> None:
-    """Beside them, the rows of the embedding table that are looked up."""
+    """And the rows of the embedding table that are looked up."""
     case = case_of(either, name, tmp_path / "cache")
     assert {chunk.kind for chunk in case.inventory.cycle if chunk.index} >= {"gate_proj", "up_proj", "lm_head"}
     head = with_head(case.inventory)
@@ -140,11 +144,12 @@ def test_each_token_reads_exactly_the_chunks_that_are_not_locked_in_the_order_of
         store = Recording(case.built)
         source = streamed(case, budget, store)
         transformer = Transformer(source, POSITIONS)
-        streaming = [n for n in range(len(case.inventory.cycle)) if n not in plan_for(case, budget).locked]
+        locked = case.plan("leading", budget).locked
+        streaming = [n for n in range(len(case.inventory.cycle)) if n not in locked]
 
         def looking_up(ids: list[int], source: StreamedSource = source, store: Recording = store) -> Any:
             store.taken()
-            source.embed_tokens.rows(np.array(ids))
+            embedded(source, ids)
             return store.taken()
 
         for token in (7, 100, 7):
@@ -183,7 +188,7 @@ def test_a_row_of_an_embedding_table_costs_the_pages_or_the_chunk_that_hold_it(c
     source = streamed(case, case.smallest, store)
     for row in (0, 1, 50, 99, 100):
         store.taken()
-        source.embed_tokens.rows(np.array([row]))
+        embedded(source, [row])
         reads = store.taken()
         if case.inventory.table is None:
             head = with_head(case.inventory)
@@ -206,12 +211,17 @@ def test_looking_up_rows_of_a_tied_table_reads_each_chunk_that_holds_one_once(go
     store = Recording(golden_tied.built)
     source = streamed(golden_tied, golden_tied.smallest, store)
     store.taken()
-    rows = source.embed_tokens.rows(np.array([50, 3, 50, 20, 3]))
+    rows = embedded(source, [50, 3, 50, 20, 3])
     head = with_head(golden_tied.inventory)
     assert len(head) == 4  # of 16 rows each
     assert store.taken() == places(golden_tied, [head[0], head[1], head[3]])
-    everything = golden_tied.in_memory().embed_tokens.rows(np.arange(53))
+    everything = embedded(golden_tied.in_memory(), list(range(53)))
     np.testing.assert_array_equal(rows, everything[[50, 3, 50, 20, 3]])
+
+
+def parts_of(tiles: Any) -> list[npt.NDArray[Any]]:
+    """Return the arrays of a chunk's tiles, whatever its format."""
+    return list(tiles) if isinstance(tiles, tuple) else [tiles]
 
 
 @pytest.mark.spec("OFFLOAD-7")
@@ -220,25 +230,45 @@ def test_a_chunk_is_valid_until_the_next_one_is_asked_for(case: PackedModel, thr
     source = streamed(case, case.smallest + 30_000, threads=threads)
     content = case.built.read_bytes()
     for _ in range(5):
-        for chunk, view in zip(case.chunks, source.chunks(0, len(case.chunks)), strict=True):
+        for number, tiles in enumerate(source.chunks(0, len(case.chunks))):
+            used, chunk = case.inventory.cycle[number], case.chunks[number]
+            layout = case.inventory.matrices[used.matrix].layout
+            stored = np.frombuffer(content[chunk.offset : chunk.offset + chunk.nbytes], np.uint8)
+            expected = parts_of(layout.tiles(stored, layout.chunks[used.index]))
             for _ in range(3):
-                assert view.tobytes() == content[chunk.offset : chunk.offset + chunk.nbytes]
-            assert view.ctypes.data % PAGE_BYTES == 0
+                for part, as_stored in zip(parts_of(tiles), expected, strict=True):
+                    np.testing.assert_array_equal(part, as_stored, strict=True)
+            assert parts_of(tiles)[0].ctypes.data % PAGE_BYTES == 0
     source.close()
 
 
 @pytest.mark.spec("OFFLOAD-8", "BUDGET-1", "PLAN-1")
-def test_all_that_a_plan_counts_is_acquired_before_anything_is_read(case: PackedModel) -> None:
-    plan = plan_for(case, case.most - 1)
-    for limit in (case.most - 2 - plan.account.unused, 0):
-        store, budget = Recording(case.built), Budget(limit)
+def test_all_that_a_plan_counts_is_acquired_before_anything_is_read(
+    case: PackedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most, opened = case.most, []
+
+    class Noted(FileStore):
+        def __init__(self, path: Path) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    def run(limit: int) -> PlannedRun:
+        planned = plan_run(Within(most - 1, "leading"), case.inventory, POSITIONS, case.built)
+        planned = replace(planned, budget=Budget(limit))
+        open_run(planned, case.keys, RealClock(), quiet=False).source.close()
+        return planned
+
+    monkeypatch.setattr("refinfer.offload.run.FileStore", Noted)
+    planned = run(most - 1)
+    needed = most - 1 - planned.plan.account.unused
+    assert planned.budget.in_use == planned.budget.peak == needed
+    assert opened == [case.built]
+    for limit in (needed - 1, 0):
         with pytest.raises(BudgetError):
-            case.streamed(plan, budget, store)
-        assert store.taken() == []
-        store.close()
-    budget = Budget(case.most - 1)
-    case.streamed(plan, budget).close()
-    assert budget.in_use == budget.peak == case.most - 1 - plan.account.unused
+            run(limit)
+    assert opened == [case.built]
+    assert run(needed).budget.peak == needed
 
 
 @pytest.mark.spec("OFFLOAD-9")
@@ -286,7 +316,7 @@ def test_a_damaged_row_of_a_table_is_found_when_it_is_looked_up_and_only_then(
         for at in (0, nbytes - 1):  # a weight, its checksum
             change(case.file, entry.offset + row * nbytes + at)
             with pytest.raises(DamagedWeightsError, match=r"model\.embed_tokens\.weight does not agree"):
-                source.embed_tokens.rows(np.array([row]))
+                embedded(source, [row])
             if is_used:
                 with pytest.raises(DamagedWeightsError):
                     told_by(source, seed=1)
@@ -333,11 +363,14 @@ def test_a_disk_that_fails_is_one_named_error_and_the_run_may_go_on(
 
 @pytest.mark.spec("OFFLOAD-9")
 def test_a_file_that_is_not_there_is_one_named_error(case: PackedModel) -> None:
-    plan = plan_for(case, case.smallest)
-    assert case.entries
+    plan, store = case.plan("leading", case.smallest), FileStore(case.built)
+    assert case.keys
     case.file.unlink()
     with pytest.raises(CacheFileError, match="No such file"):
-        case.streamed(plan, store=FileStore(case.file))
+        case.streamed(plan)
+    with pytest.raises(DamagedWeightsError, match="there was no file yet"):  # gone since the store was opened
+        case.streamed(plan, store)
+    store.close()
 
 
 @pytest.mark.spec("OFFLOAD-9", "KV-3")
@@ -433,6 +466,7 @@ def smallest_for(folder: Path, name: str, cache: Path, positions: int) -> int:
     return int(found[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs /proc, as Linux has it")
 @pytest.mark.spec("OFFLOAD-8")
 @pytest.mark.parametrize(("name", "share"), [("f32", 0.0), ("bf16", 0.4), ("int4", 0.0)])

@@ -272,7 +272,7 @@ def test_a_single_row_repeated_without_a_copy_packs_like_its_copies() -> None:
 
 @pytest.mark.spec("PACK-7")
 @given(matrices(), st.data())
-def test_unpacking_gives_back_the_matrix_its_biases_and_any_of_its_rows(
+def test_unpacking_returns_the_matrix_its_biases_and_any_of_its_rows(
     drawn: tuple[GoiLayout, Matrix, Matrix | None], data: st.DataObject
 ) -> None:
     layout, w, bias = drawn
@@ -472,12 +472,12 @@ ONES = np.ones(5, np.float32)
 REFUSED_INT8: dict[str, tuple[Callable[[], object], str]] = {
     "few scales": (
         lambda: pack_xnnpack_int8(Q, ONES[:4], ONES, TILE),
-        "5 rows need as many scales and biases, not (4,)",
+        "5 rows need one scale and one bias each, not (4,)",
     ),
     "many biases": (lambda: pack_xnnpack_int8(Q, ONES, np.ones(8, "f4"), TILE), "not (5,) and (8,)"),
     "scales in a column": (lambda: pack_xnnpack_int8(Q, ONES[:, None], ONES, TILE), "not (5, 1) and (5,)"),
     "one scale": (lambda: pack_xnnpack_int8(Q, ONES[:1], ONES, TILE), "not (1,) and (5,)"),
-    "wide weights": (lambda: pack_xnnpack_int8(Q.astype("i4"), ONES, ONES, TILE), "float32 are wanted, not int32"),
+    "wide weights": (lambda: pack_xnnpack_int8(Q.astype("i4"), ONES, ONES, TILE), "float32 and float32, not int32"),
     "no rows": (lambda: pack_xnnpack_int8(Q[:0], ONES[:0], ONES[:0], TILE), "0 outputs and 3 inputs"),
     "no columns": (lambda: pack_xnnpack_int8(Q[:, :0], ONES, ONES, TILE), "5 outputs and 0 inputs"),
     "a byte missing": (

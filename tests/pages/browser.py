@@ -48,7 +48,7 @@ _KEYS: Final = {
 
 
 def find_chromium() -> str | None:
-    """Return the program, under one of the names it goes by; None where there is none."""
+    """Return the program, under one of its names, or None if it is not installed."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     return next((found for name in names if (found := shutil.which(name))), None)
 

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from refinfer.arrays import BoolArray
-from refinfer.engine import fixed_of
+from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
-from refinfer.offload.cost import DEVICES, HERE, Costs, calibration_of, costs_of, ideal_token_s, units_of
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.optimal import locked_array
-from refinfer.offload.plan import PLANS, Fixed, Plan, make_plan
-from refinfer.offload.report import MMAP_SHARE, layer_rows
-from refinfer.offload.simulate import Ring, Simulation, Synchronous, Unit, lru_misses, simulate
 from refinfer.packing.layout import TileShape
 from refinfer.packing.xnnpack import GoiLayout
+from refinfer.planning.account import Fixed, fixed_of
+from refinfer.planning.cost import DEVICES, HERE, Costs, calibration_of, costs_of, ideal_token_s, units_of
+from refinfer.planning.optimal import locked_array
+from refinfer.planning.page_cache import lru_misses
+from refinfer.planning.plan import PLANS, Plan, Prefetch, make_plan
+from refinfer.planning.report import MMAP_SHARE, layer_rows
+from refinfer.planning.simulate import Ring, Simulation, Synchronous, Unit, simulate
 from refinfer.trace import Span
 
 DATA: Final = Path(__file__).parents[2] / "docs" / "explore" / "data"
@@ -87,7 +88,7 @@ PRESETS: Final = (
     Preset(
         "XNNPACK int8: nr = 64, kr = 4", 64, 16, 64, 4, 1,
         "Four neighbouring bytes are multiplied and added by one instruction. A bias here is a number of four bytes "
-        "that a row's sum starts from; the scales and biases behind each tile are left out of the picture. Checked "
+        "that a row's sum starts from; the scales and biases after each tile are left out of the picture. Checked "
         "byte for byte against XNNPACK.",
     ),
     Preset(
@@ -190,7 +191,7 @@ SHARES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 """Budgets, as shares of the packed weights; one more is added, in which everything fits."""
 
 POSITIONS: Final = 512
-READERS: Final = 1
+PREFETCH: Final = Prefetch(threads=1)
 ARMS: Final = (*PLANS, "synchronous", "mmap")
 COLUMNS_OF_A_TOKEN: Final = 100
 CLOSE_UP: Final = 24  # chunks
@@ -394,11 +395,11 @@ class Schedule:
     def outcomes(self, device: str, budget: int, arms: Sequence[str] = ARMS) -> dict[str, Outcome]:
         """Return what each arm comes to."""
         inventory, calibration = self.inventory, calibration_of(device)
-        costs = costs_of(inventory, calibration, readers=READERS)
+        costs = costs_of(inventory, calibration, prefetch_threads=PREFETCH.threads)
         planned = [arm for arm in arms if arm in PLANS]
         if len(planned) < len(arms) and "optimal" not in planned:
             planned.append("optimal")
-        plans = {name: make_plan(name, inventory, self.fixed, budget, readers=READERS, costs=costs) for name in planned}
+        plans = {name: make_plan(name, inventory, self.fixed, budget, costs, PREFETCH) for name in planned}
         out = {}
         for arm in arms:
             if arm == "mmap":
@@ -445,7 +446,7 @@ class Schedule:
     ) -> Outcome:
         reads_anew: list[bool] = anew.tolist()
         token = steady_token(run, reads_anew)
-        bound = ideal_token_s(costs, locked_array(self.inventory, ideal.locked), READERS)
+        bound = ideal_token_s(costs, locked_array(self.inventory, ideal.locked), PREFETCH.threads)
         return Outcome(
             1 / run.token_s,
             1 / bound,

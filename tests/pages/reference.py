@@ -44,13 +44,15 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
     "The ground": {
         "errors": OWN,
         "arrays": OWN,
+        "units": OWN,
+        "clock": OWN,
         "trace": "refinfer itself; the file it writes is in the Trace Event Format, which Chrome and Perfetto read",
         "process": "refinfer itself; the peak resident set is one of the article's three measures",
     },
     "The model room": {
         "model.config": "neither original; the published configs of Llama, Mistral, Qwen2 and Qwen3",
         "model.config_json": "neither original; `transformers`, `configuration_*.py`",
-        "model.weights": "refinfer itself; behind this seam the article's weights and the paper's look alike",
+        "model.weights": "refinfer itself; through this Protocol the article's weights and the paper's look alike",
         "model.layers": (
             "neither original; RMSNorm, rotary embeddings, grouped-query attention and SwiGLU, each from its "
             "[paper](BIBLIOGRAPHY#the-transformer)"
@@ -99,7 +101,7 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
         ),
         "weight_cache.format": (
             "LiteRT, `weight_cache.h` (the header) and `weight_cache_schema.fbs` (the index). The checksums are "
-            "refinfer's: LiteRT's file has none"
+            "refinfer's: LiteRT's file has no checksums"
         ),
         "weight_cache.publish": "refinfer itself; LiteRT writes its file in place, without a lock and without fsync",
         "weight_cache.mapped_file": (
@@ -117,41 +119,54 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
         ),
         "weight_cache.directory": "refinfer itself; LiteRT's README leaves old files to the user",
     },
-    "The offload room": {
-        "offload.inventory": "the paper: layers of attention and FFN tensors, used in the same order for each token",
-        "offload.budget": "the paper: a memory budget that the user gives; that it is counted is refinfer's",
-        "offload.cost": "the paper, formula (4): a token takes the longer of computing and reading",
-        "offload.calibration": "refinfer itself; the paper takes the bandwidth of its disk as given",
-        "offload.simulate": (
-            "the paper: the prefetch window, and reading with and without overlap. LRU and the optimum beside it: "
-            "[Belady 1966](BIBLIOGRAPHY#reading-from-disk). The virtual clock is refinfer's"
-        ),
-        "offload.locks": (
+    "The inventory": {
+        "inventory": "the paper: layers of attention and FFN tensors, used in the same order for each token",
+    },
+    "The planning room": {
+        "planning.account": "the paper: a memory budget that the user gives; an account of every byte is refinfer's",
+        "planning.locks": (
             "the paper: balanced memory locking; flexible tensor preservation, Algorithm 1; and what it is compared "
             "with, locks of leading layers, attention first, FFN first"
         ),
-        "offload.optimal": "refinfer itself, in the place of Algorithm 1",
-        "offload.plan": "the paper: the window is taken from the budget first, then tensors are locked, before the run",
-        "offload.report": OWN,
-        "offload.paper": "the paper's evaluation: its models, its arms, its gains over mmap and in the ablation",
+        "planning.page_cache": "[Belady 1966](BIBLIOGRAPHY#reading-from-disk); the paper: why mmap stays slow, Table 1",
+        "planning.simulate": (
+            "the paper: the prefetch window, and reading with and without overlap. The virtual clock is refinfer's"
+        ),
+        "planning.cost": "the paper, formula (4): a token takes the longer of computing and reading",
+        "planning.optimal": "refinfer itself, in the place of Algorithm 1",
+        "planning.plan": (
+            "the paper: the window is taken from the budget first, then tensors are locked, before the run"
+        ),
+        "planning.report": OWN,
+        "planning.paper": "the paper's evaluation: its models, its arms, its gains over mmap and in the ablation",
+    },
+    "The room of sources": {
+        "sources.matrices": OWN,
+        "sources.packed": "the article: packed weights are used where they lie, in memory or mapped",
+        "sources.mapped": "the article: mmap instead of a copy. What is checked, and when, is refinfer's",
+    },
+    "The offload room": {
+        "offload.budget": "the paper: a memory budget that the user gives; that it is counted is refinfer's",
         "offload.store": "the paper, asynchronous prefetching: direct I/O, past the page cache",
+        "offload.readers": "the paper: synchronous reading, its baseline; and why mmap stays slow, Table 1",
         "offload.prefetch": (
             "the paper, asynchronous prefetching: threads of their own read ahead, computing waits for the one tensor "
             "that it needs, and the buffer is used again. A ring of chunks stands for the window of layers"
         ),
-        "offload.readers": "the paper: synchronous reading, its baseline; and why mmap stays slow, Table 1",
-        "offload.matrices": OWN,
-        "offload.source": "the article: packed weights are used where they lie, in memory or mapped",
-        "offload.mapped": "the article: mmap instead of a copy. What is checked, and when, is refinfer's",
+        "offload.packed_file": "refinfer itself: the file that the article maps, read as the paper reads",
         "offload.streamed": (
             "the paper: each layer is a locked part and a part that is loaded for each token. That it is read from the "
             "article's file is refinfer's"
         ),
+        "offload.calibration": "refinfer itself; the paper takes the bandwidth of its disk as given",
+        "offload.prediction": "the paper, formula (4), with this machine's own figures",
+        "offload.run": OWN,
     },
     "The bench room": {
         "bench.machine": OWN,
+        "bench.abilities": OWN,
         "bench.harness": OWN,
-        "bench.report": OWN,
+        "bench.entry": OWN,
         "bench.matmul": "refinfer itself; XNNPACK's tile shapes are among the candidates",
         "bench.naive": OWN,
         "bench.decode": OWN,
@@ -159,12 +174,25 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
         "bench.calibrate": OWN,
         "bench.start": "the article's benchmarks: initialisation, time to the first token, peak memory",
         "bench.share": "the article: processes that map the same file share its pages",
-        "bench.offload": "the paper's evaluation: tokens per second within a budget, arm by arm, beside mmap",
+        "bench.arm": "the paper's evaluation: one run within a real memory limit",
+        "bench.offload": "the paper's evaluation: tokens per second within a budget, arm by arm, compared with mmap",
     },
     "The command line": {
-        "cli": OWN,
-        "cli_cache": "refinfer itself; LiteRT has no such commands",
-        "cli_offload": "refinfer itself; the paper's artifact takes a memory size and a number of prefetch threads too",
+        "cli.main": OWN,
+        "cli.options": OWN,
+        "cli.terminal": OWN,
+        "cli.table": OWN,
+        "cli.pictures": OWN,
+        "cli.show": OWN,
+        "cli.generate": OWN,
+        "cli.cache": "refinfer itself; LiteRT has no such commands",
+        "cli.synth": OWN,
+        "cli.planning": (
+            "refinfer itself; the paper's artifact takes a memory size and a number of prefetch threads too"
+        ),
+        "cli.plan": OWN,
+        "cli.simulate": OWN,
+        "cli.machine": OWN,
     },
 }
 
@@ -205,9 +233,9 @@ class Module:
     def tests(self) -> list[str]:
         """The file of tests that mirrors it; or those of its room that import it; or those that hold its clauses."""
         *room, module = self.name.split(".")
-        mirror = TESTS.joinpath(*room, f"test_{module}.py")
-        if mirror.exists():
-            return [mirror.relative_to(ROOT).as_posix()]
+        for mirror in (f"test_{module}.py", f"test_{'_'.join([*room, module])}.py"):
+            if (path := TESTS.joinpath(*room, mirror)).exists():
+                return [path.relative_to(ROOT).as_posix()]
         parent = ".".join(["refinfer", *room])
         use = re.compile(rf"from {parent}\.{module} import |from {parent} import .*\b{module}\b")
         users = [path for path in TESTS.joinpath(*room).glob("test_*.py") if use.search(path.read_text())]

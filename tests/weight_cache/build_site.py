@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from refinfer.arrays import PAGE_BYTES, Float32Array
+from refinfer.clock import RealClock
 from refinfer.packing.formats import layout_of
 from refinfer.packing.layout import Bytes
-from refinfer.trace import RealClock
 from refinfer.weight_cache.file import FileWeightCacheProvider
 from refinfer.weight_cache.format import Entry, Provenance, SourceFile
 from refinfer.weight_cache.identity import SideFile, identify, side_path
@@ -109,13 +109,11 @@ class Site:
         packs = {key: partial(self.pack, w, key) for key, w in self.tensors(sources[0].digest).items()}
         return Contents(Provenance(str(self.source.parent), "int8", sources, self.fingerprint), dict(packs))
 
-    def open(self, on_wait: Callable[[], None] = nothing, reason: str | None = None) -> Prepared:
+    def open(self, on_wait: Callable[[], None] = nothing) -> Prepared:
         self.packed.clear()
         self.progress.clear()
         listener = Listener(progress=self.progress.append, on_wait=on_wait)
-        return load_or_build(
-            self.cache, [self.source], self.contents, clock=RealClock(), listener=listener, reason=reason
-        )
+        return load_or_build(self.cache, [self.source], self.contents, clock=RealClock(), listener=listener)
 
     def open_checked(self) -> Prepared:
         """Open the cache file, and check what it holds."""
@@ -141,10 +139,12 @@ class Site:
     def check_alone(self, prepared: Prepared) -> None:
         """Check that too, and that what was just packed is reported, and that there are no other files."""
         self.check(prepared)
-        assert [key.name for key in prepared.packed] == self.packed
-        assert prepared.packed_bytes == sum(padded_nbytes_of(prepared.keys[name]) for name in self.packed)
-        assert prepared.held_bytes == sum(padded_nbytes_of(key) for key in prepared.provider)
-        assert prepared.state == ("built" if prepared.reason else "loaded")
+        outcome = prepared.outcome
+        assert (outcome.state, outcome.path) == ("built" if outcome.reason else "loaded", str(self.cache))
+        assert outcome.packed_buffers == len(self.packed)
+        assert outcome.packed_bytes == sum(padded_nbytes_of(prepared.keys[name]) for name in self.packed)
+        assert outcome.held_buffers == len(prepared.provider)
+        assert outcome.held_bytes == sum(map(padded_nbytes_of, prepared.provider))
         assert mapped_of(prepared).path == self.cache
         assert self.folder <= self.own_names
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,3 +136,21 @@ VERBS: dict[str, tuple[Call, str, set[str]]] = {
     "get_or_pack of another": (lambda p, _: p.get_or_pack(C, packing(noise(C), [])), "look_up", UNTIL_DELETED),
 }
 """Each verb, what a refusal says, and the states that have it; A is there, at the given offset, and C is not."""
+
+Begin = Callable[[], WeightCacheProvider]
+
+
+@contextmanager
+def beginning(kind: Kind, folder: Path) -> Iterator[Begin]:
+    """Give what begins empty providers, each in a folder of its own; all are deleted in the end."""
+    begun: list[WeightCacheProvider] = []
+
+    def begin() -> WeightCacheProvider:
+        own = folder / str(len(begun))
+        own.mkdir()
+        begun.append(kind.begin(own))
+        return begun[-1]
+
+    yield begin
+    for provider in begun:
+        provider.delete_cache()

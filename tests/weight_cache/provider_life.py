@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,15 +18,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from provider_kinds import VERBS, VIEWS, A, Kind, key_of, never
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import PackingError, WeightCacheStateError
 from refinfer.packing.formats import layout_of
 from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.key import PackKey
 from refinfer.weight_cache.packers import matrix_key, padded_nbytes_of, rows_key
-
-sys.path.insert(0, str(Path(__file__).parent))
-from provider_kinds import VERBS, VIEWS, A, Kind, key_of, never
 
 KEYS = {
     **{f"{name}{n_pages}": key_of(name, n_pages) for n_pages in (1, 2) for name in "abc"},

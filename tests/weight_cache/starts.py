@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from build_site import Site, come_to_rest, put, taken
 from refinfer.weight_cache.identity import side_path
 from refinfer.weight_cache.publish import draft_path
-
-sys.path.insert(0, str(Path(__file__).parent))
-from build_site import Site, come_to_rest, put, taken
 
 NOTHING, OLD_FILE, DEAD_DRAFT, LOST_FILE = "no file", "an old file", "a dead draft", "a lost file"
 BEGINNINGS = [NOTHING, OLD_FILE, DEAD_DRAFT]

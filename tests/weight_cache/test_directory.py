@@ -1,11 +1,10 @@
-"""Specifies `refinfer.weight_cache.directory`: where cache files lie, what is said of them, how they are removed."""
+"""Specifies `refinfer.weight_cache.directory`: where cache files lie, how they are described and removed."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from build_site import mapped_of
+from file_contents import make_version
 from refinfer.arrays import PAGE_BYTES
+from refinfer.clock import RealClock
+from refinfer.inventory import Inventory
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES
 from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
-from refinfer.offload.inventory import Inventory
 from refinfer.prepare import cache_path, prepare
-from refinfer.trace import RealClock
 from refinfer.weight_cache.directory import (
     SUFFIX,
     cache_directory,
@@ -39,10 +40,6 @@ from refinfer.weight_cache.load_or_build import Prepared
 from refinfer.weight_cache.mapped_file import NO_FILE, read_file
 from refinfer.weight_cache.packers import packer_fingerprint
 from refinfer.weight_cache.publish import draft_path
-
-sys.path.insert(0, str(Path(__file__).parent))
-from build_site import mapped_of
-from file_contents import make_version
 
 PACKERS = bytes(32)
 
@@ -156,7 +153,7 @@ def test_a_changed_model_replaces_its_file(tmp_path: Path, monkeypatch: pytest.M
         write_checkpoint(folder, config, dtype="f32", seed=seed)
         prepared = prepare(Inventory(config, "f32"), open_checkpoint(folder), None, clock=RealClock())
         paths.append(mapped_of(prepared).path)
-    assert prepared.reason == "the model's weights changed"
+    assert prepared.outcome.reason == "the model's weights changed"
     assert paths[0] == paths[1]
     assert [path.suffix for path in sorted((tmp_path / "home" / "refinfer").iterdir())] == [SUFFIX, ".json"]
 
@@ -344,7 +341,7 @@ def test_who_has_mapped_a_file_keeps_it_when_it_is_removed(site: Site, packed: P
     for key in provider:
         np.testing.assert_array_equal(provider[key], content[key])
     again = site.pack(where=packed)
-    assert (again.state, again.reason) == ("built", NO_FILE)
+    assert (again.outcome.state, again.outcome.reason) == ("built", NO_FILE)
 
 
 @pytest.mark.spec("DIR-2")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+from file_contents import ABOUT, SOURCE, fill, flip, floats, gaps, packed, tensors, write
+from provider_kinds import A, B, C, D, contents, finalized, insert, loaded, noise
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import DamagedWeightsError, PackingError, WeightCacheStateError
 from refinfer.packing.formats import PackedMatrix, layout_of, pack_matrix
@@ -21,10 +22,6 @@ from refinfer.weight_cache.key import PackKey, WeightId
 from refinfer.weight_cache.mapped_file import read_file
 from refinfer.weight_cache.packers import chunks_of, layout_of_key, matrix_key, padded_nbytes_of, vectors_key
 from refinfer.weight_cache.provider import WeightCacheProvider
-
-sys.path.insert(0, str(Path(__file__).parent))
-from file_contents import ABOUT, SOURCE, fill, flip, floats, gaps, packed, tensors, write
-from provider_kinds import A, B, C, D, contents, finalized, insert, loaded, noise
 
 PAGE = PAGE_BYTES
 

@@ -16,15 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refinfer.errors import WeightsError
-from refinfer.trace import RealClock
-from refinfer.weight_cache import identity
-from refinfer.weight_cache.format import SourceFile
-from refinfer.weight_cache.identity import SideFile, Stat, believed, identify, side_path, unchanged
-from refinfer.weight_cache.load_or_build import Contents, load_or_build
-from refinfer.weight_cache.mapped_file import NO_FILE
-
-sys.path.insert(0, str(Path(__file__).parent))
 from build_site import (
     FAR_FUTURE_NS,
     Site,
@@ -36,6 +27,13 @@ from build_site import (
     resident_bytes,
 )
 from file_contents import flip
+from refinfer.clock import RealClock
+from refinfer.errors import WeightsError
+from refinfer.weight_cache import identity
+from refinfer.weight_cache.format import SourceFile
+from refinfer.weight_cache.identity import SideFile, Stat, believed, identify, side_path, unchanged
+from refinfer.weight_cache.load_or_build import Contents, load_or_build
+from refinfer.weight_cache.mapped_file import NO_FILE
 
 HEAD_BYTES = 64 << 10
 BLOCK_BYTES = 1 << 20
@@ -65,7 +63,7 @@ def model(tmp_path: Path) -> Site:
 def model_at_rest(model: Site) -> Site:
     """A model with a cache file, whose side file is believed."""
     come_to_rest(model.source)
-    assert model.open_checked().reason is not None
+    assert model.open_checked().outcome.reason is not None
     return model
 
 
@@ -252,7 +250,7 @@ def test_other_weights_of_the_same_size_are_noticed_with_the_times_put_back(
     assert believed([model.source], side) is None
     assert not unchanged([model.source], side.records)
     prepared = model.open_checked()
-    assert prepared.reason == "the model's weights changed"
+    assert prepared.outcome.reason == "the model's weights changed"
     assert model.hashed == NBYTES
 
 
@@ -310,10 +308,10 @@ def test_weights_changed_in_the_tick_in_which_they_were_packed_are_packed_again(
     for seed in range(3):
         model.fill(seed)
         prepared = model.open_checked()
-        assert prepared.reason == ("the model's weights changed" if seed else NO_FILE)
+        assert prepared.outcome.reason == ("the model's weights changed" if seed else NO_FILE)
         assert model.hashed == NBYTES
         assert json.loads(side_path(model.cache).read_bytes())["records"][0]["at_rest"] is False
-    assert model.open_checked().reason is None
+    assert model.open_checked().outcome.reason is None
     assert model.hashed == NBYTES  # looking at it still does not suffice
 
 
@@ -339,7 +337,7 @@ def test_a_file_with_a_change_time_in_the_future_is_never_believed(
     seen = replace(Stat.of(model.source), ctime_ns=FAR_FUTURE_NS)  # the clock was turned back since
     monkeypatch.setattr(Stat, "of", lambda path: seen)
     for reason in [NO_FILE, None, None]:
-        assert model.open_checked().reason == reason
+        assert model.open_checked().outcome.reason == reason
         assert model.hashed == NBYTES
 
 
@@ -355,7 +353,7 @@ def test_a_model_that_was_just_written_is_believed_once_it_has_come_to_rest(
         assert model.hashed == NBYTES
     come_to_rest(model.source)
     for hashed in [NBYTES, 0, 0]:
-        assert model.open_checked().reason is None
+        assert model.open_checked().outcome.reason is None
         assert model.hashed == hashed
 
 
@@ -382,7 +380,7 @@ def link(path: Path) -> None:
 @pytest.mark.parametrize("what", [touch, put_a_copy_in_its_place, rename_to_and_fro, link])
 def test_a_mere_touch_costs_one_hashing_once(model_at_rest: Site, what: Callable[[Path], None]) -> None:
     model, before = model_at_rest, model_at_rest.cache.read_bytes()
-    assert model.open_checked().reason is None
+    assert model.open_checked().outcome.reason is None
     assert model.hashed == 0
     what(model.source)
     come_to_rest(model.source)
@@ -390,7 +388,7 @@ def test_a_mere_touch_costs_one_hashing_once(model_at_rest: Site, what: Callable
     assert packing_s is not None
     for hashed in [NBYTES, 0, 0]:
         prepared = model.open_checked()
-        assert (prepared.reason, prepared.packed, model.packed) == (None, (), [])
-        assert prepared.packing_s == packing_s
+        assert (prepared.outcome.reason, prepared.outcome.packed_buffers, model.packed) == (None, 0, [])
+        assert prepared.outcome.packing_s == packing_s
         assert model.hashed == hashed
     assert model.cache.read_bytes() == before

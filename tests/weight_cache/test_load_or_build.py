@@ -15,18 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refinfer.arrays import PAGE_BYTES, Float32Array
-from refinfer.packing.formats import layout_of
-from refinfer.packing.layout import Bytes
-from refinfer.trace import RealClock
-from refinfer.weight_cache.format import Provenance, SourceFile
-from refinfer.weight_cache.key import PackKey, WeightId
-from refinfer.weight_cache.load_or_build import Contents, Listener, load_or_build
-from refinfer.weight_cache.mapped_file import NO_FILE
-from refinfer.weight_cache.packers import chunks_of, matrix_key, pack_into, packer_fingerprint
-from refinfer.weight_cache.publish import draft_path
-
-sys.path.insert(0, str(Path(__file__).parent))
 from build_site import (
     NAMES,
     Site,
@@ -38,6 +26,16 @@ from build_site import (
     resident_bytes,
 )
 from file_contents import flip, make_version
+from refinfer.arrays import PAGE_BYTES, Float32Array
+from refinfer.clock import RealClock
+from refinfer.packing.formats import layout_of
+from refinfer.packing.layout import Bytes
+from refinfer.weight_cache.format import Provenance, SourceFile
+from refinfer.weight_cache.key import PackKey, WeightId
+from refinfer.weight_cache.load_or_build import Contents, Listener, load_or_build
+from refinfer.weight_cache.mapped_file import NO_FILE
+from refinfer.weight_cache.packers import chunks_of, matrix_key, pack_into, packer_fingerprint
+from refinfer.weight_cache.publish import draft_path
 
 N, K = 300, 96
 NBYTES = 4 * N * K
@@ -54,7 +52,7 @@ def site(tmp_path: Path) -> Site:
 @pytest.fixture
 def built(site: Site) -> Site:
     """A site with a good file."""
-    assert site.open().reason == NO_FILE
+    assert site.open().outcome.reason == NO_FILE
     return site
 
 
@@ -65,14 +63,15 @@ def built(site: Site) -> Site:
 def test_a_missing_file_is_built_and_then_mapped(site: Site) -> None:
     prepared = site.open()
     site.check_alone(prepared)
-    assert prepared.reason == NO_FILE
+    assert prepared.outcome.reason == NO_FILE
     assert site.packed == list(NAMES)
     assert prepared.provider.is_finalized()
     assert [key.name for key in prepared.provider] == list(NAMES)  # in execution order
     again = site.open()
     site.check_alone(again)
-    assert (again.reason, again.packed, again.packed_bytes) == (None, (), 0)
-    assert again.packing_s == prepared.packing_s is not None
+    assert (again.outcome.reason, again.outcome.packed_buffers, again.outcome.packed_bytes) == (None, 0, 0)
+    assert again.outcome.packing_s == prepared.outcome.packing_s is not None
+    assert 0 < prepared.outcome.packing_s <= prepared.outcome.load_or_build_s
     assert mapped_of(again).index.provenance == mapped_of(prepared).index.provenance
 
 
@@ -128,17 +127,11 @@ def test_a_file_that_cannot_be_used_is_rebuilt_with_the_reason(
     damage(built.cache)
     prepared = built.open()
     built.check_alone(prepared)
-    assert prepared.reason is not None
-    assert why in prepared.reason
+    assert prepared.outcome.reason is not None
+    assert why in prepared.outcome.reason
     assert built.packed == list(NAMES)
     assert built.cache.read_bytes() == before
-    assert built.open().reason is None
-
-
-@pytest.mark.spec("OPEN-1")
-def test_the_callers_reason_is_given_when_the_file_is_built(site: Site) -> None:
-    assert site.open(reason="it was damaged").reason == "it was damaged"
-    assert site.open(reason="it was damaged").reason is None
+    assert built.open().outcome.reason is None
 
 
 @pytest.mark.spec("OPEN-1")
@@ -169,7 +162,8 @@ def test_a_second_start_packs_nothing_and_reads_no_weight(tmp_path: Path) -> Non
         raise AssertionError("a second start packs nothing")
 
     come_to_rest(source)
-    assert len(load_or_build(cache, [source], contents(pack_into), clock=RealClock()).packed) == 3
+    built = load_or_build(cache, [source], contents(pack_into), clock=RealClock())
+    assert built.outcome.packed_buffers == 3
     drop_from_memory(source)
     drop_from_memory(cache)
     again = contents(refuse)
@@ -178,7 +172,7 @@ def test_a_second_start_packs_nothing_and_reads_no_weight(tmp_path: Path) -> Non
     before = bytes_read()
     prepared = load_or_build(cache, [source], again, clock=RealClock(), listener=refused)
     assert bytes_read() - before < (64 << 10) + 16_384  # the head of the source; header, index and side file
-    assert (prepared.reason, prepared.packed, prepared.packed_bytes) == (None, (), 0)
+    assert (prepared.outcome.reason, prepared.outcome.packed_buffers, prepared.outcome.packed_bytes) == (None, 0, 0)
     for path in (source, cache):  # what is read through a mapping; the system may read ahead at the ends
         assert resident_bytes(path) <= 1 << 20 < path.stat().st_size / 8
 
@@ -193,7 +187,7 @@ def test_other_weights_of_the_same_size_rebuild_the_file(built: Site) -> None:
     built.fill(1)
     prepared = built.open()
     built.check_alone(prepared)
-    assert prepared.reason == OTHER_WEIGHTS
+    assert prepared.outcome.reason == OTHER_WEIGHTS
     assert built.packed == list(NAMES)  # nothing of another model is copied
     assert [key.name for key in prepared.provider] == list(NAMES)
     assert [old.provider[key].tobytes() for key in old.provider] == sums  # who has the old one keeps it
@@ -204,7 +198,7 @@ def test_a_source_file_of_another_name_rebuilds_the_file(built: Site) -> None:
     built.source = built.source.rename(built.source.with_name("other.safetensors"))
     prepared = built.open()
     built.check_alone(prepared)
-    assert prepared.reason == OTHER_WEIGHTS
+    assert prepared.outcome.reason == OTHER_WEIGHTS
 
 
 @pytest.mark.spec("OPEN-3")
@@ -217,7 +211,7 @@ def test_another_packer_fingerprint_rebuilds_the_file(built: Site, believed: boo
         built.fingerprint = fingerprint
         prepared = built.open()
         built.check_alone(prepared)
-        assert prepared.reason == "the packing code changed"
+        assert prepared.outcome.reason == "the packing code changed"
         assert built.packed == list(NAMES)
         assert mapped_of(prepared).index.provenance.packers == fingerprint
 
@@ -229,7 +223,7 @@ def test_a_copy_of_the_model_in_another_folder_is_the_same_model(built: Site) ->
     built.source = built.source.parent.with_name("copy") / built.source.name
     prepared = built.open()
     built.check_alone(prepared)
-    assert (prepared.reason, built.packed, built.hashed) == (None, [], NBYTES)
+    assert (prepared.outcome.reason, built.packed, built.hashed) == (None, [], NBYTES)
 
 
 @pytest.mark.spec("OPEN-3", "OPEN-4")
@@ -237,7 +231,7 @@ def test_the_same_bytes_in_another_shape_are_other_buffers(built: Site) -> None:
     built.shape = (K, N)
     prepared = built.open()
     assert not list(mapped_of(prepared).problems())
-    assert prepared.reason == "4 of 4 buffers were missing"
+    assert prepared.outcome.reason == "4 of 4 buffers were missing"
     assert built.packed == list(NAMES)
     both = [prepared.provider[key].tobytes() for key in prepared.provider]
     assert len(both) == 8
@@ -246,7 +240,7 @@ def test_the_same_bytes_in_another_shape_are_other_buffers(built: Site) -> None:
         built.shape = shape
         again = built.open()
         built.check(again)
-        assert again.reason is None
+        assert again.outcome.reason is None
 
 
 # Incomplete.
@@ -261,14 +255,14 @@ def test_a_file_that_lacks_buffers_is_completed(site: Site, there: tuple[str, ..
     prepared = site.open()
     site.check_alone(prepared)
     missing = [name for name in NAMES if name not in there]
-    assert prepared.reason == f"{len(missing)} of 4 buffers were missing"
+    assert prepared.outcome.reason == f"{len(missing)} of 4 buffers were missing"
     assert site.packed == missing
     assert [key.name for key in prepared.provider] == list(NAMES)  # in execution order all the same
     for key in first.provider:
         assert prepared.provider[key].tobytes() == first.provider[key].tobytes()
     again = site.open()
     site.check(again)
-    assert (again.reason, site.packed) == (None, [])
+    assert (again.outcome.reason, site.packed) == (None, [])
 
 
 @pytest.mark.spec("OPEN-4")
@@ -280,7 +274,7 @@ def test_buffers_that_are_not_asked_for_are_kept(site: Site) -> None:
         assert site.packed == packed
     assert [key.name for key in prepared.provider] == ["table", "c", "b", "a"]
     site.names = ("a", "b", "c", "table")
-    assert site.open().reason is None
+    assert site.open().outcome.reason is None
 
 
 @pytest.mark.spec("OPEN-4")
@@ -293,7 +287,7 @@ def test_a_damaged_buffer_is_not_copied_but_packed_again(site: Site, damaged: st
     site.names = NAMES
     prepared = site.open()
     site.check_alone(prepared)
-    assert prepared.reason == "1 of 4 buffers were missing"
+    assert prepared.outcome.reason == "1 of 4 buffers were missing"
     assert sorted(site.packed) == sorted([damaged, "norm"])
 
 
@@ -316,7 +310,7 @@ def test_a_file_holds_the_same_matrices_in_chunks_of_two_sizes(site: Site) -> No
     site.chunk_nbytes = 4000
     prepared = site.open()
     site.check_alone(prepared)
-    assert prepared.reason == "2 of 4 buffers were missing"
+    assert prepared.outcome.reason == "2 of 4 buffers were missing"
     assert site.packed == ["a", "b"]
     assert [key.name for key in prepared.provider] == [*NAMES, "a", "b"]  # those that are asked for come first
     assert {key: prepared.provider[key].tobytes() for key in before} == before
@@ -324,7 +318,7 @@ def test_a_file_holds_the_same_matrices_in_chunks_of_two_sizes(site: Site) -> No
         site.chunk_nbytes = chunk_nbytes
         again = site.open()
         site.check_alone(again)
-        assert (again.reason, again.packed, len(again.provider)) == (None, (), 6)
+        assert (again.outcome.reason, again.outcome.packed_buffers, len(again.provider)) == (None, 0, 6)
         for name in ("a", "b"):
             assert (len(chunks_of(again.keys[name])) > 5) == (chunk_nbytes == 4000)
 
@@ -395,7 +389,7 @@ def test_packing_holds_neither_the_packed_weights_nor_a_second_copy_of_a_tensor(
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert cache.stat().st_size > prepared.packed_bytes == 2 * nbytes
+    assert cache.stat().st_size > prepared.outcome.packed_bytes == 2 * nbytes
     assert len(grown) > 9
     assert max(grown) < limit  # between the steps of packing
     assert peak < limit  # and within them

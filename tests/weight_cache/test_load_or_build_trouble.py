@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,20 +15,17 @@ from typing import Any
 
 import pytest
 
+from build_site import Site, come_to_rest, mapped_of, put
+from children import NOBODY, in_child
+from file_contents import flip
+from refinfer.clock import RealClock
 from refinfer.errors import PackingError, WeightCacheError, WeightsError
-from refinfer.trace import RealClock
-from refinfer.weight_cache import directory
-from refinfer.weight_cache.directory import discard
+from refinfer.weight_cache import publish
 from refinfer.weight_cache.format import SourceFile
 from refinfer.weight_cache.identity import side_path
 from refinfer.weight_cache.load_or_build import Contents, load_or_build
 from refinfer.weight_cache.mapped_file import NO_FILE, MappedFile
-from refinfer.weight_cache.publish import Draft, draft_path
-
-sys.path.insert(0, str(Path(__file__).parent))
-from build_site import Site, come_to_rest, mapped_of, put
-from children import NOBODY, in_child
-from file_contents import flip
+from refinfer.weight_cache.publish import Draft, discard, draft_path
 
 NBYTES = 4 * 300 * 96
 OTHER_WEIGHTS = "the model's weights changed"
@@ -48,7 +44,7 @@ def site(tmp_path: Path) -> Site:
 @pytest.fixture
 def built(site: Site) -> Site:
     """A site with a good file."""
-    assert site.open().reason == NO_FILE
+    assert site.open().outcome.reason == NO_FILE
     return site
 
 
@@ -78,7 +74,7 @@ def test_a_file_that_may_not_be_read_is_rebuilt_if_it_can_be_written(open_site: 
     def work() -> None:
         prepared = site.open()
         site.check_alone(prepared)
-        assert prepared.reason == "it cannot be read: Permission denied"
+        assert prepared.outcome.reason == "it cannot be read: Permission denied"
 
     in_child(work, user=NOBODY)
 
@@ -96,8 +92,8 @@ def test_a_good_file_is_used_though_it_cannot_be_written(open_site: Site) -> Non
     def work(hashed: int) -> None:
         prepared = site.open()
         site.check_alone(prepared)
-        assert (prepared.reason, prepared.packed, site.hashed) == (None, (), hashed)
-        assert prepared.packing_s is not None
+        assert (prepared.outcome.reason, prepared.outcome.packed_buffers, site.hashed) == (None, 0, hashed)
+        assert prepared.outcome.packing_s is not None
 
     in_child(partial(work, 0), user=NOBODY)
     site.source.touch()
@@ -120,7 +116,7 @@ def test_a_good_file_is_used_without_its_side_file_though_it_cannot_be_written(o
 
     def work() -> None:
         prepared = site.open()
-        assert (prepared.reason, prepared.packed, prepared.packing_s) == (None, (), None)
+        assert (prepared.outcome.reason, prepared.outcome.packed_buffers, prepared.outcome.packing_s) == (None, 0, None)
         assert site.hashed == NBYTES
 
     in_child(work, user=NOBODY)
@@ -221,8 +217,8 @@ def test_a_folder_that_may_be_written_but_not_listed_takes_a_file(open_site: Sit
     site.cache.parent.chmod(0o300)
 
     def work() -> None:
-        assert site.open().reason == NO_FILE
-        assert site.open().reason is None
+        assert site.open().outcome.reason == NO_FILE
+        assert site.open().outcome.reason is None
 
     in_child(work, user=NOBODY)
 
@@ -237,7 +233,7 @@ def test_a_dead_draft_of_another_user_does_not_stop_a_build(open_site: Site) -> 
     draft_path(site.cache).write_bytes(b"half")  # by root, who was killed
 
     def work() -> None:
-        assert site.open().reason == NO_FILE
+        assert site.open().outcome.reason == NO_FILE
 
     in_child(work, user=NOBODY)
 
@@ -333,7 +329,7 @@ def test_packing_that_fails_or_is_interrupted_leaves_what_was_there(
     assert site.files == files
     prepared = site.open()
     site.check_alone(prepared)
-    assert prepared.reason == (OTHER_WEIGHTS if files else NO_FILE)
+    assert prepared.outcome.reason == (OTHER_WEIGHTS if files else NO_FILE)
 
 
 @pytest.mark.spec("OPEN-6")
@@ -383,9 +379,9 @@ def test_a_damaged_file_is_removed(built: Site) -> None:
     found = mapped_of(built.open())
     assert discard(built.cache, found.is_at)
     assert built.folder == {side_path(built.cache).name}
-    prepared = built.open(reason="it was damaged")
+    prepared = built.open()
     built.check_alone(prepared)
-    assert prepared.reason == "it was damaged"
+    assert prepared.outcome.reason == NO_FILE
 
 
 @pytest.mark.spec("OPEN-7")
@@ -421,7 +417,7 @@ def test_a_file_is_compared_and_removed_while_nobody_can_publish(built: Site, mo
             super().__init__(*args)
             held.append(self)
 
-    monkeypatch.setattr(directory, "Draft", Watched)
+    monkeypatch.setattr(publish, "Draft", Watched)
     found = mapped_of(built.open())
 
     def is_at(path: Path) -> bool:

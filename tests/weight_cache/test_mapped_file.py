@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+from file_contents import ABOUT, SOURCE, Stored, fill, floats, make_version, tensors, write
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import CacheFileError, DamagedWeightsError
 from refinfer.model.config import ModelConfig
@@ -35,9 +36,6 @@ from refinfer.weight_cache.packers import (
     rows_key,
     vectors_key,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from file_contents import ABOUT, SOURCE, Stored, fill, floats, make_version, tensors, write
 
 PAGE = PAGE_BYTES
 
@@ -386,7 +384,7 @@ def test_a_row_of_another_table_under_the_same_number_is_found_by_its_chunk(tmp_
         assert mapped.is_sound(one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.spec("FILE-12", "FILE-13", "KEY-6")
 @pytest.mark.parametrize("corrupt", CORRUPTIONS)
 def test_ten_thousand_corruptions_of_a_model_are_refused_found_or_without_effect(

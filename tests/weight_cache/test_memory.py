@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from provider_kinds import key_of
 from refinfer.weight_cache.memory import MemoryWeightCacheProvider
 from refinfer.weight_cache.packers import padded_nbytes_of
-
-sys.path.insert(0, str(Path(__file__).parent))
-from provider_kinds import key_of
 
 
 @pytest.mark.spec("CACHE-11")

@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase
 
-from refinfer.weight_cache.memory import MemoryWeightCacheProvider
-
-sys.path.insert(0, str(Path(__file__).parent))
 from own_providers import WRONG
 from provider_kinds import Kind, finalized, imported
 from provider_life import live
+from refinfer.weight_cache.memory import MemoryWeightCacheProvider
 
 HERE = Path(__file__).parent
 
@@ -41,6 +39,7 @@ def suite_on(name: str, of: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.spec("CACHE-1", "CACHE-3", "CACHE-7", "CACHE-8")
 def test_somebody_elses_right_provider_passes_and_no_other_is_tested() -> None:
     done = suite_on("Right", "Right or table_of_verbs")
@@ -52,6 +51,7 @@ def test_somebody_elses_right_provider_passes_and_no_other_is_tested() -> None:
     assert not re.search(r"\[(memory|file|loaded file)\b", done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.spec("CACHE-3")
 def test_somebody_elses_provider_that_lets_the_last_one_win_fails() -> None:
     done = suite_on("LastOneWins", "existing_key or reserved_space")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,24 +19,17 @@ import numpy.typing as npt
 import pytest
 from numpy.testing import assert_array_equal
 
-from refinfer.arrays import PAGE_BYTES
-from refinfer.errors import PackingError, WeightCacheStateError
-from refinfer.packing.formats import layout_of
-from refinfer.packing.layout import Bytes
-from refinfer.weight_cache.key import DIGEST_BYTES, PackKey, WeightId
-from refinfer.weight_cache.packers import matrix_key, pack_into, padded_nbytes_of, rows_key, vectors_key
-from refinfer.weight_cache.provider import ALLOWED, State, WeightCacheProvider
-
-sys.path.insert(0, str(Path(__file__).parent))
 from provider_kinds import (
     KINDS,
     VERBS,
     VIEWS,
     A,
     B,
+    Begin,
     C,
     D,
     Kind,
+    beginning,
     contents,
     imported,
     insert,
@@ -45,8 +39,13 @@ from provider_kinds import (
     packing,
 )
 from provider_life import live
-
-Begin = Callable[[], WeightCacheProvider]
+from refinfer.arrays import PAGE_BYTES
+from refinfer.errors import PackingError, WeightCacheStateError
+from refinfer.packing.formats import layout_of
+from refinfer.packing.layout import Bytes
+from refinfer.weight_cache.key import DIGEST_BYTES, PackKey, WeightId
+from refinfer.weight_cache.packers import matrix_key, pack_into, padded_nbytes_of, rows_key, vectors_key
+from refinfer.weight_cache.provider import ALLOWED, State, WeightCacheProvider
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -59,17 +58,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def begin(kind: Kind, tmp_path: Path) -> Iterator[Begin]:
     """Return what begins empty providers."""
-    begun: list[WeightCacheProvider] = []
-
-    def begin() -> WeightCacheProvider:
-        folder = tmp_path / str(len(begun))
-        folder.mkdir()
-        begun.append(kind.begin(folder))
-        return begun[-1]
-
-    yield begin
-    for provider in begun:
-        provider.delete_cache()
+    with beginning(kind, tmp_path) as begin:
+        yield begin
 
 
 @pytest.fixture
@@ -579,37 +569,30 @@ def test_any_number_of_threads_may_read_a_complete_provider(kind: Kind, building
     complete = kind.complete(building)
     missing = key_of("missing")
     n_threads = 16
-    barrier, failures = threading.Barrier(n_threads), list[BaseException]()
+    barrier = threading.Barrier(n_threads)
 
     def read(seed: int) -> None:
-        try:
-            barrier.wait()
-            for i in np.random.default_rng(seed).integers(0, len(keys), 40).tolist():
-                offset = complete.look_up(keys[i])
-                assert offset is not None
-                expected = noise(keys[i], i)
-                assert_array_equal(complete.offset_to_addr(offset), expected)
-                assert_array_equal(complete.get_or_pack(keys[i], never), expected)
-                assert complete.look_up_or_insert(keys[i], expected) == offset
-                packed = complete.get_or_pack(missing, packing(noise(missing, seed), []))
-                assert_array_equal(packed, noise(missing, seed))
-                assert missing not in complete
-                assert list(complete) == keys
-                assert complete.is_finalized()
-        except BaseException as error:
-            failures.append(error)
+        barrier.wait()
+        for i in np.random.default_rng(seed).integers(0, len(keys), 40).tolist():
+            offset = complete.look_up(keys[i])
+            assert offset is not None
+            expected = noise(keys[i], i)
+            assert_array_equal(complete.offset_to_addr(offset), expected)
+            assert_array_equal(complete.get_or_pack(keys[i], never), expected)
+            assert complete.look_up_or_insert(keys[i], expected) == offset
+            packed = complete.get_or_pack(missing, packing(noise(missing, seed), []))
+            assert_array_equal(packed, noise(missing, seed))
+            assert missing not in complete
+            assert list(complete) == keys
+            assert complete.is_finalized()
 
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(n_threads)]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(n_threads) as pool:
+            list(pool.map(read, range(n_threads)))
     finally:
         sys.setswitchinterval(interval)
-    assert not failures
 
 
 @pytest.mark.spec("CACHE-1", "CACHE-2", "CACHE-3", "CACHE-5", "CACHE-7", "CACHE-8", "CACHE-9", "CACHE-10", "CACHE-11")

@@ -7,7 +7,6 @@ import fcntl
 import hashlib
 import os
 import select
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,16 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from build_site import Site, come_to_rest, mapped_of, taken
+from children import WATCHDOG_S, Child, Gate, Say, watched
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import WeightsError
 from refinfer.packing.layout import Bytes
-from refinfer.weight_cache.directory import discard
 from refinfer.weight_cache.mapped_file import MappedFile
-from refinfer.weight_cache.publish import Draft, Space, draft_path, remove_dead_draft, write_small_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-from build_site import Site, come_to_rest, mapped_of, taken
-from children import WATCHDOG_S, Child, Gate, Say, watched
+from refinfer.weight_cache.publish import Draft, Space, discard, draft_path, remove_dead_draft, write_small_file
 from starts import BEGINNINGS, before, make_small
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, as POSIX has it")
@@ -59,7 +55,7 @@ def build_and_say(site: Site, start: Gate, go_on: Gate) -> Callable[[Say], None]
         here = replace(site, step=step)
         prepared = here.open(on_wait=lambda: say("waits"))
         here.check(prepared)
-        say(f"packed {len(prepared.packed)}, {hashlib.sha256(site.cache.read_bytes()).hexdigest()}")
+        say(f"packed {prepared.outcome.packed_buffers}, {hashlib.sha256(site.cache.read_bytes()).hexdigest()}")
 
     return work
 
@@ -141,7 +137,7 @@ def all_lines(child: Child) -> Iterator[str]:
 
 
 def frees_its_lock(draft: Path, work: Callable[[Callable[[], None]], object]) -> bool:
-    """Tell whether the lock of a draft is free after `work`, which calls its argument once the draft is there."""
+    """Return whether the lock of a draft is free after `work`, which calls its argument once the draft is there."""
     with Gate() as go_on, Gate() as enough:
 
         def say_and_wait(say: Say) -> None:
@@ -256,7 +252,7 @@ def test_a_start_that_finds_a_good_file_removes_a_dead_draft_next_to_it(site: Si
     site.open()
     draft_path(site.cache).write_bytes(b"half")
     site.check(prepared := site.open())
-    assert prepared.reason is None
+    assert prepared.outcome.reason is None
     assert site.folder == site.own_names
 
 
@@ -270,7 +266,7 @@ def test_a_start_that_finds_a_good_file_leaves_a_live_draft_to_its_builder(site:
         start.open()
         assert builder.hear() == "packs"
         site.check(prepared := site.open())
-        assert prepared.reason is None
+        assert prepared.outcome.reason is None
         assert draft_path(site.cache).exists()
         go_on.open()
         assert result(builder)[0] == 3
@@ -293,7 +289,7 @@ def test_a_damaged_file_is_discarded_only_after_whoever_builds_has_ended(site: S
         assert remover.hear() == "True"
         assert remover.end() == 0
     other.check(prepared := other.open())
-    assert prepared.reason is None
+    assert prepared.outcome.reason is None
 
 
 def sum_of(data: Bytes) -> str:
@@ -325,7 +321,7 @@ def test_a_reader_keeps_its_bytes_while_the_file_is_replaced_cut_and_removed(sit
         assert reader.hear() == "reads"
         other = site.with_model(1)
         other.check(prepared := other.open())
-        assert prepared.reason == "the model's weights changed"
+        assert prepared.outcome.reason == "the model's weights changed"
         replaced.open()
         assert reader.hear() == "reads"
         site.cache.unlink()

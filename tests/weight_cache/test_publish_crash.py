@@ -20,14 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from build_site import Site, nothing, put, taken
+from children import Child, Gate, Say, watched
 from refinfer.arrays import PAGE_BYTES
 from refinfer.weight_cache import publish
 from refinfer.weight_cache.mapped_file import MappedFile
 from refinfer.weight_cache.publish import write_small_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-from build_site import Site, nothing, put, taken
-from children import Child, Gate, Say, watched
 from starts import BEGINNINGS, LOST_FILE, NOTHING, OLD_FILE, before, make_small
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, as POSIX has it")
@@ -119,6 +117,7 @@ def kill_everywhere(folder: Path, files: dict[str, bytes], work: Callable[[], ob
     assert boundary > 25
 
 
+@pytest.mark.slow
 @pytest.mark.spec("PUBLISH-1", "PUBLISH-4")
 @pytest.mark.parametrize("what", [NOTHING, OLD_FILE])
 def test_a_build_killed_at_any_boundary_leaves_a_whole_file_or_none(quick_site: Site, what: str) -> None:
@@ -132,6 +131,7 @@ def test_a_build_killed_at_any_boundary_leaves_a_whole_file_or_none(quick_site: 
     assert seen == {False, True}  # it was killed before and after the new file appeared
 
 
+@pytest.mark.slow
 @pytest.mark.spec("PUBLISH-4")
 def test_after_a_kill_the_next_start_leaves_no_draft_of_a_file_that_had_been_lost(quick_site: Site) -> None:
     for boundary in kill_everywhere(quick_site.cache.parent, before(LOST_FILE, quick_site), quick_site.open):
@@ -165,12 +165,13 @@ def kill_at_random(site: Site, kills: int, builders: int, seed: int) -> None:
         assert site.folder == site.own_names
 
 
+@pytest.mark.slow
 @pytest.mark.spec("PUBLISH-1", "PUBLISH-4")
 def test_a_build_killed_at_a_random_moment_leaves_a_whole_file(quick_site: Site) -> None:
     kill_at_random(quick_site, kills=30, builders=1, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.spec("PUBLISH-1", "PUBLISH-4")
 def test_two_hundred_kills_of_builders_that_race_each_other_leave_a_whole_file(quick_site: Site) -> None:
     kill_at_random(quick_site, kills=67, builders=3, seed=1)

@@ -12,13 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from build_site import Site, put, taken
+from children import Child, watched
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import WeightCacheError
 from refinfer.weight_cache.publish import Draft, write_small_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-from build_site import Site, put, taken
-from children import Child, watched
 from starts import NOTHING, OLD_FILE, before, make_small
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, as POSIX has it")
@@ -108,7 +106,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int]
 
 
 def leave_free(filler: Path, n_pages: int) -> None:
-    """Fill a disk but for so many pages."""
+    """Fill a disk except for the given number of pages."""
     with filler.open("wb", buffering=0) as file:
         try:
             while True:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from build_site import Site, come_to_rest, noted
 from refinfer.weight_cache.format import Provenance, SourceFile
 from refinfer.weight_cache.identity import Record, SideFile, Stat, believed, side_path
-
-sys.path.insert(0, str(Path(__file__).parent))
-from build_site import Site, come_to_rest, noted
 
 SHAPE = (257, 192)  # reaches beyond the first 64 KiB
 NBYTES = 4 * SHAPE[0] * SHAPE[1]
@@ -32,7 +29,7 @@ def model(tmp_path: Path) -> Site:
 def model_at_rest(model: Site) -> Site:
     """A model with a cache file, whose side file is believed."""
     come_to_rest(model.source)
-    assert model.open_checked().reason is not None
+    assert model.open_checked().outcome.reason is not None
     return model
 
 
@@ -116,8 +113,8 @@ def test_a_malformed_side_file_costs_one_hashing_and_nothing_else(
     assert model.hashed == 0
     side_path(model.cache).write_bytes(malform(good))
     prepared = model.open_checked()
-    assert (prepared.reason, prepared.packed, model.packed) == (None, (), [])
-    assert prepared.packing_s is None
+    assert (prepared.outcome.reason, prepared.outcome.packed_buffers, model.packed) == (None, 0, [])
+    assert prepared.outcome.packing_s is None
     assert model.hashed == NBYTES
     (record,) = SideFile.read(side_path(model.cache)).records
     assert record.source == SourceFile("model.safetensors", NBYTES, record.source.digest)
@@ -129,7 +126,7 @@ def test_a_missing_side_file_costs_one_hashing_and_nothing_else(model_at_rest: S
     side_path(model.cache).unlink()
     for hashed in [NBYTES, 0]:
         prepared = model.open_checked()
-        assert (prepared.reason, prepared.packed, model.packed) == (None, (), [])
+        assert (prepared.outcome.reason, prepared.outcome.packed_buffers, model.packed) == (None, 0, [])
         assert model.hashed == hashed
 
 
@@ -140,7 +137,7 @@ def test_if_the_side_file_cannot_be_written_each_start_hashes_and_loads(model_at
     side_path(model.cache).mkdir()  # what is in its place cannot be replaced
     for _ in range(2):
         prepared = model.open_checked()
-        assert (prepared.reason, prepared.packed, prepared.packing_s) == (None, (), None)
+        assert (prepared.outcome.reason, prepared.outcome.packed_buffers, prepared.outcome.packing_s) == (None, 0, None)
         assert model.hashed == NBYTES
     assert {path.name for path in model.cache.parent.iterdir()} == {model.cache.name, side_path(model.cache).name}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.locks import LOCKS
+from refinfer.planning.locks import LOCKS
 
 _STEPS: Final = 500
 _LEFT: Final = 64

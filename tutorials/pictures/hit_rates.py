@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from refinfer.offload.simulate import belady_misses, lru_misses
+from refinfer.planning.page_cache import belady_misses, lru_misses
 
 _CHUNKS: Final = 64
 _CHUNK: Final = 1_000_000

@@ -1,4 +1,4 @@
-"""The house: every room stands on the rooms that it imports, as the code has it."""
+"""The house, storey by storey: a room imports rooms below its own storey only, as the code has it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,30 @@ from xml.sax.saxutils import escape
 import refinfer
 
 PACKAGE = Path(refinfer.__file__).parent
-ORDER = ("the ground", "packing", "model", "weight_cache", "offload", "prepare", "engine", "generate", "refinfer")
-COLOURS = {"packing": "#4c78a8", "weight_cache": "#4c78a8", "offload": "#f28e2b", "model": "#59a14f"}
+GROUND = ("errors", "arrays", "units", "clock", "trace", "process")
+ORDER = (
+    *("the ground", "packing", "model", "weight_cache", "inventory", "planning", "sources", "offload"),
+    *("prepare", "engine", "generate", "refinfer"),
+)
+BLUE, ORANGE, GREEN = "#4c78a8", "#f28e2b", "#59a14f"
+COLOURS = {
+    "packing": BLUE,
+    "weight_cache": BLUE,
+    "sources": BLUE,
+    "planning": ORANGE,
+    "offload": ORANGE,
+    "model": GREEN,
+}
 GREY = "#bab0ac"
 WIDTH, MARGIN, GAP, LINE, LETTER = 700, 12, 6, 20, 7.9
 
 
 def room_of(module: str) -> str:
-    """The room of a module; the four modules below every room are the ground, and those of the command line are one."""
+    """The room of a module; the modules below every room are the ground."""
     room = module.split(".", maxsplit=1)[0]
-    if room in ("errors", "arrays", "trace", "process"):
+    if room in GROUND:
         return "the ground"
-    return {"__init__": "refinfer", "": "refinfer", "__main__": "cli"}.get(
-        room, room.split("_")[0] if "cli" in room else room
-    )
+    return {"__init__": "refinfer", "": "refinfer", "__main__": "cli"}.get(room, room)
 
 
 def imports_of(path: Path, known: set[str]) -> Iterator[str]:
@@ -69,16 +79,6 @@ def storeys(needs: dict[str, Counter[str]]) -> dict[str, int]:
     return height
 
 
-def stands_on(room: str, needs: dict[str, Counter[str]]) -> set[str]:
-    """The rooms that it imports and reaches through no other."""
-
-    def reached(other: str) -> set[str]:
-        return {other}.union(*(reached(further) for further in needs[other]))
-
-    direct = set(needs[room])
-    return {other for other in direct if not any(other in reached(via) for via in direct - {other})}
-
-
 def wrapped(words: list[str], width: float, joint: str) -> list[str]:
     """Words in lines no longer than `width`."""
     lines = [words[0]] if words else []
@@ -107,26 +107,17 @@ def draw() -> str:
     modules, needs = read_house()
     height = storeys(needs)
     rooms = sorted(needs, key=lambda room: (height[room], ORDER.index(room) if room in ORDER else len(ORDER)))
-    below = {room: stands_on(room, needs) for room in rooms}
-    roof = {room: min((height[other] for other in rooms if room in below[other]), default=len(rooms)) for room in rooms}
-
     sides: dict[str, tuple[float, float]] = {}
     texts: dict[str, list[tuple[str, str]]] = {}
-    for room in rooms:
-        beside = [other for other in rooms if (height[other], below[other]) == (height[room], below[room])]
-        left = min((sides[other][0] for other in below[room]), default=float(MARGIN))
-        right = max((sides[other][1] for other in below[room]), default=float(WIDTH - MARGIN))
-        share = (right - left + GAP) / len(beside)
-        left += share * beside.index(room)
-        sides[room] = left, left + share - GAP
-        counted = sorted(needs[room].items(), key=lambda item: rooms.index(item[0]))
-        texts[room] = text_of(room, modules[room], counted, share - GAP - 20)
-
     floors = [float(MARGIN)]
     for storey in range(max(height.values()) + 1):
         here = [room for room in rooms if height[room] == storey]
-        lines = [len(texts[room]) for room in here if roof[room] == storey + 1 or len(here) == 1]
-        floors.append(floors[-1] + GAP + 16 + LINE * max(lines))  # a room of several storeys has room enough
+        share = (WIDTH - 2 * MARGIN + GAP) / len(here)
+        for number, room in enumerate(here):
+            sides[room] = MARGIN + share * number, MARGIN + share * (number + 1) - GAP
+            counted = sorted(needs[room].items(), key=lambda item: rooms.index(item[0]))
+            texts[room] = text_of(room, modules[room], counted, share - GAP - 20)
+        floors.append(floors[-1] + GAP + 16 + LINE * max(len(texts[room]) for room in here))
     total = floors[-1] + MARGIN - GAP
 
     head = f'viewBox="0 0 {WIDTH} {total:g}" width="{WIDTH}" height="{total:g}" font-family="sans-serif" font-size="15"'
@@ -136,7 +127,7 @@ def draw() -> str:
     ]
     for room in rooms:
         (left, right), colour = sides[room], COLOURS.get(room, GREY)
-        top = total - floors[min(roof[room], len(floors) - 1)] + GAP
+        top = total - floors[height[room] + 1] + GAP
         place = f'x="{left:g}" y="{top:g}" width="{right - left:g}" height="{total - floors[height[room]] - top:g}"'
         parts.append(f'<rect {place} rx="4" fill="{colour}" fill-opacity="0.18" stroke="{colour}"/>')
         parts += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from refinfer.offload.simulate import Ring, Simulation, Unit, simulate
+from refinfer.planning.simulate import Ring, Simulation, Unit, simulate
 from refinfer.trace import Span
 
 _CHUNKS: Final = 12

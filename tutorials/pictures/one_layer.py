@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
-from refinfer.offload.inventory import Inventory
 
 _MODEL: Final = SHAPES["storyteller"]
 _SCALE: Final = 0.3  # pixels for each row and column of a matrix

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from refinfer.engine import fixed_of
 from refinfer.generate import STORYTELLER
+from refinfer.inventory import Inventory
 from refinfer.model.folder import open_folder
-from refinfer.offload.cost import HERE, costs_of
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.plan import make_plan
-from refinfer.offload.report import simulate_plan
+from refinfer.planning.account import fixed_of
+from refinfer.planning.cost import HERE, costs_of
+from refinfer.planning.plan import Prefetch, make_plan
+from refinfer.planning.report import simulate_plan
 from refinfer.trace import KINDS
 
 _LEFT, _WIDTH, _LANE, _SHOWN_S = 92, 612, 34, 4.2e-3
@@ -22,8 +22,9 @@ def draw() -> str:
     lines: list[str] = []
     y = 68
     for threads, head in enumerate(_HEADS):
-        plan = make_plan("balanced", inventory, fixed_of(inventory, 40), budget, readers=threads)
-        run = simulate_plan(inventory, plan, costs_of(inventory, HERE, readers=threads), threads, traced=True)
+        costs = costs_of(inventory, HERE, prefetch_threads=threads)
+        plan = make_plan("balanced", inventory, fixed_of(inventory, 40), budget, costs, Prefetch(threads))
+        run = simulate_plan(inventory, plan, costs, traced=True)
         lines.append(
             f'<text x="{_LEFT}" y="{y + 14}" font-weight="bold">{head}: {1e3 * run.token_s:.1f} ms a token</text>'
         )

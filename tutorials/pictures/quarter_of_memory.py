@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from refinfer.engine import fixed_of
+from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.plan import make_plan
-from refinfer.process import format_nbytes
+from refinfer.planning.account import fixed_of
+from refinfer.planning.cost import HERE, costs_of
+from refinfer.planning.plan import make_plan
+from refinfer.units import format_nbytes
 
 _LEFT, _WIDTH, _BAR = 20, 680, 44
 _LOCKED, _STREAMED, _OTHER, _ACCENT = "#59a14f", "#4c78a8", "#bab0ac", "#f28e2b"
@@ -28,16 +29,16 @@ def draw() -> str:
     )
     inventory = Inventory(config, "bf16")
     total = inventory.streamable_nbytes
-    account = make_plan("balanced", inventory, fixed_of(inventory, 16), total // 4).account
+    fixed = fixed_of(inventory, 16)
+    account = make_plan("balanced", inventory, fixed, total // 4, costs_of(inventory, HERE)).account
     scale = _WIDTH / total
-    rest = account.resident + account.kv_cache + account.scratch
-    locked, ring, other = (nbytes * scale for nbytes in (account.locked, account.ring, rest))
+    locked, ring, other = (nbytes * scale for nbytes in (account.locked, account.ring, fixed.total))
     top, below = 72, 196
     ring_x = _LEFT + locked + ring / 2
     parts = (
         (_LOCKED, "locked", account.locked),
         (_STREAMED, "ring", account.ring),
-        (_OTHER, "norms, KV cache, scratch", rest),
+        (_OTHER, "norms, KV cache, scratch", fixed.total),
     )
     lines = [
         (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from refinfer.offload.simulate import Ring, Unit, simulate
+from refinfer.planning.simulate import Ring, Unit, simulate
 from refinfer.trace import Span
 
 _COMPUTE = (1, 1, 5, 1, 1)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
+from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
-from refinfer.offload.cost import Costs, calibration_of, costs_of
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.plan import Fixed, make_plan
+from refinfer.planning.account import Fixed
+from refinfer.planning.cost import Costs, calibration_of, costs_of
+from refinfer.planning.plan import Prefetch, make_plan
 
 _LEFT: Final = 56
 _TOP: Final = 44
@@ -57,7 +58,7 @@ def draw() -> str:
         ),
     ]
     for device, colour, along, below in _DEVICES:
-        costs = costs_of(model, calibration_of(device))
+        costs = costs_of(model, calibration_of(device), prefetch_threads=1)
         lines += [*_curve(device, colour, along, below, costs), *_plans(model, colour, costs)]
     return "\n".join([*lines, "</svg>"]) + "\n"
 
@@ -89,7 +90,7 @@ def _plans(model: Inventory, colour: str, costs: Costs) -> list[str]:
     ridge = 1 - sum(costs.compute_s) / sum(costs.read_s)
     for tenth in range(1, 10):
         budget = model.streamable_nbytes * tenth // 10
-        plan = make_plan("optimal", model, Fixed(0, 0, 0), budget, readers=1, costs=costs)
+        plan = make_plan("optimal", model, Fixed(0, 0, 0), budget, costs, Prefetch(threads=1))
         x, y = _x(plan.account.locked / model.streamable_nbytes), _y(1 / plan.token_s)
         fill = colour if plan.account.locked / model.streamable_nbytes < ridge else "#59a14f"
         dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{fill}" stroke="#ffffff"/>')

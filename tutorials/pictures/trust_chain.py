@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
-from refinfer.offload.inventory import Inventory
 
 _BLUE, _GREEN, _ORANGE, _GREY, _INK = "#4c78a8", "#59a14f", "#f28e2b", "#bab0ac", "#333333"
 _LEFT: Final = 20

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from refinfer.engine import fixed_of
+from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
-from refinfer.offload.inventory import Inventory
-from refinfer.offload.plan import make_plan
+from refinfer.planning.account import fixed_of
+from refinfer.planning.cost import HERE, costs_of
+from refinfer.planning.plan import make_plan
 
 _MODEL: Final = Inventory(SHAPES["storyteller"], "bf16")
 _BLUE, _GREEN, _ORANGE, _GREY, _DARK = "#4c78a8", "#59a14f", "#f28e2b", "#bab0ac", "#333333"
@@ -49,7 +50,7 @@ def _checkpoint() -> list[str]:
 
 def _file(y: int) -> list[str]:
     return [
-        _text(20, y + 18, "the weight cache: one file, chunks in the order of use", anchor="start", bold=True),
+        _text(20, y + 18, "the weight cache: a file, chunks in order of use", anchor="start", bold=True),
         _room(680, y + 18, "weight_cache: 04 to 06"),
         *_strip(20, y + 30, 660, 34, frozenset(), _GREY),
         _arrow(175, y + 68, 175, y + 104),
@@ -72,8 +73,8 @@ def _mapped(y: int) -> list[str]:
 
 
 def _streamed(y: int) -> list[str]:
-    fixed = fixed_of(_MODEL, _POSITIONS)
-    plan = make_plan("balanced", _MODEL, fixed, round(_SHARE * _MODEL.streamable_nbytes))
+    budget = round(_SHARE * _MODEL.streamable_nbytes)
+    plan = make_plan("balanced", _MODEL, fixed_of(_MODEL, _POSITIONS), budget, costs_of(_MODEL, HERE))
     slots = [
         f'<rect x="{436 + 34 * i}" y="{y + 112}" width="28" height="24" fill="{_BLUE}"/>'
         for i in range(plan.ring_slots)
@@ -97,7 +98,8 @@ _BLUE_TEXT: Final = "#3b6290"
 
 def _below(y: int) -> list[str]:
     return [
-        _room(680, y - 24, "offload: 08 to 12"),
+        _room(680, y - 32, "planning, offload:"),
+        _room(680, y - 12, "08 to 12"),
         f'<rect x="20" y="{y}" width="660" height="40" rx="4" fill="{_ORANGE}"/>',
         _text(350, y + 26, "the seam: a weight source gives matrix after matrix", "#ffffff", bold=True),
         _arrow(350, y + 42, 350, y + 80),

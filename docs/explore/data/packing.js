@@ -10,7 +10,7 @@
 {"name":"XNNPACK float32, Arm, shuffled: nr = 8, sr = 4","N":16,"K":8,"nr":8,"kr":1,"sr":4,"note":"Each row starts one column later than the row before it and wraps after four: a step is a diagonal.","has_bias":true},
 {"name":"XNNPACK float32, AVX-512, few rows: nr = 16","N":16,"K":10,"nr":16,"kr":1,"sr":1,"note":"Sixteen rows are one vector register of 512 bits. Checked byte for byte against XNNPACK.","has_bias":true},
 {"name":"XNNPACK float32, AVX-512: nr = 32","N":64,"K":10,"nr":32,"kr":1,"sr":1,"note":"Thirty-two rows are two vector registers of 512 bits. Checked byte for byte against XNNPACK.","has_bias":true},
-{"name":"XNNPACK int8: nr = 64, kr = 4","N":64,"K":16,"nr":64,"kr":4,"sr":1,"note":"Four neighbouring bytes are multiplied and added by one instruction. A bias here is a number of four bytes that a row's sum starts from; the scales and biases behind each tile are left out of the picture. Checked byte for byte against XNNPACK.","has_bias":true},
+{"name":"XNNPACK int8: nr = 64, kr = 4","N":64,"K":16,"nr":64,"kr":4,"sr":1,"note":"Four neighbouring bytes are multiplied and added by one instruction. A bias here is a number of four bytes that a row's sum starts from; the scales and biases after each tile are left out of the picture. Checked byte for byte against XNNPACK.","has_bias":true},
 {"name":"refinfer f32 and int8: 16 whole rows","N":40,"K":10,"nr":16,"kr":"K","sr":1,"note":"What numpy likes best: a tile is 16 rows as they were. Biases are kept elsewhere, and so are int8's scales in this picture.","has_bias":false},
 {"name":"refinfer bf16: 16 whole rows","N":40,"K":16,"nr":16,"kr":"K","sr":1,"note":"As f32. An odd K would be padded with one zero, so that two neighbours always make a word of 32 bits.","has_bias":false}
 ],

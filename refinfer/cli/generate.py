@@ -1,0 +1,226 @@
+"""The command `generate`: a prompt in, a text out, and a summary of the run.
+
+Defines the options, and prints text and figures. Leaves to others: generating (`generate`), the weight cache's line
+(`show`).
+Read more: tutorials 00, 12; clauses CLI-1, CLI-2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import chain
+from pathlib import Path
+
+from refinfer.cli.options import add_json, add_prefetch, add_weights, integer, number, rate, token_ids
+from refinfer.cli.pictures import to_chrome
+from refinfer.cli.show import cache_line, format_seconds, listening, write_file
+from refinfer.cli.terminal import say
+from refinfer.clock import Clock, RealClock
+from refinfer.errors import RequestError
+from refinfer.generate import DEFAULT_PROMPT, STORYTELLER, GenerationStats, Session, load
+from refinfer.model.folder import DEFAULT_MAX_TOKENS, ModelFolder, open_folder
+from refinfer.offload.prediction import Prediction
+from refinfer.planning.cost import PREFETCH_THREADS
+from refinfer.planning.plan import PLANS
+from refinfer.units import format_nbytes
+
+__all__ = ["add_generate", "run_generate"]
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `refinfer generate`."""
+    parser.set_defaults(run=run_generate)
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help=f"text to continue (default: {DEFAULT_PROMPT!r})")
+    parser.add_argument(
+        "--model", metavar="DIR", help="a model folder in Hugging Face's form (default: the storyteller)"
+    )
+    add_weights(parser, "auto, which is bf16 for bfloat16 checkpoints and f32 for others")
+    parser.add_argument(
+        "--weight-cache",
+        metavar="FILE",
+        help="file of packed weights; or :memory, to pack into memory at each start; or off, to pack nothing and "
+        "multiply row-major weights (default: a file in the user's cache directory)",
+    )
+    _add_budget(parser)
+    parser.add_argument("--token-ids", metavar="IDS", type=token_ids, help="the prompt as token ids, such as 1,2,3")
+    parser.add_argument(
+        "--max-tokens",
+        metavar="N",
+        type=integer(1),
+        help=f"largest number of tokens to generate (default: {DEFAULT_MAX_TOKENS}, or as many as fit if that is less)",
+    )
+    _add_sampling(parser)
+    parser.add_argument(
+        "--threads", metavar="N", type=integer(1), help="number of BLAS threads (default: chosen by the model's size)"
+    )
+    add_json(parser, "print one JSON object instead of text")
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--budget",
+        metavar="B",
+        help="run within this much memory: 300MB, 1.5GiB, 40%% of the packed weights, or auto, which is nine tenths of "
+        "what is left (default: no limit)",
+    )
+    parser.add_argument(
+        "--plan",
+        metavar="PLAN",
+        choices=PLANS,
+        help=f"which weights stay in memory within a budget: {', '.join(PLANS)} (default: optimal)",
+    )
+    add_prefetch(parser, default=None)
+    parser.add_argument(
+        "--disk-bandwidth",
+        metavar="RATE",
+        type=rate,
+        help="read no faster than this, such as 300MB/s (default: as fast as the disk)",
+    )
+    parser.add_argument(
+        "--trace", metavar="FILE", help="write what was read, computed and waited for into this file, for Perfetto"
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=number,
+        default=0.0,
+        help="sampling temperature: 0 always takes the likeliest token, 1 draws from the model's own distribution "
+        "(default: 0)",
+    )
+    parser.add_argument("--top-k", metavar="K", type=integer(1), help="draw from the K likeliest tokens (default: all)")
+    parser.add_argument(
+        "--top-p",
+        metavar="P",
+        type=number,
+        help="draw from the likeliest tokens that together have probability P (default: all)",
+    )
+    parser.add_argument(
+        "--seed", metavar="S", type=integer(0), help="random seed for sampling (default: a different one each run)"
+    )
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Run `refinfer generate`."""
+    clock = RealClock()
+    started = clock.now()
+    _require_consistent(args)
+    model = open_folder(Path(args.model or STORYTELLER))
+    prompt = DEFAULT_PROMPT if args.prompt is None and args.token_ids is None else args.prompt
+    ids = args.token_ids if prompt is None else model.encode(prompt)
+    max_tokens = model.plan_request(ids, args.max_tokens)
+    with _load(args, model, len(ids) + max_tokens, clock, started) as session:
+        _generate(session, args, ids, max_tokens, prompt or "")
+        if args.trace is not None:
+            write_file(args.trace, json.dumps(to_chrome(session.trace)))
+        stats, prediction = session.stats, session.prediction
+        cache = cache_line(session.weight_cache, mapped=args.budget is None)
+    assert stats is not None
+    if args.json:
+        print(json.dumps(stats.to_json()))
+        return
+    print("" if model.tokenizer else ",".join(map(str, stats.token_ids)))
+    sys.stdout.flush()
+    print(file=sys.stderr)
+    for line in (_summary(stats), cache, *_offload_lines(stats, prediction)):
+        say(line, sys.stderr)
+
+
+def _require_consistent(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        RequestError: two prompts, or an option of a budget without one.
+    """
+    if args.prompt is not None and args.token_ids is not None:
+        raise RequestError("a prompt and --token-ids were both given; give one of them")
+    streaming = ("plan", "prefetch_threads", "prefetch_ring", "disk_bandwidth", "trace")
+    given = [f"--{name.replace('_', '-')}" for name in streaming if getattr(args, name) is not None]
+    if args.budget is None and given:
+        raise RequestError(f"{' and '.join(given)} can be used only within a budget; give --budget too")
+
+
+def _load(args: argparse.Namespace, model: ModelFolder, max_positions: int, clock: Clock, started: float) -> Session:
+    with listening() as listener:
+        return load(
+            model,
+            weights=args.weights,
+            budget=args.budget,
+            plan=args.plan or "optimal",
+            prefetch_threads=PREFETCH_THREADS if args.prefetch_threads is None else args.prefetch_threads,
+            prefetch_ring=args.prefetch_ring,
+            disk_bandwidth=args.disk_bandwidth,
+            trace=args.trace is not None,
+            weight_cache=args.weight_cache,
+            max_positions=max_positions,
+            threads=args.threads,
+            clock=clock,
+            started=started,
+            listener=listener,
+        )
+
+
+def _generate(session: Session, args: argparse.Namespace, ids: list[int], max_tokens: int, prompt: str) -> None:
+    """Generate, and print the text as it comes, unless JSON is printed afterwards."""
+    pieces = session.generate(
+        token_ids=ids,
+        max_tokens=max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    try:
+        for piece in chain([prompt], pieces):
+            if not args.json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()  # the next token may be a while
+    except KeyboardInterrupt:
+        if sys.stdout.isatty():
+            print()  # what comes next begins on a line of its own
+        raise
+
+
+def _summary(stats: GenerationStats) -> str:
+    """Return one line that sums up a generation."""
+    n = len(stats.token_ids)
+    parts = [
+        f"{n} token{'s' if n != 1 else ''}{' (the model ended the text)' if stats.finish_reason == 'stop' else ''}",
+        f"first after {format_seconds(stats.time_to_first_token_s)}",
+    ]
+    if stats.tokens_per_s is not None:
+        parts.append(f"then {_rate(stats.tokens_per_s)} tokens/s")
+    if stats.peak_rss_bytes is not None:
+        parts.append(f"peak memory {format_nbytes(stats.peak_rss_bytes)}")
+    return " · ".join(parts)
+
+
+def _offload_lines(done: GenerationStats, prediction: Prediction | None) -> list[str]:
+    """Return where a budget went, what was read, and how that compares with what disk and processor allow."""
+    stats = done.offload
+    if stats is None or prediction is None:
+        return []
+    spent = ", ".join(f"{what} {format_nbytes(nbytes)}" for what, nbytes in stats.account.parts.items())
+    rates = [
+        f"predicted {_rate(stats.predicted_tokens_per_s)}",
+        *([f"measured {_rate(done.tokens_per_s)}"] if done.tokens_per_s is not None else []),
+        f"ideal {_rate(stats.ideal_tokens_per_s)}",
+    ]
+    known = "as measured here" if prediction.calibration.measured else "as assumed: run refinfer bench calibrate"
+    return [
+        f"budget: {format_nbytes(stats.account.budget)}, at most {format_nbytes(stats.peak_bytes)} in use: {spent}",
+        (
+            f"plan {stats.plan}: {format_nbytes(stats.streamed_bytes_per_token)} read for each token, "
+            f"{format_nbytes(stats.read_bytes_total)} in all; "
+            f"waited {format_seconds(stats.wait_s)} for it, computed {format_seconds(stats.compute_s)}"
+        ),
+        f"tokens/s: {', '.join(rates)} (disk and processor {known})",
+    ]
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 10 else f"{tokens_per_s:.2g}"

@@ -1,0 +1,92 @@
+"""Turns what people write on the command line into values, and adds the options that several commands share.
+
+Leaves to others: options of one command only (its own module), budgets (`offload.budget`).
+Read more: tutorial 00; clause CLI-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from refinfer.packing.formats import FORMATS
+from refinfer.planning.cost import PREFETCH_THREADS
+from refinfer.planning.plan import MOST_PREFETCH_THREADS
+from refinfer.units import parse_nbytes
+
+__all__ = ["add_json", "add_prefetch", "add_weights", "integer", "nbytes", "number", "rate", "token_ids"]
+
+
+def add_json(parser: argparse.ArgumentParser, text: str = "print one JSON object") -> None:
+    """Add the option `--json`."""
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+def add_weights(parser: argparse.ArgumentParser, about_default: str, default: str | None = "auto") -> None:
+    """Add the option `--weights`."""
+    choices = ("auto", *FORMATS)
+    text = f"weight format: {', '.join(choices)} (default: {about_default})"
+    parser.add_argument("--weights", metavar="FORMAT", choices=choices, default=default, help=text)
+
+
+def add_prefetch(parser: argparse.ArgumentParser, default: int | None) -> None:
+    """Add the options that set how chunks are read ahead; `default` is the number of threads if none is given."""
+    parser.add_argument(
+        "--prefetch-threads",
+        metavar="N",
+        type=integer(0, MOST_PREFETCH_THREADS),
+        default=default,
+        help=f"number of prefetch threads; 0 reads each chunk on demand (default: {PREFETCH_THREADS})",
+    )
+    parser.add_argument(
+        "--prefetch-ring",
+        metavar="BYTES",
+        type=nbytes,
+        help="memory for chunks that were read ahead (default: chosen by the plan)",
+    )
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return a function that reads a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {text[:20]}")
+        return value
+
+    return parse
+
+
+def number(text: str) -> float:
+    """Read a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def token_ids(text: str) -> list[int]:
+    """Read token ids such as `1,2,3`."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
+
+
+def nbytes(text: str) -> int:
+    """Read a size such as `300MB`."""
+    try:
+        return parse_nbytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def rate(text: str) -> int:
+    """Read a rate such as `300MB/s`, in bytes per second."""
+    return nbytes(text.strip().removesuffix("/s"))

@@ -1,0 +1,174 @@
+"""The options that `plan` and `simulate` share, as one value: a question about a run within a memory budget.
+
+Combines a model, a budget and a disk. Leaves to others: plans (`planning`), what is shown (`plan`, `simulate`).
+Read more: tutorials 09, 11; clauses CLI-14 to CLI-16.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from refinfer.cli.options import add_json, add_prefetch, add_weights, integer
+from refinfer.errors import RequestError
+from refinfer.inventory import Inventory
+from refinfer.model.checkpoint import open_checkpoint
+from refinfer.model.config import SHAPES
+from refinfer.model.folder import open_folder, readable
+from refinfer.offload.budget import parse_budget
+from refinfer.offload.calibration import calibration_file, known_calibration
+from refinfer.packing.formats import FORMATS
+from refinfer.planning.account import Fixed, fixed_of
+from refinfer.planning.cost import DEVICES, PREFETCH_THREADS, Calibration, Costs, costs_of
+from refinfer.planning.plan import PLANS, Plan, Prefetch, make_plan, smallest_budget
+from refinfer.prepare import choose_format
+
+__all__ = ["Question", "add_question", "format_rate", "question_of"]
+
+_DEFAULT_POSITIONS: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about the model called `name`: the plan, the budget, how chunks are read, and at what cost."""
+
+    name: str
+    inventory: Inventory
+    positions: int
+    fixed: Fixed
+    budget: int
+    prefetch: Prefetch
+    calibration: Calibration
+    costs: Costs
+
+    @property
+    def smallest_budget(self) -> int:
+        """The smallest budget that works."""
+        return smallest_budget(self.inventory, self.fixed)
+
+    def plan(self, name: str) -> Plan:
+        """Return one of the seven plans.
+
+        Raises:
+            BudgetError: the budget is too small.
+        """
+        return make_plan(name, self.inventory, self.fixed, self.budget, self.costs, self.prefetch)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that `plan` and `simulate` print about the model and the machine."""
+        return {
+            "model": self.name,
+            "format": self.inventory.format,
+            "positions": self.positions,
+            "prefetch_threads": self.prefetch.threads,
+            "device": self.calibration.device.name,
+            "device_source": self.calibration.device.source,
+            "processor": self.calibration.processor.name,
+            "processor_source": self.calibration.processor.source,
+            "measured": self.calibration.measured,
+            "streamable_bytes": self.inventory.streamable_nbytes,
+        }
+
+    @property
+    def assumptions(self) -> str:
+        """A line that says where the figures of disk and processor come from."""
+        device, processor = self.calibration.device, self.calibration.processor
+        if self.calibration.measured:
+            return f"disk and processor as measured here: {device.source}"
+        return f"assuming: disk {device.name} ({device.source}); processor {processor.name} ({processor.source})"
+
+
+def add_question(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `plan` and `simulate` share."""
+    parser.add_argument("--model", metavar="DIR", help="a model folder in Hugging Face's form; give this or --shape")
+    parser.add_argument("--shape", metavar="NAME", choices=SHAPES, help=f"a published shape: {', '.join(SHAPES)}")
+    add_weights(parser, "auto, which is bf16 for bfloat16 checkpoints and for shapes, and f32 for others")
+    parser.add_argument(
+        "--budget",
+        metavar="B",
+        help="memory to run in: 300MB, 1.5GiB, 40%% of the packed weights, or auto, which is nine tenths of what is "
+        "left (default: 50%%, or the smallest that works if that is more)",
+    )
+    parser.add_argument(
+        "--positions",
+        metavar="N",
+        type=integer(1),
+        help=f"number of positions in the KV cache (default: {_DEFAULT_POSITIONS}, or the model's limit if smaller)",
+    )
+    parser.add_argument(
+        "--plan",
+        metavar="PLAN",
+        choices=PLANS,
+        default="optimal",
+        help=f"plan to show: {', '.join(PLANS)} (default: optimal)",
+    )
+    add_prefetch(parser, default=PREFETCH_THREADS)
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        choices=DEVICES,
+        help=f"disk to assume: {', '.join(DEVICES)} (default: the one that refinfer bench calibrate measured here, or "
+        "virtual-disk)",
+    )
+    parser.add_argument("--svg", metavar="FILE", help="draw a picture, in SVG, into this file")
+    add_json(parser)
+
+
+def question_of(args: argparse.Namespace) -> Question:
+    """Return what the arguments ask.
+
+    Raises:
+        InputError: both or neither of a model and a shape are given, or a value cannot be used.
+    """
+    name, inventory = _inventory(args)
+    longest = inventory.config.longest_request
+    positions = args.positions or min(_DEFAULT_POSITIONS, longest)
+    if positions > longest:
+        raise RequestError(f"--positions must be from 1 to this model's {longest}, not {positions}")
+    fixed = fixed_of(inventory, positions)
+    file = calibration_file()
+    disk = Path(args.model or (file or Path()).parent)  # of the model, or else of the cache files
+    calibration = known_calibration(file, disk, args.device)
+    return Question(
+        name=name,
+        inventory=inventory,
+        positions=positions,
+        fixed=fixed,
+        budget=_budget(args.budget, inventory, fixed),
+        prefetch=Prefetch(args.prefetch_threads, args.prefetch_ring),
+        calibration=calibration,
+        costs=costs_of(inventory, calibration, prefetch_threads=args.prefetch_threads),
+    )
+
+
+def _inventory(args: argparse.Namespace) -> tuple[str, Inventory]:
+    """Return the model that the arguments name, and what its file would hold; no weights are needed."""
+    if args.model is None and args.shape is None:
+        raise RequestError("a model is missing; give --model DIR or --shape NAME")
+    if args.model is not None and args.shape is not None:
+        raise RequestError("--model and --shape were both given; give one of them")
+    if args.shape is not None:
+        weights = "bf16" if args.weights == "auto" else args.weights  # what such models are published in
+        return args.shape, Inventory(SHAPES[args.shape], weights)
+    folder = Path(args.model)
+    config = open_folder(folder).config
+    if args.weights in FORMATS:
+        return str(folder), Inventory(config, args.weights)
+    with readable(folder):
+        return str(folder), Inventory(config, choose_format(open_checkpoint(folder), "auto"))
+
+
+def _budget(text: str | None, inventory: Inventory, fixed: Fixed) -> int:
+    """Return the budget asked for; if none is, half of the weights, or the least that works if that is more."""
+    if text is not None:
+        return parse_budget(text, inventory.streamable_nbytes)
+    return max(inventory.streamable_nbytes // 2, smallest_budget(inventory, fixed))
+
+
+def format_rate(tokens_per_s: float | None) -> str:
+    """Return tokens per second as a table shows them; nothing for None."""
+    if tokens_per_s is None:
+        return ""
+    return f"{tokens_per_s:,.1f}" if tokens_per_s >= 10 else f"{tokens_per_s:#.3g}"

@@ -1,0 +1,144 @@
+"""A run within a memory budget: plans it, opens it, predicts its speed, and adds up what it spent.
+
+Puts the pieces of this room together. Leaves to others: the cache file (`prepare`), which must exist already, and the
+transformer (`engine`).
+Read more: tutorial 12; clauses GEN-15, GEN-18, OFFLOAD-8, OPEN-7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from refinfer.clock import Clock
+from refinfer.errors import DamagedWeightsError
+from refinfer.inventory import Inventory
+from refinfer.model.transformer import prefill_block
+from refinfer.offload.budget import Budget, parse_budget
+from refinfer.offload.calibration import calibration_file, known_calibration, slower
+from refinfer.offload.packed_file import PackedFile
+from refinfer.offload.prediction import OffloadStats, Prediction, observe, predict
+from refinfer.offload.store import FileStore, ThrottledStore
+from refinfer.offload.streamed import StreamedSource
+from refinfer.planning.account import fixed_of
+from refinfer.planning.cost import Calibration, costs_of
+from refinfer.planning.plan import Plan, Prefetch, make_plan
+from refinfer.trace import Recorder
+from refinfer.weight_cache.key import PackKey
+from refinfer.weight_cache.publish import discard
+
+__all__ = ["BudgetedRun", "PlannedRun", "Within", "open_run", "plan_run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """A memory budget, and how a run keeps it.
+
+    `budget` is a number of bytes, a size such as `300MB`, a share of the matrices such as `60%`, or `auto`.
+    `disk_bandwidth` limits the bytes read per second. `paged` replaces locked chunks and ring by a page cache, for
+    comparison. `traced` records when each chunk was read, computed and waited for.
+    """
+
+    budget: int | str
+    plan: str = "optimal"
+    prefetch: Prefetch = field(default_factory=Prefetch)
+    disk_bandwidth: float | None = None
+    paged: bool = False
+    traced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """A run before any byte is read: what was asked for, the model and its file, and what was decided.
+
+    `calibration` is what reading and multiplying cost on this machine; `budget` counts the bytes in use.
+    """
+
+    within: Within
+    inventory: Inventory
+    max_positions: int
+    path: Path
+    calibration: Calibration
+    plan: Plan
+    budget: Budget
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetedRun:
+    """A run that has begun: its weights, the speed it should reach, and what it has read and waited for."""
+
+    planned: PlannedRun
+    source: StreamedSource
+    prediction: Prediction
+    store: FileStore
+    recorder: Recorder
+
+    def stats(self, seconds: float, waited_before: float) -> OffloadStats:
+        """Return what a generation of `seconds` spent; `waited_before` is how long the run had waited before it."""
+        plan, waited = self.planned.plan, self.recorder.wait_s - waited_before
+        return OffloadStats(
+            plan=plan.name,
+            account=plan.account,
+            peak_bytes=self.planned.budget.peak,
+            streamed_bytes_per_token=self.planned.inventory.streamable_nbytes - plan.account.locked,
+            read_bytes_total=self.store.bytes_read,
+            predicted_tokens_per_s=1 / self.prediction.token_s,
+            ideal_tokens_per_s=1 / self.prediction.ideal_token_s,
+            wait_s=waited,
+            compute_s=max(0.0, seconds - waited),
+        )
+
+
+def plan_run(within: Within, inventory: Inventory, max_positions: int, path: Path) -> PlannedRun:
+    """Decide what a run with the cache file at `path` spends its budget on.
+
+    Raises:
+        BudgetError: the budget is not a size or a share, or too small.
+        RequestError: there is no such plan, or an impossible ring.
+    """
+    limit, prefetch = within.budget, within.prefetch
+    nbytes = parse_budget(limit, inventory.streamable_nbytes) if isinstance(limit, str) else limit
+    calibration = slower(known_calibration(calibration_file(), path), within.disk_bandwidth)
+    costs = costs_of(inventory, calibration, prefetch_threads=prefetch.threads)
+    plan = make_plan(within.plan, inventory, fixed_of(inventory, max_positions), nbytes, costs, prefetch)
+    return PlannedRun(within, inventory, max_positions, path, calibration, plan, Budget(nbytes))
+
+
+# --8<-- [start:open]
+def open_run(planned: PlannedRun, keys: Mapping[str, PackKey], clock: Clock, *, quiet: bool) -> BudgetedRun:
+    """Count the account's parts against the budget, read what is locked, begin to prefetch, and predict the speed.
+
+    `quiet` means that no file was written just before. If one was, the system may still be writing it to the disk, and
+    how fast chunks are read shows nothing.
+
+    Raises:
+        BudgetError: the account does not fit the budget.
+        CacheFileError: the file cannot be opened.
+        DamagedWeightsError: what was read is damaged; the file is removed unless another has replaced it.
+    """
+    within, inventory, plan = planned.within, planned.inventory, planned.plan
+    planned.budget.acquire_all(plan.account.parts)
+    with ExitStack() as undo:
+        store = FileStore(planned.path)
+        undo.callback(store.close)
+        rate = within.disk_bandwidth
+        file = PackedFile(planned.path, inventory, keys, store if rate is None else ThrottledStore(store, rate, clock))
+        recorder = Recorder(clock, traced=within.traced)
+        most_rows = prefill_block(inventory.config, planned.max_positions)
+        try:
+            source = StreamedSource(file, plan, recorder, most_rows, paged=within.paged)
+        except DamagedWeightsError:
+            discard(planned.path, store.is_at)  # the file, if it still is the one that was read
+            raise
+        undo.callback(source.close)
+        calibration = planned.calibration
+        if not calibration.measured:  # learn from how the locked chunks were read, and multiply them for a moment
+            calibration = observe(calibration, inventory, source, plan, clock, quiet=quiet)
+        prediction = predict(inventory, plan, calibration, paged=within.paged)
+        undo.pop_all()
+    return BudgetedRun(planned, source, prediction, store, recorder)
+
+
+# --8<-- [end:open]

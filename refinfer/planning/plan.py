@@ -1,0 +1,153 @@
+"""Plans: which chunks stay in memory, and which stream (are read again for each token), within a budget.
+
+A plan is decided before a byte is read. A ring with more slots lets threads read further ahead of use, but leaves fewer
+bytes for locked chunks.
+
+Leaves to others: what each byte of a budget is spent on (`account`), the six simple plans (`locks`), the search for
+the best one (`optimal`), files, threads, clocks.
+Read more: tutorial 09; clauses PLAN-1 to PLAN-4, PLAN-13.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from refinfer.errors import BudgetError, RequestError
+from refinfer.inventory import Inventory
+from refinfer.planning.account import Account, Fixed
+from refinfer.planning.cost import PREFETCH_THREADS, Costs, ideal_token_s
+from refinfer.planning.locks import LOCKS
+from refinfer.planning.optimal import RINGS, family, search, token_s
+from refinfer.units import format_nbytes
+
+__all__ = ["MOST_PREFETCH_THREADS", "PLANS", "Plan", "Prefetch", "make_plan", "require_plan", "smallest_budget"]
+
+PLANS: Final = (*LOCKS, "optimal")
+"""The names of the seven plans."""
+
+_SMALLEST_RING: Final = 2  # in slots, as the next two
+_USUAL_RING: Final = 8
+_LARGEST_RING: Final = 4096
+_RING_SHARE: Final = 4  # the usual ring takes at most a quarter of the bytes for ring and locked chunks
+MOST_PREFETCH_THREADS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetch:
+    """How chunks are read ahead: the number of threads (0 reads each chunk on demand), the bytes of the ring.
+
+    If `ring_nbytes` is None, the plan chooses.
+
+    Raises:
+        RequestError: an impossible number of threads.
+    """
+
+    threads: int = PREFETCH_THREADS
+    ring_nbytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threads <= MOST_PREFETCH_THREADS:
+            raise RequestError(f"there can be 0 to {MOST_PREFETCH_THREADS} prefetch threads, not {self.threads}")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which chunks of the cycle are locked; all others stream, in the order of the cycle, read by `prefetch_threads`.
+
+    `token_s` is the time for a token in the simulator (a run on a virtual clock), `ideal_token_s` the bound that no run
+    with these locks can beat; both follow from the costs that `make_plan` was given.
+    """
+
+    name: str
+    locked: frozenset[int]
+    prefetch_threads: int
+    ring_slots: int
+    slot_nbytes: int
+    account: Account
+    token_s: float
+    ideal_token_s: float
+
+    @property
+    def streams(self) -> bool:
+        """Whether anything is read for each token."""
+        return self.ring_slots > 0
+
+
+_USUAL_PREFETCH: Final = Prefetch()
+
+
+def _slot_nbytes(inventory: Inventory) -> int:
+    return int(inventory.sizes.max())
+
+
+def smallest_budget(inventory: Inventory, fixed: Fixed) -> int:
+    """Return the smallest budget that works: what every plan needs, and a ring of two chunks."""
+    return fixed.total + min(_SMALLEST_RING * _slot_nbytes(inventory), inventory.streamable_nbytes)
+
+
+def require_plan(name: str) -> str:
+    """Return the name of a plan; raises RequestError for another name."""
+    if name not in PLANS:
+        raise RequestError(f"the plan must be one of {', '.join(PLANS)}, not {name!r}")
+    return name
+
+
+def make_plan(
+    name: str, inventory: Inventory, fixed: Fixed, budget: int, costs: Costs, prefetch: Prefetch = _USUAL_PREFETCH
+) -> Plan:
+    """Decide what is locked and how many slots the ring has; if everything fits, all is locked, without a ring.
+
+    Args:
+        name: one of `PLANS`.
+        inventory: the model's chunks.
+        fixed: the bytes that every plan needs.
+        budget: bytes in all.
+        costs: the seconds to read and to compute each chunk.
+        prefetch: how chunks are read. If the bytes of the ring are None, `optimal` tries several sizes; other plans
+            take eight slots, or fewer if those would take more than a quarter of the bytes for ring and locked chunks.
+
+    Raises:
+        BudgetError: the budget is too small; the message names the smallest that works.
+        RequestError: there is no such plan, or an impossible ring.
+    """
+    require_plan(name)
+    smallest = smallest_budget(inventory, fixed)
+    if budget < smallest:
+        raise BudgetError(
+            f"a budget of {format_nbytes(budget)} is too small for this model and request; the smallest that works "
+            f"is {smallest} bytes ({format_nbytes(smallest)})"
+        )
+    slot, left = _slot_nbytes(inventory), budget - fixed.total
+    wanted = None if prefetch.ring_nbytes is None else _slots_of(prefetch.ring_nbytes, slot, left)
+    if inventory.streamable_nbytes <= left:
+        slots, locked = 0, np.ones(len(inventory.cycle), np.bool_)
+    elif name == "optimal":  # tries each simple plan with each ring
+        members = list(family(inventory, left, slot, (wanted,) if wanted else RINGS))
+        member = search(inventory, costs, members, prefetch.threads)
+        slots, locked = member.slots, member.locked
+    else:
+        slots = wanted or max(_SMALLEST_RING, min(_USUAL_RING, left // _RING_SHARE // slot))
+        locked = LOCKS[name](inventory, left - slots * slot)
+    return Plan(
+        name=name,
+        locked=frozenset(np.flatnonzero(locked).tolist()),
+        prefetch_threads=prefetch.threads,
+        ring_slots=slots,
+        slot_nbytes=slot,
+        account=Account(budget, fixed, slots * slot, int(inventory.sizes[locked].sum())),
+        token_s=token_s(costs, locked, max(slots, 1), prefetch.threads),
+        ideal_token_s=ideal_token_s(costs, locked, prefetch.threads),
+    )
+
+
+def _slots_of(ring_nbytes: int, slot: int, left: int) -> int:
+    slots = ring_nbytes // slot
+    if not _SMALLEST_RING <= slots <= _LARGEST_RING or slots * slot > left:
+        raise RequestError(
+            f"a ring must hold {_SMALLEST_RING} to {_LARGEST_RING} chunks of {format_nbytes(slot)} and fit the budget, "
+            f"not {format_nbytes(ring_nbytes)}"
+        )
+    return slots

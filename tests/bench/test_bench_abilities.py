@@ -1,0 +1,149 @@
+"""The verdicts of `doctor`: what this machine can do, tried where it is needed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refinfer.bench import abilities as bench_abilities
+from refinfer.bench.abilities import Ability, abilities
+from refinfer.bench.machine import describe_machine, drops_pages
+from refinfer.offload.calibration import CALIBRATION_FILE
+
+
+@pytest.fixture(scope="module")
+def machine() -> dict[str, Any]:
+    """What this machine is."""
+    return describe_machine(Path.cwd())
+
+
+def verdicts(machine: dict[str, Any]) -> dict[str, Ability]:
+    return {verdict.ability: verdict for verdict in abilities(machine)}
+
+
+@pytest.mark.spec("CLI-22")
+def test_every_verdict_has_a_reason_and_names_who_needs_it(machine: dict[str, Any]) -> None:
+    found = verdicts(machine)
+    assert len(found) >= 10
+    for verdict in found.values():
+        assert verdict.why
+        assert verdict.needed_by
+        assert verdict.without
+
+
+@pytest.mark.spec("CLI-22")
+@pytest.mark.parametrize(
+    ("works", "why"), [(True, "supports O_DIRECT"), (False, "XDG_CACHE_HOME"), (None, "XDG_CACHE_HOME")]
+)
+def test_direct_reads_are_tried_in_what_there_is_of_the_cache_directory(
+    works: bool | None, why: str, machine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Path] = []
+
+    def direct_io_works(folder: Path) -> bool | None:
+        tried.append(folder)
+        return works
+
+    monkeypatch.setattr(bench_abilities, "direct_io_works", direct_io_works)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not" / "yet"))
+    verdict = verdicts(machine)["direct reads in the cache directory"]
+    assert (tried, verdict.works) == ([tmp_path], works is True)
+    assert why in verdict.why
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.spec("CLI-22")
+def test_a_user_without_a_home_has_no_cache_directory_to_try(
+    machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+
+    def no_home() -> Path:
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, "home", no_home)
+    found = verdicts(machine)
+    for ability in ("direct reads in the cache directory", "file locks in the cache directory"):
+        assert not found[ability].works
+        assert "set XDG_CACHE_HOME" in found[ability].why
+
+
+@pytest.mark.spec("CLI-22")
+def test_refused_locks_are_reported_with_the_reason(machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(bench_abilities, "Draft", refuse)
+    verdict = verdicts(machine)["file locks in the cache directory"]
+    assert not verdict.works
+    assert verdict.why.endswith(": No locks available")
+
+
+@pytest.mark.spec("CLI-22")
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux reads what is in the page cache and nothing else")
+def test_a_page_is_seen_to_be_dropped_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if drops_pages(tmp_path) is None:
+        pytest.skip("this file system does not tell what is in the page cache")
+    monkeypatch.setattr(os, "posix_fadvise", lambda *_: None)
+    assert drops_pages(tmp_path) is False
+    monkeypatch.delattr(os, "RWF_NOWAIT")
+    assert drops_pages(tmp_path) is None
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert drops_pages(tmp_path) is False
+
+
+@pytest.mark.spec("CLI-22")
+@pytest.mark.parametrize(
+    ("limit", "privileged", "why"),
+    [(None, False, "without a limit"), (64_000, False, "up to 64.0 kB"), (64_000, True, "CAP_IPC_LOCK")],
+)
+def test_locked_memory_is_reported_with_its_limit(
+    limit: int | None, privileged: bool, why: str, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_abilities, "_may_lock_all", lambda: privileged)
+    verdict = verdicts(machine | {"memlock_limit_bytes": limit})["packed weights locked in memory"]
+    assert verdict.works
+    assert why in verdict.why
+
+
+@pytest.mark.spec("CLI-22")
+def test_no_limit_at_all_is_not_no_locked_memory_at_all(
+    machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_abilities, "_may_lock_all", lambda: False)
+    assert not verdicts(machine | {"memlock_limit_bytes": 0})["packed weights locked in memory"].works
+
+
+@pytest.mark.spec("CLI-22")
+@pytest.mark.parametrize(
+    ("text", "works"), [("always [madvise] never", True), ("always madvise [never]", False), (None, False)]
+)
+def test_huge_pages_are_there_unless_they_are_switched_off(
+    text: str | None, works: bool, machine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        (tmp_path / "enabled").write_text(f"{text}\n")
+    monkeypatch.setattr(bench_abilities, "_HUGE_PAGES", tmp_path / "enabled")
+    assert verdicts(machine)["huge pages"].works == works
+
+
+@pytest.mark.spec("CLI-22")
+def test_a_blas_that_cannot_be_set_is_reported(machine: dict[str, Any]) -> None:
+    verdict = verdicts(machine | {"blas": []})["BLAS threads that can be set"]
+    assert not verdict.works
+    assert "its own environment variable" in verdict.why
+
+
+@pytest.mark.spec("CLI-22")
+def test_speeds_are_measured_once_the_calibration_has_this_disk_and_processor(
+    machine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ability = "speeds of disk and processor measured here"
+    assert "refinfer bench calibrate" in verdicts(machine)[ability].why
+    (tmp_path / "refinfer").mkdir()
+    (tmp_path / "refinfer" / CALIBRATION_FILE).write_text("{}")
+    assert not verdicts(machine)[ability].works

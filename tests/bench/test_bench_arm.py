@@ -1,0 +1,165 @@
+"""One run of the bench of offloading: what it does, within which limit, and what it measures."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import pytest
+
+from refinfer.bench import arm as bench_arm
+from refinfer.bench.arm import POSITIONS, Arm, can_limit_memory, run_arm
+from refinfer.bench.offload import MODEL
+from refinfer.bench.start import run_start
+from refinfer.errors import GenerationError
+from refinfer.generate import STORYTELLER
+from refinfer.inventory import Inventory
+from refinfer.model.folder import open_folder
+from refinfer.model.synth import write_checkpoint
+from refinfer.offload.store import FileStore
+from refinfer.planning.account import fixed_of
+from refinfer.planning.plan import smallest_budget
+
+WATCHDOG_S: Final = 30.0
+
+
+TINY: Final = replace(
+    MODEL,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    vocab_size=2048,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    head_dim=32,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.spec("BENCH-11")
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux reports what a process has read from disks")
+def test_the_bytes_a_token_reads_from_the_disk_are_the_plans(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", TINY, dtype="f32")
+    arm = Arm("f32", 0.5, "optimal")
+    run_arm(tmp_path / "m", tmp_path / "w", arm)
+    with FileStore(tmp_path / "w") as store:
+        if not store.direct:
+            pytest.skip("this file system has no direct I/O")
+    measured = run_arm(tmp_path / "m", tmp_path / "w", arm)
+    planned = measured["offload"]["streamed_bytes_per_token"]
+    # The untied embedding row of each token is read besides: one or two pages.
+    assert 0 <= measured["read_bytes_per_token"] - planned <= 3 * 4096 or measured["read_bytes_per_token"] == 0
+
+
+@pytest.mark.spec("BENCH-12")
+def test_a_chunk_multiplied_many_times_gives_the_same_tokens() -> None:
+    code = (
+        "import sys; from refinfer.bench.arm import _multiply_often; _multiply_often(int(sys.argv[1]));"
+        "from refinfer import load\n"
+        "for weight_cache, budget in ((':memory', None), (sys.argv[2], '90%')):\n"
+        "    with load(weight_cache=weight_cache, budget=budget, threads=1, max_positions=32) as s:\n"
+        "        print(repr(''.join(s.generate('ROMEO:', max_tokens=12))))"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [
+            subprocess.run(
+                [sys.executable, "-c", code, str(n), f"{folder}/w"], capture_output=True, text=True, check=True
+            ).stdout
+            for n in (1, 5)
+        ]
+    assert printed[0] == printed[1]
+    assert printed[0].count("\n") == 2
+
+
+@pytest.mark.spec("BENCH-12")
+def test_compute_heavy_products_are_repeated_wherever_the_weights_are(tmp_path: Path) -> None:
+    """Resident and streamed: each chunk is multiplied three times, as counted in a process of its own."""
+    code = """
+import sys
+import refinfer.bench.arm as bench
+from refinfer import load
+from refinfer.packing import bf16
+calls, once = 0, bf16.multiply
+def counted(*args):
+    global calls
+    calls += 1
+    once(*args)
+bf16.multiply = counted
+bench._multiply_often(3)
+for budget in (None, "90%"):
+    with load(weight_cache=sys.argv[1], budget=budget, threads=1, max_positions=8) as session:
+        calls = 0
+        for _ in session.generate(token_ids=[1], max_tokens=2):
+            pass
+    print(calls)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "w")], capture_output=True, text=True, check=True
+    ).stdout
+    resident, streamed = map(int, done.split())
+    chunks = len(Inventory(open_folder(STORYTELLER).config, "bf16").cycle)
+    assert resident == streamed == 3 * 2 * chunks
+
+
+@pytest.mark.skipif(not can_limit_memory(), reason="needs control groups, version 1, that can be written")
+@pytest.mark.spec("BENCH-11")
+def test_a_memory_limit_is_real_and_its_group_is_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the place of an arm, a program that says which group it is in, and takes more than it may."""
+    groups = Path("/sys/fs/cgroup/memory")
+    code = "print(open('/proc/self/cgroup').read(), flush=True); bytearray(b'1' * (512 << 20))"
+    limits: list[str] = []
+    done: list[subprocess.CompletedProcess[str]] = []
+    real = subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        limits.append((groups / f"refinfer-bench-{os.getpid()}" / "memory.limit_in_bytes").read_text().strip())
+        assert command[3] == sys.executable  # the first three join the group
+        done.append(real([*command[:4], "-c", code], timeout=WATCHDOG_S, **options))
+        return done[-1]
+
+    monkeypatch.setattr(bench_arm, "subprocess", SimpleNamespace(run=run))
+    with pytest.raises(GenerationError, match=r"a run of .* failed"):
+        run_arm(tmp_path / "m", tmp_path / "cache", Arm("f32", 0.5, "mmap", 0), 128 << 20)
+    assert limits == [str(128 << 20)]
+    assert f"refinfer-bench-{os.getpid()}" in done[0].stdout
+    assert done[0].returncode == -signal.SIGKILL
+    assert not (groups / f"refinfer-bench-{os.getpid()}").exists()
+
+
+@pytest.mark.spec("BENCH-11")
+def test_an_arm_that_fails_is_one_named_error(tmp_path: Path) -> None:
+    arm = Arm("f32", 0.5, "optimal")
+    with pytest.raises(GenerationError, match=r"a run of .*optimal.* failed"):
+        run_arm(tmp_path / "nothing here", tmp_path / "cache", arm)
+    assert asdict(arm)["prefetch_threads"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.spec("BENCH-14", "BUDGET-1")
+@pytest.mark.skipif(not can_limit_memory(), reason="needs control groups, version 1, that can be written")
+@pytest.mark.parametrize("name", ["f32", "int4"])
+def test_a_first_run_and_a_later_one_survive_a_group_of_the_budget_at_every_budget(name: str, tmp_path: Path) -> None:
+    """The first one packs, within the same limit. The model is large enough to be seen: 134 MB of float32."""
+    config = replace(MODEL, num_hidden_layers=2, hidden_size=1024, intermediate_size=4096, head_dim=32)
+    write_checkpoint(tmp_path / "m", config, dtype="f32")
+    base = run_start(STORYTELLER, "auto", ":memory")["peak_rss_bytes"]
+    inventory = Inventory(config, name)
+    least = smallest_budget(inventory, fixed_of(inventory, POSITIONS)) / inventory.streamable_nbytes
+    for share in (0.1, 0.25, 0.5, 0.75, 0.9, 0.95):
+        if share < least:
+            continue
+        limit = base + round(share * inventory.streamable_nbytes) + 16_000_000
+        for _ in range(2):
+            measured = run_arm(tmp_path / "m", tmp_path / f"{share}", Arm(name, share, "optimal"), limit)
+            assert measured["offload"]["peak_bytes"] <= measured["offload"]["budget_bytes"]
+        # The first run also had pages of the original mapped, which the kernel takes back when it needs them.
+        assert measured["peak_rss_bytes"] <= limit

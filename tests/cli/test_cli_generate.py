@@ -1,0 +1,117 @@
+"""The command `generate`: what goes where, and the JSON contract."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refinfer.cli.main import main
+from refinfer.generate import Session, load
+from refinfer.process import peak_rss_bytes
+
+sys.path.insert(0, str(Path(__file__).parent))
+from command_line import run
+
+GENERATE_KEYS = {
+    "text": str,
+    "prompt_token_ids": list,
+    "token_ids": list,
+    "finish_reason": str,
+    "time_to_first_token_s": float,
+    "tokens_per_s": float,
+    "peak_rss_bytes": int,
+    "weight_cache": dict,
+    "offload": type(None),
+}
+
+
+@pytest.mark.spec("CLI-1")
+def test_generate_writes_the_text_to_standard_output_and_a_summary_to_standard_error(storyteller: Session) -> None:
+    status, out, err = run("generate", "JULIET:", "--max-tokens", 30)
+    text = "".join(storyteller.generate("JULIET:", max_tokens=30))
+    assert (status, out) == (0, f"JULIET:{text}\n")
+    assert "30 tokens · first after" in err
+    assert "tokens/s" in err
+    assert "peak memory" in err
+
+
+@pytest.mark.spec("CLI-1")
+def test_generate_without_a_prompt_has_one_of_its_own() -> None:
+    status, out, _ = run("generate", "--max-tokens", 5)
+    assert status == 0
+    assert out.startswith("ROMEO:")
+
+
+@pytest.mark.spec("CLI-2")
+def test_generate_json_is_one_object_with_the_documented_keys() -> None:
+    status, out, err = run("generate", "ROMEO:", "--max-tokens", 7, "--json")
+    result = json.loads(out)
+    assert (status, err) == (0, "")
+    assert {key: type(value) for key, value in result.items()} == GENERATE_KEYS
+    assert list(result) == list(GENERATE_KEYS)
+    assert len(result["token_ids"]) == len(result["text"]) == 7
+    assert result["time_to_first_token_s"] > 0
+    assert result["peak_rss_bytes"] == pytest.approx(peak_rss_bytes(), rel=0.05)  # the kernel counts in batches
+
+
+@pytest.mark.spec("CLI-2", "GEN-2")
+def test_token_ids_and_their_text_are_the_same_prompt() -> None:
+    _, by_text, _ = run("generate", "ROMEO:", "--max-tokens", 9, "--json")
+    ids = ",".join(map(str, json.loads(by_text)["prompt_token_ids"]))
+    _, by_ids, _ = run("generate", "--token-ids", ids, "--max-tokens", 9, "--json")
+    assert json.loads(by_ids)["text"] == json.loads(by_text)["text"]
+
+
+@pytest.mark.spec("CLI-2")
+def test_sampling_options_reach_the_sampler(storyteller: Session) -> None:
+    options = ["--temperature", "0.9", "--top-k", "20", "--top-p", "0.95", "--seed", "11", "--threads", "1"]
+    _, out, _ = run("generate", "KING", "--max-tokens", 25, *options, "--json")
+    expected = storyteller.generate("KING", max_tokens=25, temperature=0.9, top_k=20, top_p=0.95, seed=11)
+    assert json.loads(out)["text"] == "".join(expected)
+
+
+@pytest.mark.spec("CLI-2", "PACK-28")
+@pytest.mark.parametrize(
+    "options", [["--weights", "int8"], ["--weights", "int4", "--weight-cache", "off"]], ids=" ".join
+)
+def test_weight_formats_are_chosen_on_the_command_line(options: list[str]) -> None:
+    status, out, _ = run("generate", "ROMEO:", "--max-tokens", 20, *options, "--json")
+    with load(weights=options[1], weight_cache="off") as session:
+        assert (status, json.loads(out)["text"]) == (0, "".join(session.generate("ROMEO:", max_tokens=20)))
+
+
+@pytest.mark.spec("TOKEN-3", "CLI-6")
+def test_without_the_tokenizers_package_token_ids_still_work(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    main(["synth", str(folder), "--shape", "tiny"])
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["merges"] = ["h e"]
+    raw["model"]["vocab"]["he"] = 256
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    blocked = "import sys; sys.modules['tokenizers'] = None; from refinfer.cli.main import main; sys.exit(main())"
+
+    def run_without(*argv: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [sys.executable, "-c", blocked, "generate", "--model", str(folder), "--max-tokens", "3", *argv],
+            capture_output=True,
+            check=False,
+        )
+
+    by_ids, by_text = run_without("--token-ids", "1,2"), run_without("hello")
+    assert by_ids.returncode == 0
+    assert len(by_ids.stdout.split(b",")) == 3
+    assert by_text.returncode == 2
+    assert b"pip install 'refinfer[hf]', or give the prompt as --token-ids" in by_text.stderr
+
+
+@pytest.mark.spec("CLI-6")
+def test_without_a_tokenizer_generate_prints_token_ids(tmp_path: Path) -> None:
+    run("synth", tmp_path / "m", "--shape", "tiny")
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    status, out, _ = run("generate", "--token-ids", "1,2,3", "--model", tmp_path / "m", "--max-tokens", 4)
+    assert status == 0
+    assert len([int(i) for i in out.split(",")]) == 4

@@ -1,0 +1,150 @@
+"""The commands `doctor` and `bench`: what they print, for people and as JSON, and what each bench offers."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refinfer.bench import abilities, offload
+from refinfer.cli.machine import benches
+from refinfer.cli.main import main
+
+sys.path.insert(0, str(Path(__file__).parent))
+from command_line import refused, run
+
+
+@pytest.mark.spec("CLI-7", "BENCH-3")
+def test_doctor_describes_the_machine() -> None:
+    status, out, _ = run("doctor", "--json")
+    machine = json.loads(out)
+    assert status == 0
+    assert machine["cores"] >= 1
+    assert machine["page_bytes"] >= 4096
+    assert {"cpu", "memory_bytes", "cgroup", "memlock_limit_bytes", "folder", "blas", "numpy", "python"} <= set(machine)
+    assert {"path", "file_system", "direct_io", "read_ahead_kb"} == set(machine["folder"])
+    status, out, _ = run("doctor")
+    assert status == 0
+    facts = dict(re.findall("^│ ([^│]+?) +│ ([^│]+?) +│$", out, flags=re.MULTILINE))
+    assert (facts["cores for this process"], facts["numpy"]) == (str(machine["cores"]), machine["numpy"])
+    assert facts["page of memory"] == f"{machine['page_bytes']} bytes"
+    assert facts["this folder"] == machine["folder"]["path"]
+
+
+@pytest.mark.spec("CLI-22")
+def test_doctor_ends_with_a_verdict_on_each_ability() -> None:
+    machine = json.loads(run("doctor", "--json")[1])
+    _, out, _ = run("doctor")
+    lines = out[out.index("What this machine can do") :].splitlines()[1:]
+    for verdict, said, needed in zip(machine["abilities"], lines[::2], lines[1::2], strict=True):
+        assert said.startswith(f"{'yes' if verdict['works'] else 'no ':5}{verdict['ability']}: ")
+        assert needed.startswith(f"     for {', '.join(verdict['needed_by'])}")
+        assert needed.endswith(verdict["needed_by"][-1] if verdict["works"] else f": {verdict['without']}")
+
+
+@pytest.mark.spec("CLI-22")
+def test_doctor_says_what_to_do_about_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(abilities, "find_spec", lambda name: None)
+    monkeypatch.setattr(abilities, "can_limit_memory", lambda: False)
+    _, out, _ = run("doctor")
+    expected = """\
+no   memory limits by control groups: /sys/fs/cgroup/memory cannot be written;
+     be root, on a system with control groups of version 1
+     for bench offload: its mmap arm is left out, and nothing limits the other
+       arms
+"""
+    assert expected in out
+    expected = """\
+no   the tokenizers package, for other tokenizers than refinfer's own: it is not
+     installed; run pip install 'refinfer[hf]'
+     for generate --model: give the prompt as --token-ids
+"""
+    assert expected in out
+
+
+@pytest.mark.spec("BENCH-13")
+def test_json_is_one_object_whose_rows_are_written_as_they_come(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[str] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number in range(3):
+            yield {"number": number}
+            written.append(capsys.readouterr().out)
+
+    one = replace(offload.BENCH, measure=lambda progress, **_: {"rounds": 1, "rows": rows()})
+    monkeypatch.setattr(offload, "BENCH", one)
+    assert main(["bench", "offload", "--json"]) == 0
+    written.append(capsys.readouterr().out)
+    for number, text in enumerate(written[:3]):
+        assert f'{{"number": {number}}}' in text
+    result = json.loads("".join(written))
+    assert list(result) == ["machine", "rounds", "rows"]
+    assert result["rows"] == [{"number": 0}, {"number": 1}, {"number": 2}]
+
+
+@pytest.mark.spec("BENCH-3")
+def test_the_list_of_benches_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = " ".join(help_of(capsys).split())
+    assert all(f" {name} {bench.summary}" in shown for name, bench in benches().items())
+
+
+@pytest.mark.spec("BENCH-3", "CLI-3")
+@pytest.mark.parametrize("name", benches())
+def test_the_help_of_a_bench_shows_what_it_measures_and_only_its_own_options(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench, shown = benches()[name], help_of(capsys, name)
+    flat = " ".join(shown.split())
+    assert bench.title in flat
+    assert all(f" {term} {text}" in flat for term, text in bench.notes.items())
+    options = {f"--{flag.replace('_', '-')}" for flag in bench.flags}
+    assert set(re.findall(r"^  (--[a-z-]+)", shown, flags=re.MULTILINE)) == options | {"--json"}
+    assert options == ({"--quick", "--compute-heavy"} if name == "offload" else set())
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *name: str) -> str:
+    with pytest.raises(SystemExit):
+        main(["bench", *name, "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.spec("BENCH-11", "BENCH-12")
+def test_the_options_of_a_bench_reach_its_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[dict[str, bool]] = []
+
+    def measure(progress: object, **flags: bool) -> dict[str, Any]:
+        got.append(flags)
+        return {"rows": []}
+
+    monkeypatch.setattr(offload, "BENCH", replace(offload.BENCH, measure=measure))
+    for options in ([], ["--quick"], ["--compute-heavy", "--quick"]):
+        assert run("bench", "offload", *options, "--json")[0] == 0
+    assert got == [
+        {"quick": False, "compute_heavy": False},
+        {"quick": True, "compute_heavy": False},
+        {"quick": True, "compute_heavy": True},
+    ]
+
+
+@pytest.mark.spec("CLI-4")
+@pytest.mark.parametrize("option", ["--quick", "--compute-heavy"])
+@pytest.mark.parametrize("name", [name for name in benches() if name != "offload"])
+def test_an_option_of_one_bench_is_refused_for_another(name: str, option: str) -> None:
+    assert f"unrecognized arguments: {option}" in refused("bench", name, option)
+
+
+@pytest.mark.spec("BENCH-3")
+def test_the_command_line_offers_every_bench() -> None:
+    names = [path.stem for path in Path(offload.__file__).parent.glob("*.py") if path.stem != "__init__"]
+    modules = {name: import_module(f"refinfer.bench.{name}") for name in names}
+    assert benches() == {name: module.BENCH for name, module in modules.items() if hasattr(module, "BENCH")}

@@ -1,0 +1,37 @@
+"""The command `synth`: what it writes, and that an interrupt leaves no files."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from command_line import program, run
+
+
+@pytest.mark.spec("CLI-5", "SYNTH-4")
+def test_ctrl_c_while_writing_a_checkpoint_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    with subprocess.Popen(program("synth", str(folder), "--shape", "llama-1b"), stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        while not folder.exists() or not any(folder.iterdir()):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == b"refinfer: interrupted\n"
+    assert process.returncode == 130
+    assert not folder.exists()
+
+
+@pytest.mark.spec("CLI-6")
+def test_synth_writes_a_checkpoint_that_generate_reads(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    status, out, err = run("synth", folder, "--shape", "tiny", "--dtype", "f16", "--shard-size", "100kB", "--seed", 3)
+    assert (status, out) == (0, "")
+    assert "tiny, 214,592 parameters, 429 kB in f16" in err
+    status, out, _ = run("generate", "hello", "--model", folder, "--max-tokens", 4, "--json")
+    assert (status, len(json.loads(out)["token_ids"])) == (0, 4)

@@ -1,0 +1,86 @@
+"""Specifies `refinfer.offload.prefetch` when it is closed: every thread ends, every wait ends, nothing more is read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from refinfer.errors import GenerationError
+from refinfer.offload.readers import Loan
+
+sys.path.insert(0, str(Path(__file__).parent))
+from interleavings import WATCHDOG_S, Choose, World, explore, interleaved
+from packed_model import within
+
+
+@pytest.mark.spec("FETCH-7")
+@pytest.mark.parametrize(("slots", "threads", "wanted"), [(2, 1, [0, 1, 2]), (2, 2, [0, 1]), (3, 2, [0]), (2, 2, [2])])
+def test_closing_at_any_moment_ends_every_thread_and_every_wait(slots: int, threads: int, wanted: list[int]) -> None:
+    waiting: list[bool] = []
+
+    def run(choose: Choose) -> None:
+        with World(range(3), slots, threads) as world:
+            interleaved(world, wanted, choose, ["close"])
+            if world.taking is not None:  # it left the order, and so waits for the reads that go on
+                assert world.under_way
+            waiting.append(any(isinstance(call.error, GenerationError) for call in world.calls))
+
+    explore(run, states=True)
+    assert any(waiting)
+    assert not all(waiting)
+
+
+@pytest.mark.spec("FETCH-7")
+def test_closing_waits_for_the_reads_under_way_and_again_is_allowed_from_several_threads() -> None:
+    with World(range(3), 2, 2) as world:
+        world.take(0)
+        taking = world.calls[-1]
+        first, second = world.under_way
+        closers = [world.close(), world.close()]
+        assert isinstance(taking.error, GenerationError)  # at once, while reads go on
+        assert not any(closer.done for closer in closers)
+        world.finish(first)
+        assert not any(closer.done for closer in closers)
+        world.finish(second)
+        assert all(closer.done for closer in closers)
+        assert not any(reading.runs_in.is_alive() for reading in (first, second))
+        for chunk in (0, 1, 2):
+            with pytest.raises(GenerationError, match="closed while they were in use"):
+                within(lambda chunk=chunk: world.prefetcher.take(chunk))  # type: ignore[misc]
+        world.prefetcher.release(Loan(first.slot))
+
+
+FEWER_THREADS: Final = """
+import resource, sys, threading
+from pathlib import Path
+import numpy as np
+from refinfer.errors import GenerationError
+from refinfer.offload.prefetch import Prefetcher
+
+STACK = 1 << 28
+threading.stack_size(STACK)
+size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2 * STACK + STACK // 2, resource.RLIM_INFINITY))
+try:
+    Prefetcher(range(3), [np.zeros(8, np.uint8)] * 8, lambda chunk, slot, thread: slot, 8)
+except GenerationError as error:
+    print(error)
+print([thread.name for thread in threading.enumerate()])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc and its limits, as Linux has them")
+@pytest.mark.spec("FETCH-8")
+def test_if_the_system_starts_fewer_threads_than_were_asked_for_those_that_run_are_ended() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FEWER_THREADS], capture_output=True, text=True, timeout=WATCHDOG_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "this system starts no further thread; use fewer prefetch threads",
+        "['MainThread']",
+    ]

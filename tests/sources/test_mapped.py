@@ -1,0 +1,546 @@
+"""Specifies `refinfer.sources.mapped`: mapped weights are checked, and changes of their file are found."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refinfer.arrays import PAGE_BYTES
+from refinfer.clock import Clock, RealClock
+from refinfer.errors import DamagedWeightsError
+from refinfer.model.config import SHAPES
+from refinfer.model.folder import open_folder
+from refinfer.model.synth import write_checkpoint
+from refinfer.model.transformer import Transformer
+from refinfer.model.weights import LayerWeights, Weights, WeightSource
+from refinfer.sources.packed import PackedSource
+from refinfer.weight_cache.file import FileWeightCacheProvider
+from refinfer.weight_cache.format import StoredChunk
+from refinfer.weight_cache.mapped_file import MappedFile
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
+from packed_model import PackedModel, change
+
+POSITIONS = 48
+WATCHDOG_S = 60
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose embedding table is the output table, and one with two tables."""
+    folder = tmp_path_factory.mktemp("source") / "m"
+    config = replace(
+        SHAPES["tiny"],
+        vocab_size=70,
+        hidden_size=40,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        qkv_bias=True,
+        qk_norm=True,
+        model_type="qwen3",
+    )
+    write_checkpoint(folder, replace(config, tie_word_embeddings=request.param == "tied"), dtype="f32")
+    return folder
+
+
+class Mapped:
+    """A model in its mapped cache file, and a transformer over it."""
+
+    def __init__(self, folder: Path, path: Path, name: str = "int8") -> None:
+        self.model = PackedModel(open_folder(folder).config, folder, name, path, POSITIONS)
+        self.path, self.inventory = path, self.model.inventory
+        self.source = self.model.packed()
+        self.transformer = Transformer(self.source, POSITIONS)
+        self.entries, self.vectors = self.model.entries, self.model.vectors
+
+    def token(self, token_id: int = 7) -> npt.NDArray[np.uint32]:
+        """Return the bits of the logits after one token, from an empty text."""
+        self.transformer.kv_cache.rewind(0)
+        return self.transformer.decode([token_id]).view(np.uint32)
+
+    def again(self, clock: Clock | None = None) -> Transformer:
+        """Return a transformer over the same file, mapped once more."""
+        provider = FileWeightCacheProvider.load(self.path)
+        keys = {entry.key.name: entry.key for entry in provider.entries}
+        rows = self.transformer.block
+        source = PackedSource(self.inventory, provider, keys, rows, clock or RealClock(), provider.mapped)
+        return Transformer(source, POSITIONS)
+
+    def chunks(self) -> Iterator[tuple[str, int, int, int]]:
+        """Walk over the matrices' chunks: name, number, offset, bytes."""
+        for matrix in self.inventory.matrices:
+            for number, chunk in enumerate(self.entries[matrix.name].chunks):
+                yield matrix.name, number, chunk.offset, chunk.nbytes
+
+
+@pytest.fixture
+def mapped(folder: Path, tmp_path: Path) -> Mapped:
+    return Mapped(folder, tmp_path / "cache")
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_a_chunk_damaged_before_its_first_product_is_found(mapped: Mapped) -> None:
+    """Each chunk, and the vectors: in a file that has just been mapped, and none of which has been read."""
+    places = [*mapped.chunks(), ("vectors", None, mapped.vectors.offset, 4 * sum(mapped.inventory.vectors.values()))]
+    for name, number, offset, nbytes in places:
+        at = offset + (nbytes - 1 if (number or 0) % 2 else 0)
+        fresh = mapped.again()
+        change(mapped.path, at)
+        what = r"\d+ vectors" if number is None else f"{re.escape(name)}, chunk {number},"
+        with pytest.raises(DamagedWeightsError, match=f"{re.escape(str(mapped.path))}: {what}.*does not agree"):
+            fresh.decode([7])
+        change(mapped.path, at)
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_a_byte_written_between_two_tokens_is_found_before_the_next_is_shown(mapped: Mapped) -> None:
+    """In each chunk and in the vectors; put back, the run goes on with the same bits."""
+    expected = mapped.token()
+    vectors = (mapped.vectors.offset, 4 * sum(mapped.inventory.vectors.values()))
+    places = [(offset, nbytes) for _, _, offset, nbytes in mapped.chunks()]
+    for offset, nbytes in [*places, vectors]:
+        for at in (offset, offset + nbytes // 2, offset + nbytes - 1):
+            change(mapped.path, at)
+            with pytest.raises(DamagedWeightsError, match="does not agree with its checksum"):
+                mapped.token()
+            change(mapped.path, at)
+        np.testing.assert_array_equal(mapped.token(), expected)
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_damage_is_found_again_and_again_until_it_is_put_right(mapped: Mapped) -> None:
+    expected = mapped.token()
+    for _, _, offset, _ in list(mapped.chunks())[::7]:
+        change(mapped.path, offset)
+        for _ in range(3):
+            with pytest.raises(DamagedWeightsError):
+                mapped.token()
+        change(mapped.path, offset)
+        np.testing.assert_array_equal(mapped.token(), expected)
+
+
+class ActingDuringAPass:
+    """A source during whose pass somebody does something: before the layer of a number, after all, or at the end."""
+
+    def __init__(self, source: WeightSource, act: Callable[[], None], at: int | str, *, in_pass: int = 0) -> None:
+        self.source, self.config = source, source.config
+        self.passes = 0
+        self._act, self._at, self._in_pass = act, at, in_pass
+
+    def _layers(self, weights: Weights, at: int | str) -> Iterator[LayerWeights]:
+        for number, layer in enumerate(weights.layers):
+            if number == at:
+                self._act()
+            yield layer
+        if at == "after all layers":
+            self._act()
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[Weights]:
+        at = self._at if self.passes == self._in_pass else "never"
+        self.passes += 1
+        with self.source.forward_pass() as weights:
+            yield replace(weights, layers=self._layers(weights, at))
+            if at == "at the end":
+                self._act()
+
+    def close(self) -> None:
+        self.source.close()
+
+
+MOMENTS: Final = [0, 1, "after all layers", "at the end"]
+
+
+@pytest.mark.spec("OFFLOAD-4", "KV-3")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_byte_written_during_a_pass_is_found_before_its_logits_are_returned(
+    mapped: Mapped, moment: int | str
+) -> None:
+    """Also in a chunk that this pass has used before, or that was checked before and is used after."""
+    plain = mapped.transformer
+    plain.kv_cache.rewind(0)
+    expected = [plain.decode([3]), plain.decode([7])]
+    for at in [*(offset for _, _, offset, _ in mapped.chunks()), mapped.vectors.offset]:
+        writing = ActingDuringAPass(mapped.source, lambda at=at: change(mapped.path, at), moment, in_pass=1)  # type: ignore[misc]
+        transformer = Transformer(writing, POSITIONS)
+        np.testing.assert_array_equal(transformer.decode([3]), expected[0])
+        with pytest.raises(DamagedWeightsError):
+            transformer.decode([7])
+        assert transformer.kv_cache.length == 1
+        change(mapped.path, at)
+        np.testing.assert_array_equal(transformer.decode([7]), expected[1])
+
+
+@pytest.mark.spec("OFFLOAD-4", "KV-3")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_byte_written_between_two_blocks_of_a_prompt_is_found_and_no_block_of_it_counts(
+    mapped: Mapped, moment: int | str
+) -> None:
+    at = next(iter(mapped.chunks()))[2]
+    writing = ActingDuringAPass(mapped.source, lambda: change(mapped.path, at), moment, in_pass=2)
+    transformer = Transformer(writing, POSITIONS)
+    assert transformer.block < 40
+    transformer.decode([3])
+    with pytest.raises(DamagedWeightsError):
+        transformer.prefill(list(range(40)))
+    assert (writing.passes, transformer.kv_cache.length) == (3, 1)
+    change(mapped.path, at)
+    mapped.transformer.kv_cache.rewind(0)
+    mapped.transformer.decode([3])
+    np.testing.assert_array_equal(transformer.prefill(list(range(40))), mapped.transformer.prefill(list(range(40))))
+
+
+class LeftError(Exception):
+    """Raised in the middle of a pass."""
+
+
+@pytest.mark.spec("OFFLOAD-4", "OFFLOAD-10")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_pass_that_an_exception_ends_is_not_checked_and_the_next_one_is(
+    mapped: Mapped, moment: int | str, checked: list[int]
+) -> None:
+    at = [offset for _, _, offset, _ in mapped.chunks()][-1]
+    checked_then: list[int] = []
+
+    def write_and_leave() -> None:
+        change(mapped.path, at)
+        checked_then[:] = checked
+        raise LeftError
+
+    expected = mapped.token()
+    transformer = Transformer(ActingDuringAPass(mapped.source, write_and_leave, moment), POSITIONS)
+    with pytest.raises(LeftError):
+        transformer.decode([7])
+    assert checked == checked_then
+    with pytest.raises(DamagedWeightsError):
+        transformer.decode([7])
+    change(mapped.path, at)
+    np.testing.assert_array_equal(transformer.decode([7]).view(np.uint32), expected)
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the list of the offsets of all chunks that are checked from now on."""
+    offsets, real = [], MappedFile.is_sound
+
+    def is_sound(file: MappedFile, chunk: StoredChunk) -> bool:
+        offsets.append(chunk.offset)
+        return real(file, chunk)
+
+    monkeypatch.setattr(MappedFile, "is_sound", is_sound)
+    return offsets
+
+
+def rewrite(path: Path) -> None:
+    content = path.read_bytes()
+    with path.open("r+b") as file:
+        file.write(content)
+
+
+def through_a_mapping(path: Path) -> None:
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+        mapping[PAGE_BYTES + 3] ^= 1
+        mapping.flush()
+
+
+def extend(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+@pytest.mark.spec("OFFLOAD-4")
+@pytest.mark.parametrize("act", [rewrite, extend, os.utime, lambda path: path.chmod(0o600)])
+def test_whoever_touches_the_file_and_leaves_its_weights_alone_changes_nothing(
+    mapped: Mapped, act: Callable[[Path], None]
+) -> None:
+    expected = mapped.token()
+    act(mapped.path)
+    np.testing.assert_array_equal(mapped.token(), expected)
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_what_is_written_through_a_mapping_and_flushed_is_found(mapped: Mapped) -> None:
+    mapped.token()
+    through_a_mapping(mapped.path)
+    with pytest.raises(DamagedWeightsError):
+        mapped.token()
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_times_put_back_hide_nothing(mapped: Mapped) -> None:
+    mapped.token()
+    before = mapped.path.stat()
+    change(mapped.path, next(iter(mapped.chunks()))[2])
+    os.utime(mapped.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DamagedWeightsError):
+        mapped.token()
+
+
+@pytest.mark.spec("OFFLOAD-4", "PUBLISH-5")
+def test_a_file_that_takes_the_place_of_the_mapped_one_changes_nothing(mapped: Mapped) -> None:
+    expected = mapped.token()
+    other = mapped.path.with_name("other")
+    other.write_bytes(bytes(mapped.path.stat().st_size))
+    other.replace(mapped.path)
+    np.testing.assert_array_equal(mapped.token(), expected)
+    mapped.path.unlink()
+    np.testing.assert_array_equal(mapped.token(), expected)
+
+
+class StoppedClock:
+    """A clock that stands still until somebody sets it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def now(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_nothing_is_checked_twice_unless_somebody_wrote_lately(mapped: Mapped, checked: list[int]) -> None:
+    """Checking everything at each token would cost more than multiplying."""
+    clock = StoppedClock()
+    everything = {mapped.vectors.offset, *(offset for _, _, offset, _ in mapped.chunks())}
+    transformer = mapped.again(clock)
+
+    def checked_by_a_token(seconds_later: float) -> set[int]:
+        clock.seconds += seconds_later
+        checked.clear()
+        transformer.kv_cache.rewind(0)
+        transformer.decode([7])
+        return set(checked)
+
+    assert checked_by_a_token(0) == everything
+    checked_by_a_token(10)  # the file is at rest now, in any case
+    assert checked_by_a_token(0) == set()
+    assert checked_by_a_token(10) == set()
+    os.utime(mapped.path)
+    assert checked_by_a_token(10) == everything
+    checked_by_a_token(10)
+    assert checked_by_a_token(10) == set()
+
+
+@pytest.mark.spec("OFFLOAD-4")
+@settings(max_examples=40)
+@given(
+    writes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=3),
+    token_id=st.integers(0, 69),
+)
+def test_whatever_is_written_wherever_the_next_token_is_right_or_an_error(
+    writes: list[tuple[float, int]], token_id: int, shared: Mapped
+) -> None:
+    expected = shared.token(token_id)
+    whole = shared.path.read_bytes()
+    for share, by in writes:
+        change(shared.path, int(share * len(whole)), by)
+    try:
+        got = shared.token(token_id)
+    except DamagedWeightsError:
+        got = expected
+    with shared.path.open("r+b") as file:
+        file.write(whole)
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(shared.token(token_id), expected)
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapped:
+    return Mapped(folder, tmp_path_factory.mktemp("shared") / "cache")
+
+
+def in_a_child(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns in a process of its own, forked, which may die of it; a watchdog ends it."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # there are threads, of BLAS, and the child starts none
+        pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.alarm(WATCHDOG_S)
+            os.close(reader)
+            with os.fdopen(writer, "w") as answer:
+                json.dump(work(), answer)
+            status = 0
+        except BaseException:  # noqa: BLE001, RUF100 -- the child must not return into pytest
+            sys.stderr.write(traceback.format_exc())
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        text = answer.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == 0, f"the child ended with {status}"
+    return json.loads(text)
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, as POSIX has it")
+
+
+def mount_ramfs(folder: Path) -> None:
+    """Mount a file system whose times count ticks of some milliseconds, which only this process sees.
+
+    So do all file systems before Linux 6.13, and many after.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, recursive_private = 0x20000, 0x44000
+    failed = (
+        libc.unshare(new_namespace)
+        or libc.mount(b"none", b"/", None, recursive_private, None)
+        or libc.mount(b"none", bytes(folder), b"ramfs", 0, None)
+    )
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+@pytest.fixture(scope="module")
+def coarse_clock(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Return what mounts a file system with a coarse clock, in a child."""
+
+    def try_it() -> bool:
+        try:
+            mount_ramfs(tmp_path_factory.getbasetemp())
+        except OSError:
+            return False
+        return True
+
+    if sys.platform != "linux" or os.geteuid() != 0 or not in_a_child(try_it):
+        pytest.skip("needs Linux, and the right to mount a file system")
+    return mount_ramfs
+
+
+@pytest.mark.spec("OFFLOAD-4")
+@pytest.mark.parametrize(
+    "since",
+    ["the last token", "loading"],
+)
+def test_of_two_writes_in_one_tick_of_the_clock_the_second_is_found_too(
+    tmp_path: Path, coarse_clock: Callable[[Path], None], since: str
+) -> None:
+    """The first writes what is there already; between them is a token, or the file is mapped and gives its first.
+
+    So that both fit in a tick, it has just begun, and the model is as small as can be.
+    """
+    folder = tmp_path / "m"
+    write_checkpoint(folder, replace(SHAPES["tiny"], vocab_size=8, hidden_size=8, num_hidden_layers=1), dtype="f32")
+    (tmp_path / "coarse").mkdir()
+
+    def wait_for_a_tick(path: Path) -> None:
+        begun = path.stat().st_mtime_ns
+        while path.stat().st_mtime_ns == begun:
+            os.utime(path)
+
+    def work() -> list[int]:
+        """Return how often two writes were in one tick, and how many of the tokens after them were wrong."""
+        coarse_clock(tmp_path / "coarse")
+        mapped = Mapped(folder, tmp_path / "coarse" / "cache")
+        clock = tmp_path / "coarse" / "clock"
+        clock.touch()
+        expected, coincidences, wrong = mapped.token(), 0, 0
+        at = next(offset for name, _, offset, _ in mapped.chunks() if "down_proj" in name)
+        deadline = time.monotonic() + WATCHDOG_S / 4
+        while coincidences < 2 and time.monotonic() < deadline:
+            wait_for_a_tick(clock)
+            change(mapped.path, at, by=0)
+            first = mapped.path.stat().st_ctime_ns
+            transformer = mapped.transformer if since == "the last token" else mapped.again()
+            transformer.kv_cache.rewind(0)
+            transformer.decode([7])
+            change(mapped.path, at, by=0x40)
+            coincidences += mapped.path.stat().st_ctime_ns == first
+            transformer.kv_cache.rewind(0)
+            try:
+                wrong += not np.array_equal(transformer.decode([7]).view(np.uint32), expected)
+            except DamagedWeightsError:
+                wrong += 0
+            change(mapped.path, at, by=0x40)
+            os.utime(mapped.path, ns=(0, 0))  # in any case seen
+            assert (mapped.token() == expected).all()
+        return [coincidences, wrong]
+
+    coincidences, wrong = in_a_child(work)
+    if not coincidences:
+        pytest.skip("this machine is too slow, or its clock too quick, for two writes in a tick")
+    assert wrong == 0
+
+
+@needs_fork
+@pytest.mark.spec("OFFLOAD-5")
+def test_a_file_cut_short_between_two_tokens_is_an_error_and_not_the_end_of_the_process(mapped: Mapped) -> None:
+    """Cut to nothing, to a page, within a chunk, by a single byte."""
+    whole = mapped.path.read_bytes()
+
+    def work() -> list[str]:
+        said = []
+        for size in (0, 1, PAGE_BYTES, len(whole) // 2, len(whole) - 1):
+            expected = mapped.token()
+            os.truncate(mapped.path, size)
+            for _ in range(2):
+                try:
+                    mapped.token()
+                    said.append("a token")
+                except DamagedWeightsError as error:
+                    said.append(str(error))
+            with mapped.path.open("r+b") as file:
+                file.write(whole)
+            assert (mapped.token() == expected).all()
+        return said
+
+    assert in_a_child(work) == [f"{mapped.path} was cut short while it was in use; start again"] * 10
+
+
+@needs_fork
+@pytest.mark.spec("OFFLOAD-5")
+@pytest.mark.parametrize("size", [0, PAGE_BYTES, 20 * PAGE_BYTES])
+def test_a_file_cut_short_after_it_was_mapped_and_before_the_first_token_is_an_error(mapped: Mapped, size: int) -> None:
+    def work() -> str:
+        os.truncate(mapped.path, size)
+        try:
+            mapped.token()
+        except DamagedWeightsError as error:
+            return str(error)
+        return "a token"
+
+    assert "was cut short while it was in use" in in_a_child(work)
+
+
+@needs_fork
+@pytest.mark.spec("OFFLOAD-5", "OFFLOAD-4")
+def test_a_file_cut_short_and_grown_again_is_found_damaged(mapped: Mapped) -> None:
+    def work() -> list[str]:
+        size, said = mapped.path.stat().st_size, []
+        mapped.token()
+        os.truncate(mapped.path, PAGE_BYTES)
+        os.truncate(mapped.path, size)
+        for _ in range(2):
+            try:
+                mapped.token()
+                said.append("a token")
+            except DamagedWeightsError as error:
+                said.append(str(error))
+        return said
+
+    assert all("does not agree with its checksum" in text for text in in_a_child(work))

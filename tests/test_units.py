@@ -1,0 +1,84 @@
+"""Specifies `refinfer.units`: sizes as people write and read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refinfer.units import format_nbytes, parse_nbytes
+
+UNITS = {"": 1, "B": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+}
+
+
+@pytest.mark.spec("UNIT-1")
+@given(
+    whole=st.integers(1, 9_000),
+    decimals=st.none() | st.integers(0, 999),
+    unit=st.sampled_from(list(UNITS)),
+    gap=st.sampled_from(["", " ", "\t"]),
+    change=st.sampled_from([str, str.lower, str.upper, lambda text: f" {text}\n"]),
+)
+def test_a_size_is_its_number_times_its_unit(
+    whole: int, decimals: int | None, unit: str, gap: str, change: Callable[[str], str]
+) -> None:
+    number = f"{whole}" if decimals is None else f"{whole}.{decimals:03}"
+    exact = Fraction(number) * UNITS[unit]
+    assert abs(parse_nbytes(change(f"{number}{gap}{unit}")) - exact) <= max(1, exact / 2**52)
+
+
+@pytest.mark.spec("UNIT-1")
+def test_the_smallest_and_the_largest_size_are_read() -> None:
+    assert parse_nbytes("1") == 1
+    assert parse_nbytes("0.001KB") == 1
+    assert parse_nbytes("8000000 TB") == 8 * 10**18
+
+
+@pytest.mark.spec("UNIT-1")
+@pytest.mark.parametrize(
+    "text", ["", " ", "MB", "lots", "-5MB", "+5MB", "5 5MB", "1e6", "5XB", "5M", "1_000", "nan", "inf", ".5MB", "5.MB",
+             "1,5GB", "5MB/s", "50%", "1\n2"],
+)  # fmt: skip
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a size such as 300MB or 1\.5GiB"):
+        parse_nbytes(text)
+
+
+@pytest.mark.spec("UNIT-1")
+@pytest.mark.parametrize("text", ["0", "0.9", "0GB", "0.0001KB", "8388608TiB", "9" * 400])
+def test_a_size_below_one_byte_or_beyond_what_a_file_can_have_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"must be at least one byte and less than 2\^63"):
+        parse_nbytes(text)
+
+
+@pytest.mark.spec("UNIT-2")
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (99_940, "99.9 kB"),
+        (123_456, "123 kB"),
+        (4_754_528, "4.8 MB"),
+        (2_097_152_000, "2.1 GB"),
+        (5 * 10**12, "5000.0 GB"),
+    ],
+)
+def test_bytes_are_shown_in_powers_of_ten(nbytes: int, text: str) -> None:
+    assert format_nbytes(nbytes) == text
+
+
+@pytest.mark.spec("UNIT-2")
+@given(nbytes=st.integers(0, 10**13))
+def test_a_size_that_is_shown_is_right_to_one_in_twenty(nbytes: int) -> None:
+    shown = format_nbytes(nbytes)
+    number, unit = shown.split()
+    assert abs(float(number) * {"bytes": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}[unit] - nbytes) <= nbytes / 19
