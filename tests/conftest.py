@@ -57,11 +57,11 @@ def _load_golden(family: str) -> Golden:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_terminal_in_the_environment() -> None:
-    """Nothing says how wide a terminal is or whether it has colours, also not to the programs that are started.
+    """Nothing says how wide a terminal is, whether it has colours or how output is buffered, also to programs.
 
     Python's readline sets the first two for programs only, past `os.environ`.
     """
-    for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+    for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED"):
         os.environ.pop(name, None)
         os.unsetenv(name)
 

@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), error.exit_status)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain once more while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read the output has seen enough
         return 1
     except MemoryError:
         return _complain("there is not enough memory for this; use a smaller model or fewer tokens", 1)
     except OSError as error:
         return _complain(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
+    finally:
+        _drop_unwritable_output()
     return 0
 
 
@@ -68,6 +68,15 @@ def _mend_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  (open until the program ends)
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def _drop_unwritable_output() -> None:
+    """Send what a stream still holds and cannot write to nowhere: Python would complain again while it shuts down."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _complain(message: str, status: int) -> int:
