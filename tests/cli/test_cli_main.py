@@ -234,6 +234,7 @@ def test_every_option_has_a_help_that_names_its_default(name: str) -> None:
                 assert "(default: " in text, f"refinfer {typed} {action.dest}"
 
 
+@pytest.mark.slow
 @pytest.mark.spec("CLI-7")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_imports_only_its_own_module_of_this_room(name: str) -> None:

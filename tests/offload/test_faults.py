@@ -450,6 +450,7 @@ def wait_until_it_waits(program: subprocess.Popen[str], threads: int) -> None:
         before = status
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, as Linux has it")
 @pytest.mark.spec("FETCH-11", "CLI-5", "FETCH-8")
 @pytest.mark.parametrize(("plan", "told"), [("none", "HAMLET:"), ("balanced", "")])

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from interleavings import Choose, World, explore, interleaved
 
 
+@pytest.mark.slow
 @pytest.mark.spec("FETCH-5", "FETCH-1", "FETCH-2")
 @pytest.mark.parametrize("wanted", [[2, 0], [0, 2, 0], [0, 0, 1], [1, 0]], ids=str)
 @pytest.mark.parametrize(("slots", "threads"), [(2, 1), (2, 2), (3, 2)])

@@ -331,6 +331,7 @@ ENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc, as Linux has it")
 @pytest.mark.spec("FETCH-8")
 @pytest.mark.parametrize(

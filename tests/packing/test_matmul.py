@@ -406,6 +406,7 @@ EXTREME_SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.spec("PACK-26")
 @pytest.mark.parametrize("shape", EXTREME_SHAPES, ids=str)
 @every_format

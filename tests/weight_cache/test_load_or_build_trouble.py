@@ -288,6 +288,7 @@ def fail_at(site: Site, when: str, work: Callable[[], object]) -> None:
     site.step = step
 
 
+@pytest.mark.slow
 @pytest.mark.spec("OPEN-6")
 @every_start
 @pytest.mark.parametrize("when", ["a", "norm"])
