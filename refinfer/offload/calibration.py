@@ -1,7 +1,7 @@
 """What reading and multiplying cost on this machine, kept in a file for later runs.
 
-Reads and writes the entries of `calibration.json`, and derives costs from the start of a run that has none. Leaves to
-others: measuring (`bench.calibrate`), plans.
+Reads the entries of `calibration.json`, and derives costs from the start of a run that has none. Leaves to others:
+measuring and writing the file (`bench.calibrate`), plans.
 Read more: tutorial 11; clauses CAL-1 to CAL-6.
 
     calibration.json, in the cache directory, written by `refinfer bench calibrate`:
