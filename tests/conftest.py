@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 import hypothesis
@@ -18,6 +19,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 import refinfer
+from cage import Cases
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.synth import write_checkpoint
@@ -146,6 +148,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "of the largest of its row (default: 0), and its method `damage`, if any, changes a weight where it lies"
     )
     parser.addoption("--source", metavar="PACKAGE:CLASS", action="append", default=[], help=about)
+    about = "how long each attack draws cases (default: 45)"
+    parser.addoption("--attack-seconds", metavar="S", type=float, default=45.0, help=about)
+    about = "largest number of cases of each attack (default: no limit)"
+    parser.addoption("--attack-cases", metavar="N", type=int, help=about)
+    about = "random seed of each attack's first case; the next ones count up (default: a different one each run)"
+    parser.addoption("--attack-seed", metavar="N", type=int, help=about)
+
+
+@pytest.fixture
+def cases(request: pytest.FixtureRequest) -> Iterator[Cases]:
+    """The cases of an attack, each a source of random numbers; a failure prints how to replay the last one."""
+    seed, most = request.config.getoption("--attack-seed"), request.config.getoption("--attack-cases")
+    first = SystemRandom().randrange(1 << 32) if seed is None else seed
+    drawn = Cases(first, most, request.config.getoption("--attack-seconds"))
+    yield drawn
+    again = f"pytest -m attack '{request.node.nodeid}' --attack-seed {drawn.seed} --attack-cases 1"
+    print(f"{drawn.n} cases; the last one again: {again}")  # noqa: T201
 
 
 @cache
