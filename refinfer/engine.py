@@ -29,6 +29,7 @@ from refinfer.packing.formats import pack_matrix
 from refinfer.prepare import IN_MEMORY, OFF, cache_path, choose_format, prepare
 from refinfer.sources.packed import PackedSource
 from refinfer.trace import Trace
+from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.load_or_build import CacheOutcome, Listener, Prepared
 from refinfer.weight_cache.mapped_file import MappedFile
 from refinfer.weight_cache.packers import LARGEST_BLOCK_BYTES
@@ -82,7 +83,7 @@ class Engine:
 
     def discard(self) -> bool:
         """Remove the cache file after damage; return whether it is gone."""
-        return self.file is not None and discard(self.file.path, self.file.is_at)
+        return self.file is not None and discard(self.file.path, MAGIC, self.file.is_at)
 
     def close(self) -> None:
         """Release the weights."""

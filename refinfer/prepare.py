@@ -24,11 +24,12 @@ from refinfer.model.checkpoint import Checkpoint
 from refinfer.model.weights import require_layers
 from refinfer.packing.formats import FORMATS
 from refinfer.packing.layout import Bytes
-from refinfer.weight_cache.directory import SUFFIX, is_cache_file, path_for
-from refinfer.weight_cache.format import Provenance, SourceFile
+from refinfer.weight_cache.directory import path_for
+from refinfer.weight_cache.format import MAGIC, Provenance, SourceFile
 from refinfer.weight_cache.key import PackKey, WeightId
 from refinfer.weight_cache.load_or_build import SILENT, CacheOutcome, Contents, Listener, Prepared, load_or_build
 from refinfer.weight_cache.memory import MemoryWeightCacheProvider
+from refinfer.weight_cache.ownership import require_replaceable
 from refinfer.weight_cache.packers import (
     LARGEST_BLOCK_BYTES,
     matrix_key,
@@ -74,12 +75,11 @@ def cache_path(checkpoint: Checkpoint, format: str, weight_cache: str | None) ->
         path = Path(os.path.realpath(weight_cache))
         if not weight_cache or (path.exists() and not path.is_file()):
             raise RequestError(f"--weight-cache {weight_cache!r} is not a file; give a file name")
-        of_the_model = path.parent == checkpoint.folder.resolve() and path.suffix != SUFFIX and path.exists()
     except (OSError, ValueError) as error:
         raise RequestError(f"--weight-cache {weight_cache!r} cannot be used: {error}") from None
-    weights = {source.resolve() for source in checkpoint.paths}
-    if path in weights or (of_the_model and not is_cache_file(path)) or path.suffix in {".safetensors", ".json"}:
+    if path.suffix in {".safetensors", ".json"}:
         raise RequestError(f"--weight-cache {weight_cache} is a file of a model; name another one")
+    require_replaceable(path, MAGIC, "a weight cache")
     return path
 
 
@@ -170,6 +170,7 @@ def prepare(
         lambda sources: contents_of(inventory, checkpoint, sources, block),
         clock=clock,
         listener=listener,
+        named=weight_cache is not None,
     )
 
 

@@ -6,6 +6,7 @@ Read more: tutorial 00; clauses GEN-10, CLI-2.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ _NO_LIMIT_BYTES: Final = 1 << 60
 
 def usable_cores() -> int:
     """Return the number of cores that this process may use, or of all cores if the system does not report that."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with contextlib.suppress(AttributeError, OSError):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def lines_of(path: Path) -> list[str]:
@@ -99,7 +102,7 @@ def peak_rss_bytes() -> int | None:
     counts pages in batches, so it may be some hundred kilobytes off.
     """
     if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in lines_of(Path("/proc/self/status")):
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
         return None

@@ -66,10 +66,17 @@ POWERS: dict[str, tuple[str, set[str]]] = {
             "bench/matmul.py",
         },
     ),
-    "replacing files": (r"fsync|os\.replace|os\.rename|\.rename\(|fcntl|flock|lockf", {"weight_cache/publish.py"}),
+    "replacing files": (r"fsync|os\.replace|os\.rename|\.rename\(|flock|lockf", {"weight_cache/publish.py"}),
     "raw reads": (
         r"os\.(p?readv?|open)\(|O_DIRECT|posix_fadvise",
-        {"offload/store.py", "weight_cache/publish.py", "bench/machine.py", "bench/start.py", "cli/main.py"},
+        {
+            "offload/store.py",
+            "weight_cache/ownership.py",
+            "weight_cache/publish.py",
+            "bench/machine.py",
+            "bench/start.py",
+            "cli/main.py",
+        },
     ),
     "threads": (
         r"\bimport threading\b|\bfrom threading\b|concurrent\.futures|multiprocessing",

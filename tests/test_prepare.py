@@ -401,7 +401,7 @@ def test_a_cache_file_never_takes_the_place_of(place_in: Callable[[Path], Path],
     place = place_in(model)
     before = {path: path.read_bytes() for path in model.iterdir()}
     there = everything_in(tmp_path)
-    with pytest.raises(RequestError, match="--weight-cache") as refused:
+    with pytest.raises(RequestError, match=r"--weight-cache|is not a weight cache, and stays as it is") as refused:
         prepared(model, "f32", place)
     assert "\n" not in str(refused.value)
     assert {path: path.read_bytes() for path in model.iterdir()} == before
@@ -434,10 +434,17 @@ def test_a_name_that_no_file_can_have_is_one_named_error(model: Path, tmp_path: 
         prepared(model, "f32", tmp_path / ("m" * 300))
 
 
-@pytest.mark.spec("PREP-4")
-def test_another_file_that_lay_there_is_replaced_with_the_reason(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("something else")
-    assert prepared(model, "f32", tmp_path / "cache").outcome.reason == "it is not a refinfer weight cache"
+@pytest.mark.spec("OPEN-9", "PREP-4")
+@pytest.mark.parametrize("name", ["thesis.txt", "thesis.txt.sources.json"])
+@pytest.mark.parametrize("content", [b"weights", bytes(50_000), b"{}", b"\x89PNG\r\n\x1a\n"])
+def test_a_persons_file_at_a_place_that_a_person_named_stays_as_it_is(
+    name: str, content: bytes, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    there = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(RequestError, match=f"{name} is not a .*, and stays as it is; name another file"):
+        prepared(model, "f32", tmp_path / "thesis.txt")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == there
 
 
 @pytest.mark.spec("PREP-4", "DIR-2")

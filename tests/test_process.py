@@ -185,3 +185,18 @@ def test_a_real_limit_of_version_1_holds_in_its_group_and_in_groups_inside(real_
     budget, told = map(int, done.stdout.split())
     assert told == limit
     assert 0.9 * (limit - (200 << 20)) < budget < 0.9 * limit
+
+
+@pytest.mark.spec("CLI-25")
+def test_figures_that_the_system_does_not_report_are_none(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> set[int]:
+        raise PermissionError
+
+    system({})
+    monkeypatch.setattr(os, "sched_getaffinity", refuse, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert process.peak_rss_bytes() is None
+    assert process.meminfo_bytes("MemTotal") is None
+    assert process.cgroup_memory() is None
+    assert process.available_bytes() is None
+    assert process.usable_cores() == (os.cpu_count() or 1)

@@ -98,10 +98,11 @@ def _file_locks(folder: Path) -> tuple[bool, str]:
         return False, "this system has no flock"
     try:
         with tempfile.TemporaryDirectory(dir=folder) as name:
-            Draft(Path(name) / "locked").abandon()
+            draft = Draft(Path(name) / "locked")
+            draft.abandon()
     except OSError as error:
         return False, f"{folder}: {error.strerror}"
-    return True, "flock works"
+    return draft.locked, "flock works" if draft.locked else f"{folder} lies on a file system without flock"
 
 
 def _of_memory(machine: Mapping[str, Any]) -> Iterator[Ability]:

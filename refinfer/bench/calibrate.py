@@ -42,6 +42,7 @@ from refinfer.packing.product import GemmScratch
 from refinfer.planning.cost import Device, Processor
 from refinfer.units import format_nbytes
 from refinfer.weight_cache.directory import cache_directory
+from refinfer.weight_cache.ownership import make_folder
 from refinfer.weight_cache.publish import write_small_file
 
 __all__ = ["BENCH", "calibrate", "fit_device", "processor_of", "product_rows", "read_rows", "to_json"]
@@ -80,7 +81,7 @@ def calibrate(
     place = folder / CALIBRATION_FILE
     rows = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for row in _reads_in(folder, nbytes, clock, rounds):
             rows.append(row)
             progress()
@@ -90,7 +91,7 @@ def calibrate(
                 rows.append(row)
                 progress()
         known = to_json(read_json(place), folder, fit_device(rows), processor_of(rows, one_call_s))
-        write_small_file(place, (json.dumps(known, indent=1) + "\n").encode())
+        write_small_file(place, (json.dumps(known, indent=1) + "\n").encode(), begin=b'{\n "version"')
     except OSError as error:
         raise CacheFileError(f"{folder} cannot be written: {error.strerror}") from None
     return {"calibration_file": str(place), "call_us": 1e6 * one_call_s, "rows": rows}

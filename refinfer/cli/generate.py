@@ -14,8 +14,8 @@ from itertools import chain
 from pathlib import Path
 
 from refinfer.cli.options import add_json, add_prefetch, add_weights, integer, number, rate, token_ids
-from refinfer.cli.pictures import to_chrome
-from refinfer.cli.show import cache_line, format_seconds, listening, write_file
+from refinfer.cli.pictures import CHROME_BEGINS, to_chrome
+from refinfer.cli.show import cache_line, format_seconds, listening, require_writable, write_file
 from refinfer.cli.terminal import say
 from refinfer.clock import Clock, RealClock
 from refinfer.errors import RequestError
@@ -116,7 +116,7 @@ def run_generate(args: argparse.Namespace) -> None:
     with _load(args, model, len(ids) + max_tokens, clock, started) as session:
         _generate(session, args, ids, max_tokens, prompt or "")
         if args.trace is not None:
-            write_file(args.trace, json.dumps(to_chrome(session.trace)))
+            write_file(args.trace, CHROME_BEGINS, json.dumps(to_chrome(session.trace)))
         stats, prediction = session.stats, session.prediction
         cache = cache_line(session.weight_cache, mapped=args.budget is None)
     assert stats is not None
@@ -134,7 +134,7 @@ def _require_consistent(args: argparse.Namespace) -> None:
     """Refuse options that do not go together.
 
     Raises:
-        RequestError: two prompts, or an option of a budget without one.
+        RequestError: two prompts, an option of a budget without one, or a trace that would replace another file.
     """
     if args.prompt is not None and args.token_ids is not None:
         raise RequestError("a prompt and --token-ids were both given; give one of them")
@@ -142,6 +142,8 @@ def _require_consistent(args: argparse.Namespace) -> None:
     given = [f"--{name.replace('_', '-')}" for name in streaming if getattr(args, name) is not None]
     if args.budget is None and given:
         raise RequestError(f"{' and '.join(given)} can be used only within a budget; give --budget too")
+    if args.trace is not None:
+        require_writable(args.trace, CHROME_BEGINS)  # now, and not only when the text has been written
 
 
 def _load(args: argparse.Namespace, model: ModelFolder, max_positions: int, clock: Clock, started: float) -> Session:

@@ -18,7 +18,11 @@ from refinfer.planning.plan import Plan
 from refinfer.planning.report import layer_rows
 from refinfer.trace import KINDS, Span, Trace
 
-__all__ = ["plan_svg", "to_chrome", "to_rows", "to_svg"]
+__all__ = ["CHROME_BEGINS", "SVG_BEGINS", "plan_svg", "to_chrome", "to_rows", "to_svg"]
+
+CHROME_BEGINS: Final = '{"displayTimeUnit": "ms", "traceEvents": ['
+SVG_BEGINS: Final = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 '
+"""How the texts begin that `to_chrome`, as JSON, and the drawers of SVG make."""
 
 
 def to_rows(trace: Trace, width: int) -> list[tuple[str, str]]:

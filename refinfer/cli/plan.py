@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any, Final
 
-from refinfer.cli.pictures import plan_svg
+from refinfer.cli.pictures import SVG_BEGINS, plan_svg
 from refinfer.cli.planning import Question, add_question, format_rate, question_of
 from refinfer.cli.show import write_file
 from refinfer.cli.table import print_table
@@ -40,7 +40,7 @@ def run_plan(args: argparse.Namespace) -> None:
     plans = {name: question.plan(name) for name in PLANS}
     chosen = plans[args.plan]
     if args.svg is not None:
-        write_file(args.svg, plan_svg(inventory, chosen))
+        write_file(args.svg, SVG_BEGINS, plan_svg(inventory, chosen))
     rows = [plan_row(inventory, plan) for plan in plans.values()]
     layers = layer_rows(inventory, chosen)
     if args.json:

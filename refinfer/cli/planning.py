@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from refinfer.cli.options import add_json, add_prefetch, add_weights, integer
+from refinfer.cli.pictures import SVG_BEGINS
+from refinfer.cli.show import require_writable
 from refinfer.errors import RequestError
 from refinfer.inventory import Inventory
 from refinfer.model.checkpoint import open_checkpoint
@@ -120,8 +122,11 @@ def question_of(args: argparse.Namespace) -> Question:
     """Return what the arguments ask.
 
     Raises:
-        InputError: both or neither of a model and a shape are given, or a value cannot be used.
+        InputError: both or neither of a model and a shape are given, a value cannot be used, or a picture would replace
+            another file.
     """
+    if args.svg is not None:
+        require_writable(args.svg, SVG_BEGINS)
     name, inventory = _inventory(args)
     longest = inventory.config.longest_request
     positions = args.positions or min(_DEFAULT_POSITIONS, longest)

@@ -7,6 +7,8 @@ Read more: tutorial 00; clauses CLI-1, CLI-10.
 from __future__ import annotations
 
 import contextlib
+import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +17,10 @@ from refinfer.errors import InputError
 from refinfer.units import format_nbytes
 from refinfer.weight_cache.load_or_build import CacheOutcome, Listener
 from refinfer.weight_cache.mapped_file import NO_FILE
+from refinfer.weight_cache.ownership import require_replaceable
+from refinfer.weight_cache.publish import Draft, write_small_file
 
-__all__ = ["cache_line", "format_seconds", "listening", "progress_bar", "write_file"]
+__all__ = ["cache_line", "format_seconds", "listening", "progress_bar", "require_writable", "write_file"]
 
 
 @contextlib.contextmanager
@@ -51,6 +55,7 @@ def listening() -> Iterator[Listener]:
         yield Listener(
             progress=progress,
             on_wait=lambda: tell("waiting for another process that is packing the same weights"),
+            on_long_wait=lambda draft: tell(f"still waiting: another process has {draft} locked"),
             warn=lambda message: tell(f"warning: {message}"),
         )
 
@@ -84,13 +89,35 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
-def write_file(path: str, text: str) -> None:
-    """Write a text to the file that was asked for.
+def require_writable(path: str, begin: str) -> None:
+    """Require that no other file is lost when a text that begins with `begin` is written to `path`.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: a file lies there that does not begin so.
     """
+    if os.path.isfile(path):  # noqa: PTH113  (false, and no error, for a name that no file can have)
+        require_replaceable(Path(os.path.realpath(path)), begin.encode(), "what this command writes there")
+
+
+def write_file(path: str, begin: str, text: str) -> None:
+    """Write a text to the file that was asked for, as a whole or not at all; `begin` is how such texts begin.
+
+    Raises:
+        InputError: the file cannot be written, or is not one of ours.
+    """
+    require_writable(path, begin)
+    data = text.encode(errors="replace")
     try:
-        Path(path).write_text(text, encoding="utf-8", errors="replace")
+        place = Path(os.path.realpath(path))
+        found = place.stat().st_mode if place.exists() else stat.S_IFREG | 0o666
+        if not stat.S_ISREG(found):  # a device or a pipe
+            place.write_bytes(data)
+            return
+
+        def prepare(draft: Draft) -> None:
+            draft.make_readable_like([], stat.S_IMODE(found))
+            draft.before = lambda: require_writable(path, begin)
+
+        write_small_file(place, data, begin=begin.encode(), prepare=prepare)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None

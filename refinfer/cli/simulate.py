@@ -12,7 +12,7 @@ import sys
 from itertools import groupby
 from typing import Any, Final
 
-from refinfer.cli.pictures import to_rows, to_svg
+from refinfer.cli.pictures import SVG_BEGINS, to_rows, to_svg
 from refinfer.cli.planning import Question, add_question, format_rate, question_of
 from refinfer.cli.show import write_file
 from refinfer.cli.table import print_table
@@ -56,7 +56,7 @@ def run_simulate(args: argparse.Namespace) -> None:
     run = simulate_plan(inventory, plan, question.costs, traced=True)
     title = f"{question.name}, {inventory.format}, {plan.name} within {format_nbytes(question.budget)}: two tokens"
     if args.svg is not None:
-        write_file(args.svg, to_svg(run.trace, title))
+        write_file(args.svg, SVG_BEGINS, to_svg(run.trace, title))
     sweep = _sweep(question)
     if args.json:
         found = {"token_s": run.token_s, "wait_s": run.wait_s, "sweep": sweep}

@@ -26,6 +26,7 @@ from refinfer.planning.account import fixed_of
 from refinfer.planning.cost import Calibration, costs_of
 from refinfer.planning.plan import Plan, Prefetch, make_plan
 from refinfer.trace import Recorder
+from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.key import PackKey
 from refinfer.weight_cache.publish import discard
 
@@ -130,7 +131,7 @@ def open_run(planned: PlannedRun, keys: Mapping[str, PackKey], clock: Clock, *, 
         try:
             source = StreamedSource(file, plan, recorder, most_rows, paged=within.paged)
         except DamagedWeightsError:
-            discard(planned.path, store.is_at)  # the file, if it still is the one that was read
+            discard(planned.path, MAGIC, store.is_at)  # the file, if it still is the one that was read
             raise
         undo.callback(source.close)
         calibration = planned.calibration

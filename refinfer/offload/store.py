@@ -15,9 +15,14 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Protocol, Self
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, which has no direct I/O either
+    fcntl = None  # type: ignore[assignment]
 
 from refinfer.arrays import PAGE_BYTES, aligned_empty
 from refinfer.clock import Clock
@@ -27,6 +32,7 @@ from refinfer.packing.layout import Bytes
 __all__ = ["FileStore", "Store", "ThrottledStore"]
 
 _LONGEST_SLEEP_S: Final = 1 / 8
+_FLAGS: Final = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # never waits for a pipe
 
 
 class Store(Protocol):
@@ -88,7 +94,7 @@ class FileStore:
         self._lock = threading.Lock()
         try:
             direct = _open_direct(path)
-            buffered = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)) if direct is None else None
+            buffered = os.open(path, _FLAGS) if direct is None else None
         except OSError as error:
             raise CacheFileError(f"{path} cannot be read: {error.strerror}") from None
         self.direct = direct is not None
@@ -103,8 +109,8 @@ class FileStore:
         """Fill `into` with the bytes from `offset` on; both start on page boundaries.
 
         Raises:
-            DamagedWeightsError: the file is too short, or cannot be read.
-            GenerationError: the store is closed.
+            DamagedWeightsError: the file is too short.
+            GenerationError: the file cannot be read, or the store is closed.
         """
         view = memoryview(into.data)
         done = 0
@@ -115,8 +121,10 @@ class FileStore:
                     if n == 0:
                         raise DamagedWeightsError(f"{self.path} was cut short while it was in use")
                     done += n
-            except OSError as error:
-                raise DamagedWeightsError(f"{self.path} cannot be read: {error.strerror}") from None
+            except OSError as error:  # no proof of damage, so the file stays
+                raise GenerationError(
+                    f"{self.path} cannot be read: {error.strerror}; if that lasts, remove it with refinfer cache rm"
+                ) from None
             with self._lock:
                 self.bytes_read += done
 
@@ -142,10 +150,22 @@ class FileStore:
                 data = os.read(descriptor, len(view))
             view[: len(data)] = data
             return len(data)
-        n = os.preadv(descriptor, [view], offset)
-        if not self.direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, offset, n, os.POSIX_FADV_DONTNEED)
+        try:
+            n = os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            if not self.direct or error.errno != errno.EINVAL:
+                raise
+            self._end_direct(descriptor)  # what worked at first is refused now
+            n = os.preadv(descriptor, [view], offset)
+        if not self.direct:
+            with suppress(AttributeError, OSError):  # a hint
+                os.posix_fadvise(descriptor, offset, n, os.POSIX_FADV_DONTNEED)
         return n
+
+    def _end_direct(self, descriptor: int) -> None:
+        """Go on with ordinary reads of the same open file."""
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
+        self.direct = False
 
     def is_at(self, path: Path) -> bool:
         """Return whether `path` is still the file that is open here."""
@@ -181,14 +201,12 @@ def _open_direct(path: Path) -> int | None:
         return None
     descriptor = None
     try:
-        descriptor = os.open(path, os.O_RDONLY | flag)
+        descriptor = os.open(path, _FLAGS | flag)
         os.preadv(descriptor, [aligned_empty((PAGE_BYTES // 4,), PAGE_BYTES).data], 0)
-    except OSError as error:
+    except OSError:  # ordinary reads will show whether the file itself can be read
         if descriptor is not None:
             os.close(descriptor)
-        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
-            return None
-        raise
+        return None
     return descriptor
 
 

@@ -17,8 +17,9 @@ from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import CacheFileError, InputError
 from refinfer.packing.formats import FORMATS
 from refinfer.weight_cache.format import FORMAT_VERSION, MAGIC
-from refinfer.weight_cache.identity import SideFile, side_path
+from refinfer.weight_cache.identity import SIDE_FILE_BEGINS, SideFile, side_path
 from refinfer.weight_cache.mapped_file import read_file
+from refinfer.weight_cache.ownership import open_for_reading
 from refinfer.weight_cache.packers import packer_fingerprint
 from refinfer.weight_cache.publish import draft_path, remove_dead_draft
 
@@ -109,9 +110,13 @@ def describe(path: Path) -> dict[str, Any]:
 
 def is_cache_file(path: Path) -> bool:
     """Return whether a file begins like a cache file; it may be damaged further on."""
+    return _begins(path, MAGIC)
+
+
+def _begins(path: Path, begin: bytes) -> bool:
     try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
+        with open_for_reading(path) as file:
+            return path.is_file() and file.read(len(begin)) == begin
     except OSError:
         return False
 
@@ -119,13 +124,17 @@ def is_cache_file(path: Path) -> bool:
 def remove(path: Path) -> int:
     """Remove a cache file and all that belongs to it; return the bytes that were freed.
 
-    Processes that have mapped it keep their pages; a draft that is being written stays.
+    Processes that have mapped it keep their pages. A draft that is being written stays, and so does a file that has the
+    side file's name but is not one, unless it lies in the cache directory.
 
     Raises:
         OSError: a file cannot be removed from the folder.
     """
     freed = sum(file.stat().st_size for file in files_of(path))
-    for file in (path, side_path(path)):
-        file.unlink(missing_ok=True)
-        remove_dead_draft(file)
+    side = side_path(path)
+    path.unlink(missing_ok=True)
+    if side.parent == cache_directory() or _begins(side, SIDE_FILE_BEGINS):
+        side.unlink(missing_ok=True)
+    remove_dead_draft(path, MAGIC)
+    remove_dead_draft(side, SIDE_FILE_BEGINS)
     return freed - sum(file.stat().st_size for file in files_of(path))

@@ -61,7 +61,8 @@ class FileWeightCacheProvider(DictFace):
         self.path = held.path
         self.provenance = provenance
         self._entries: dict[PackKey, Entry] = {}
-        self._views: dict[int, Bytes] = {}
+        self._views: dict[int, Bytes] = {}  # of the draft
+        self._sizes: dict[int, int] = {}  # of what is mapped
         self._mapped: MappedFile | None = None
         self._draft: Draft | None = None
         self._end = PAGE_BYTES
@@ -94,7 +95,8 @@ class FileWeightCacheProvider(DictFace):
         self._mapped = mapped
         self.provenance = mapped.index.provenance
         self._entries = {entry.key: entry for entry in mapped.index.entries}
-        self._views = {entry.offset: mapped.bytes(entry.offset, entry.padded_nbytes) for entry in self.entries}
+        self._views = {}
+        self._sizes = {entry.offset: entry.padded_nbytes for entry in self.entries}
         self._state = state
 
     @property
@@ -192,6 +194,8 @@ class FileWeightCacheProvider(DictFace):
             WeightCacheStateError: no buffer starts there.
         """
         require("offset_to_addr", self._state)
+        if offset in self._sizes:
+            return self.mapped.bytes(offset, self._sizes[offset])
         if offset not in self._views:
             raise WeightCacheStateError(f"no buffer starts at offset {offset}")
         return self._views[offset]
@@ -250,7 +254,7 @@ class FileWeightCacheProvider(DictFace):
         if self._draft is not None:
             self._draft.abandon()
         self._state = State.DELETED
-        self._entries, self._views = {}, {}
+        self._entries, self._views, self._sizes = {}, {}, {}
         self._draft = self._mapped = self._reserved = None
 
     def __iter__(self) -> Iterator[PackKey]:

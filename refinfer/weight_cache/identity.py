@@ -27,7 +27,10 @@ from typing import Any, Final, Self
 from refinfer.errors import WeightsError
 from refinfer.weight_cache.format import SourceFile
 
-__all__ = ["Record", "SideFile", "believed", "identify", "side_path", "tick_ns", "unchanged"]
+__all__ = ["SIDE_FILE_BEGINS", "Record", "SideFile", "believed", "identify", "side_path", "tick_ns", "unchanged"]
+
+SIDE_FILE_BEGINS: Final = b'{\n "records": ['
+"""How every side file begins."""
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _HEAD_BYTES: Final = 64 << 10

@@ -1,7 +1,7 @@
 """Loads a cache file or builds it: one call decides, and reports the reason.
 
 Decides when to look, wait, hash, pack and publish. Leaves to others: what is packed, and how.
-Read more: tutorials 05, 06; clauses OPEN-1 to OPEN-8.
+Read more: tutorials 05, 06; clauses OPEN-1 to OPEN-9.
 
     _load_believed     the side file is believed?  --yes-->  the file is good and whole?  --yes-->  mapped
                             | no                                  | no           (nothing was read but headers)
@@ -24,16 +24,25 @@ from pathlib import Path
 from typing import Final, Self
 
 from refinfer.clock import Clock
-from refinfer.errors import CacheFileError, WeightCacheError, WeightsError
+from refinfer.errors import CacheFileError, RequestError, WeightCacheError, WeightsError
 from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.file import FileWeightCacheProvider
-from refinfer.weight_cache.format import Entry, Provenance, SourceFile
-from refinfer.weight_cache.identity import Record, SideFile, believed, identify, side_path, unchanged
+from refinfer.weight_cache.format import MAGIC, Entry, Provenance, SourceFile
+from refinfer.weight_cache.identity import (
+    SIDE_FILE_BEGINS,
+    Record,
+    SideFile,
+    believed,
+    identify,
+    side_path,
+    unchanged,
+)
 from refinfer.weight_cache.key import PackKey
 from refinfer.weight_cache.mapped_file import MappedFile
+from refinfer.weight_cache.ownership import belongs_to_a_stranger, make_folder, require_replaceable
 from refinfer.weight_cache.packers import padded_nbytes_of
 from refinfer.weight_cache.provider import Pack, WeightCacheProvider
-from refinfer.weight_cache.publish import Draft, remove_dead_draft, write_small_file
+from refinfer.weight_cache.publish import Draft, Patience, remove_dead_draft, write_small_file
 
 __all__ = ["SILENT", "CacheOutcome", "Contents", "Listener", "Prepared", "load_or_build"]
 
@@ -56,11 +65,13 @@ class Listener:
     """Callbacks that report progress, waiting and warnings.
 
     `progress` gets the number of bytes that were read or packed since the last call. `on_wait` is called when another
-    process is packing. `warn` gets a sentence about something that does not work as asked, but is no reason to stop.
+    process is packing, and `on_long_wait` with the path of its draft if it still is after five seconds. `warn` gets a
+    sentence about something that does not work as asked, but is no reason to stop.
     """
 
     progress: Callable[[int], None] = lambda nbytes: None
     on_wait: Callable[[], None] = lambda: None
+    on_long_wait: Callable[[Path], None] = lambda draft: None
     warn: Callable[[str], None] = lambda message: warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
@@ -123,6 +134,7 @@ class _Request:
     contents_of: Callable[[tuple[SourceFile, ...]], Contents]
     clock: Clock
     listener: Listener
+    named: bool
     started: float
 
 
@@ -133,10 +145,12 @@ def load_or_build(
     *,
     clock: Clock,
     listener: Listener = SILENT,
+    named: bool = False,
 ) -> Prepared:
     """Map the cache file at `path`, after building it if it is missing, outdated, incomplete or damaged.
 
-    One process builds; others wait for it and map what it built.
+    One process builds; others wait for it and map what it built. What is published can be read by those only who may
+    read all of `sources`.
 
     Args:
         path: the file.
@@ -144,18 +158,21 @@ def load_or_build(
         contents_of: returns what the file must hold, given the identities of `sources`.
         clock: the clock that measures the packing.
         listener: callbacks for progress, waiting and warnings.
+        named: a person chose the path, so a file there that is not a cache file is theirs, and is not replaced.
 
     Raises:
+        RequestError: a person's file lies there.
         WeightCacheError: the place cannot be written, and holds no file that can be used as it is.
         WeightsError: a source file cannot be read, or changes meanwhile.
         PackingError: the format cannot hold the weights.
     """
-    request = _Request(path, sources, contents_of, clock, listener, clock.now())
+    request = _Request(path, sources, contents_of, clock, listener, named, clock.now())
+    _require_replaceable(request)
     if (loaded := _load_believed(request)) is not None:
         return loaded
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = Draft(path, listener.on_wait)
+        make_folder(path.parent)
+        draft = Draft(path, MAGIC, Patience(clock, listener.on_wait, listener.on_long_wait))
     except OSError as error:
         if (loaded := _load_identified(request, 0)[0]) is not None:
             return loaded
@@ -165,7 +182,7 @@ def load_or_build(
         if loaded is None:
             return _build(request, draft, found, records)
         if records != SideFile.read(side_path(path)).records:
-            _note(path, SideFile(records, loaded.outcome.packing_s))
+            _note(request, SideFile(records, loaded.outcome.packing_s))
     except OSError as error:
         raise WeightCacheError(f"{path} cannot be written: {error.strerror}") from None
     else:
@@ -184,8 +201,8 @@ def _load_believed(request: _Request) -> Prepared | None:
     found = _look(request.path, request.contents_of(known))
     if not found.is_whole:
         return None
-    remove_dead_draft(request.path)
-    remove_dead_draft(side_path(request.path))
+    remove_dead_draft(request.path, MAGIC)
+    remove_dead_draft(side_path(request.path), SIDE_FILE_BEGINS)
     return found.loaded(request, side)
 
 
@@ -206,8 +223,10 @@ def _build(request: _Request, draft: Draft, found: _Found, records: tuple[Record
         folder = request.sources[0].parent
         raise WeightsError(f"the files in {folder} changed while they were packed; start again")
     packing_s = request.clock.now() - started
+    draft.make_readable_like(request.sources)
+    draft.before = lambda: _require_replaceable(request)
     # Before the lock is released: a process that waits for it must not hash again.
-    draft.then = lambda: _note(request.path, SideFile(records, packing_s))
+    draft.then = lambda: _note(request, SideFile(records, packing_s))
     provider.finalize()
     seconds = request.clock.now() - request.started
     outcome = CacheOutcome.of("built", provider, packed, seconds)
@@ -232,6 +251,8 @@ class _Found:
 
     def loaded(self, request: _Request, side: SideFile) -> Prepared:
         assert self.provider is not None
+        if belongs_to_a_stranger(request.path, request.sources):
+            request.listener.warn(f"{request.path} belongs to another user, who can change what this model answers")
         seconds = request.clock.now() - request.started
         outcome = CacheOutcome.of("loaded", self.provider, (), seconds)
         outcome = replace(outcome, path=str(request.path), packing_s=side.packing_s)
@@ -294,9 +315,25 @@ def _copy_of(mapped: MappedFile, entry: Entry) -> Pack | None:
     return copy
 
 
-def _note(path: Path, side: SideFile) -> None:
+def _require_replaceable(request: _Request) -> None:
+    """Refuse a place that a person chose, if something there is not refinfer's.
+
+    Raises:
+        RequestError: a person's file lies there.
+    """
+    if request.named:
+        require_replaceable(request.path, MAGIC, "a weight cache")
+        require_replaceable(side_path(request.path), SIDE_FILE_BEGINS, "a side file of a weight cache")
+
+
+def _note(request: _Request, side: SideFile) -> None:
     """Write the side file; without it the next start takes the digests again, and loses nothing else."""
+
+    def prepare(draft: Draft) -> None:
+        draft.make_readable_like(request.sources)
+        draft.before = lambda: _require_replaceable(request)
+
     try:
-        write_small_file(side_path(path), side.encode())
-    except OSError:
+        write_small_file(side_path(request.path), side.encode(), begin=SIDE_FILE_BEGINS, prepare=prepare)
+    except (OSError, RequestError):
         return

@@ -13,10 +13,12 @@ import ctypes
 import hashlib
 import mmap
 import os
+import stat
 import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Final
 
@@ -28,6 +30,7 @@ from refinfer.errors import CacheFileError, DamagedWeightsError, WeightCacheErro
 from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.format import Header, Index, StoredChunk, decode_header, decode_index, encode_header
 from refinfer.weight_cache.identity import tick_ns
+from refinfer.weight_cache.ownership import open_for_reading
 
 __all__ = ["NO_FILE", "MappedFile", "read_file"]
 
@@ -48,24 +51,25 @@ def read_file(path: Path) -> tuple[Header, Index]:
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
     try:
-        with path.open("rb") as file:
+        with open_for_reading(path) as file:
             yield file
     except FileNotFoundError:
         raise CacheFileError(NO_FILE) from None
     except OSError as error:
         raise CacheFileError(f"it cannot be read: {error.strerror}") from None
-    except ValueError:  # raised by mmap if the file was cut short meanwhile
-        raise CacheFileError("it changed while it was opened") from None
 
 
 def _read(file: IO[bytes]) -> tuple[Header, Index]:
-    header = decode_header(file.read(PAGE_BYTES), os.fstat(file.fileno()).st_size)
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode):
+        raise CacheFileError("it is not a regular file")
+    header = decode_header(file.read(PAGE_BYTES), found.st_size)
     file.seek(header.index_offset)
     return header, decode_index(header, file.read(header.index_nbytes))
 
 
 class MappedFile:
-    """A whole cache file, mapped read-only and shared with every process that maps it.
+    """A whole cache file, mapped read-only and shared with every process that maps it, when it is first used.
 
     `path` is its name. `opened` is the name that it has now, if it has not been given its own yet.
 
@@ -78,11 +82,21 @@ class MappedFile:
         self.path = path
         with _open(opened or path) as file:
             self.header, self.index = _read(file)
-            self._map = mmap.mmap(file.fileno(), self.header.file_nbytes, access=mmap.ACCESS_READ)
             self._descriptor = os.dup(file.fileno())  # stays this file's, even if its name becomes another's
         weakref.finalize(self, os.close, self._descriptor)
-        self._bytes = np.frombuffer(self._map, np.uint8)
         self._seen = self._look()
+
+    @cached_property
+    def _bytes(self) -> Bytes:
+        try:
+            mapped = mmap.mmap(self._descriptor, self.header.file_nbytes, access=mmap.ACCESS_READ)
+        except ValueError:  # shorter than its header says
+            raise DamagedWeightsError(f"{self.path} was cut short while it was in use") from None
+        except OSError as error:
+            raise WeightCacheError(
+                f"{self.path} cannot be mapped: {error.strerror}; a run with --budget maps nothing"
+            ) from None
+        return np.frombuffer(mapped, np.uint8)
 
     def bytes(self, offset: int, nbytes: int) -> Bytes:
         """Return a read-only view of `nbytes` bytes of the file, from `offset` on."""
@@ -106,8 +120,8 @@ class MappedFile:
         return self._seen != before
 
     def _look(self) -> tuple[int, int, int]:
-        stat = os.fstat(self._descriptor)
-        return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        found = os.fstat(self._descriptor)
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     @property
     def age_s(self) -> float:
@@ -140,10 +154,10 @@ class MappedFile:
 
     def problems(self) -> Iterator[str]:
         """Read every byte, and yield a sentence for each thing that is not as it was written."""
-        if self._map[:PAGE_BYTES] != encode_header(self.header):
+        if self.bytes(0, PAGE_BYTES).tobytes() != encode_header(self.header):
             yield "the header is not followed by zeros"
-        index = self._map[self.header.index_offset : self.header.file_nbytes]
-        if hashlib.sha256(index).digest() != self.header.index_digest:
+        index = self._bytes[self.header.index_offset : self.header.file_nbytes]
+        if hashlib.sha256(index.data).digest() != self.header.index_digest:
             yield "the index is damaged"
         for entry in self.index.entries:
             for number, chunk in enumerate(entry.chunks):

@@ -1,7 +1,8 @@
 """How a file is created: under another name, by one process at a time, and then all at once.
 
-Uses temporary files, locks, fsync and renaming. Leaves to others: what is in a file.
-Read more: tutorial 05; clauses PUBLISH-1 to PUBLISH-7.
+Uses temporary files, locks, fsync and renaming. Leaves to others: what is in a file, what may be written over
+(`ownership`).
+Read more: tutorial 05; clauses PUBLISH-1 to PUBLISH-7, PUBLISH-13, PUBLISH-14.
 
 The draft of `name` is `name.tmp`; only the process that has its lock may write to it. Publishing makes its bytes
 durable (they are on the disk when `fsync` returns, and survive a power cut), then gives it its name, then makes the
@@ -15,8 +16,8 @@ process that has mapped the old one keeps it.
     rename to name, fsync
     unlock                    looks: name is there
 
-Without file locks (Windows), builders do not wait for each other: each has a draft of its own, and the
-last one to publish wins.
+Without file locks (Windows, and file systems that have none), builders do not wait for each other: each has a draft of
+its own, `name.PID.tmp`, and the last one to publish wins.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Final
 
@@ -37,16 +38,61 @@ except ImportError:  # not on Windows
 import numpy as np
 
 from refinfer.arrays import PAGE_BYTES
+from refinfer.clock import Clock
+from refinfer.weight_cache.ownership import (
+    READ_ONLY,
+    change_mode,
+    is_ours,
+    mode_like,
+    open_draft,
+    open_other_draft,
+    taken_by,
+)
 
-__all__ = ["Draft", "Space", "discard", "draft_path", "remove_dead_draft", "write_small_file"]
+__all__ = ["Draft", "Patience", "Space", "discard", "draft_path", "remove_dead_draft", "write_small_file"]
 
+_LONG_S: Final = 5.0
+_LOOK_S: Final = 0.05
+_NO_LOCKS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_REFUSED: Final = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)  # a service that can be done without
 _GRANULE: Final = mmap.ALLOCATIONGRANULARITY  # a mapping begins at a multiple of it
 _ZEROS: Final = bytes(1 << 20)
 
 
-def draft_path(path: Path) -> Path:
-    """Return where the draft of a file is written."""
-    return path.with_name(f"{path.name}.tmp" if fcntl else f"{path.name}.{os.getpid()}.tmp")
+def draft_path(path: Path, *, locks: bool = fcntl is not None) -> Path:
+    """Return where the draft of a file is written; without locks, each process has a draft of its own."""
+    return path.with_name(f"{path.name}.tmp" if locks else f"{path.name}.{os.getpid()}.tmp")
+
+
+class Patience:
+    """What is reported while a draft is locked by another process, each once.
+
+    `on_wait()` is called at once, and `on_long_wait(draft)` after five seconds.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        on_wait: Callable[[], None] = lambda: None,
+        on_long_wait: Callable[[Path], None] | None = None,
+    ) -> None:
+        self._clock = clock
+        self._on_wait = on_wait
+        self._on_long_wait = on_long_wait or (lambda draft: None)
+        self._until: float | None = None
+
+    def wait(self, draft: Path, is_free: Callable[[], bool]) -> bool:
+        """Wait until `is_free()`, for five seconds in all, then report; return whether it is free."""
+        if self._until is None:
+            self._until = self._clock.now() + _LONG_S
+            self._on_wait()
+        while self._clock.now() < self._until:
+            self._clock.sleep(_LOOK_S)
+            if is_free():
+                return True
+        self._on_long_wait(draft)
+        self._on_long_wait = lambda draft: None
+        return False
 
 
 class Space:
@@ -60,25 +106,41 @@ class Space:
 
     def drop_pages(self) -> None:
         """Release the memory of the mapped pages; their content stays in the file."""
-        if hasattr(mmap.mmap, "madvise"):
+        with contextlib.suppress(AttributeError, OSError):  # a hint
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class Draft:
     """A file under construction, locked: `publish` makes it `path`, `abandon` removes it.
 
-    Making one waits until no other process has a draft of the same file; if it has to wait, it calls `on_wait` first.
+    Making one waits until no other process has a draft of the same file. A draft that a crash has left is taken over if
+    it begins with `begin`. `locked` is false if the file system has no locks.
 
     Raises:
-        OSError: no file can be made in the folder.
+        OSError: no file can be made in the folder, or something else has the draft's name.
     """
 
-    def __init__(self, path: Path, on_wait: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: Path, begin: bytes = b"", patience: Patience | None = None) -> None:
         self.path = path
+        self.before: Callable[[], None] = lambda: None  # runs just before the file gets its name, and may refuse
         self.then: Callable[[], None] = lambda: None  # runs after publishing and before the lock is released
+        self.mode = mode_like((), READ_ONLY, 0)
         self.temporary = draft_path(path)
-        self._file = _open_locked(self.temporary, on_wait)
+        try:
+            self._file = _open_locked(self.temporary, begin, patience)
+            self.locked = fcntl is not None
+        except _NoLocksError:
+            self.temporary = draft_path(path, locks=False)
+            self._file, self.locked = open_draft(self.temporary), False
         self._file.truncate(0)
+
+    def make_readable_like(self, sources: Sequence[Path], most: int = READ_ONLY) -> None:
+        """Let the published file be read by those only who may read all of `sources`.
+
+        Raises:
+            OSError: a source is not there.
+        """
+        self.mode = mode_like(sources, most, os.fstat(self._file.fileno()).st_gid)
 
     def now_ns(self) -> int:
         """Return the time by the clock of the file system."""
@@ -95,7 +157,7 @@ class Draft:
         try:
             os.posix_fallocate(self._file.fileno(), start, end - start)
         except (AttributeError, OSError) as error:  # not on macOS, nor on every file system
-            if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            if isinstance(error, OSError) and error.errno not in _REFUSED:
                 raise
             self.clear(start, end)
         return Space(self._file, start, nbytes)
@@ -114,12 +176,16 @@ class Draft:
 
     # --8<-- [start:publish]
     def settle(self, nbytes: int) -> None:
-        """Cut the file to `nbytes` and make them durable."""
+        """Cut the file to `nbytes`, give it its mode, and make both durable."""
         self._file.truncate(nbytes)
-        os.fsync(self._file.fileno())
+        change_mode(self._file.fileno(), self.mode)
+        _sync(self._file.fileno())
 
     def publish(self) -> None:
         """Give the settled file its name, durably, and call `then`; the draft is closed."""
+        self.before()
+        if not _is_at(self.temporary, self._file):
+            raise taken_by(self.temporary, "no longer the draft that was written")
         self.temporary.replace(self.path)
         _sync_folder(self.path.parent)
         self.then()
@@ -136,27 +202,31 @@ class Draft:
 
     def _close(self) -> None:
         """Unlock and close; closing alone would not unlock it, because a mapping keeps the file open."""
-        if fcntl:
+        if self.locked:
             fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
 
-def _open_locked(path: Path, on_wait: Callable[[], None]) -> IO[bytes]:
+class _NoLocksError(Exception):
+    """This file system has no file locks."""
+
+
+def _open_locked(path: Path, begin: bytes, patience: Patience | None) -> IO[bytes]:
     while True:
         try:
-            path.touch()
-        except PermissionError:
-            if not path.exists() and not os.access(path.parent, os.W_OK | os.X_OK):
+            file = open_draft(path)
+        except FileNotFoundError:  # published or removed since, or there is no folder
+            if not path.parent.exists():
                 raise
-        try:
-            file = path.open("r+b", buffering=0)
-        except FileNotFoundError:  # published or removed since
             continue
         except PermissionError:  # another user's draft: removed when nobody writes it any more
-            _remove_when_unlocked(path, on_wait)
+            if not os.path.lexists(path):
+                raise
+            _remove_when_unlocked(path, begin, patience)
             continue
         try:
-            if fcntl is None or (_lock(file, on_wait) and _is_at(path, file)):
+            if fcntl is None or (_lock(file, path, patience) and _is_at(path, file)):
+                _require_ours(file, path, begin)
                 return file
         except BaseException:
             file.close()
@@ -164,27 +234,53 @@ def _open_locked(path: Path, on_wait: Callable[[], None]) -> IO[bytes]:
         file.close()
 
 
-def _remove_when_unlocked(path: Path, on_wait: Callable[[], None]) -> None:
-    if fcntl is None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-    with contextlib.suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
-        if _lock(file, on_wait) and _is_at(path, file):
-            path.unlink()
+def _require_ours(file: IO[bytes], path: Path, begin: bytes) -> None:
+    if begin and not is_ours(file, begin):
+        raise taken_by(path, "not a draft of refinfer")
 
 
-def _lock(file: IO[bytes], on_wait: Callable[[], None]) -> bool:
+def _remove_when_unlocked(path: Path, begin: bytes, patience: Patience | None) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        on_wait()
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with open_other_draft(path) as file:
+            if fcntl and _lock(file, path, patience) and _is_at(path, file):
+                _require_ours(file, path, begin)
+                path.unlink()
+    except FileNotFoundError:
+        return
+    except PermissionError:
+        raise taken_by(path, "another user's") from None
+
+
+def _lock(file: IO[bytes], path: Path, patience: Patience | None) -> bool:
+    """Lock a draft, waiting for whoever has it locked.
+
+    Raises:
+        _NoLocksError: this file system has no locks; an empty draft, which only we can have made, is removed.
+    """
+
+    def is_free() -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    try:
+        if not is_free() and (patience is None or not patience.wait(path, is_free)):
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        if _is_at(path, file) and not os.fstat(file.fileno()).st_size:
+            path.unlink(missing_ok=True)
+        raise _NoLocksError from None
     return True
 
 
 def _is_at(path: Path, file: IO[bytes]) -> bool:
     """Return whether the open file still has that name: while we waited it may have been published."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
 
@@ -197,35 +293,41 @@ def _sync_folder(folder: Path) -> None:
         except PermissionError:  # a folder that may be written but not read cannot be made durable from here
             return
         try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some file systems do not sync folders
-                raise
+            _sync(descriptor)
         finally:
             os.close(descriptor)
 
 
-def remove_dead_draft(path: Path) -> None:
-    """Remove a draft of `path` that nobody is writing, such as one whose builder was killed."""
+def _sync(descriptor: int) -> None:
+    """Make a file or a folder durable, if the file system can: some do not sync folders, some nothing."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+
+
+def remove_dead_draft(path: Path, begin: bytes) -> None:
+    """Remove a draft of `path` that begins with `begin` and that nobody is writing: its builder was killed."""
     temporary = draft_path(path)
     if fcntl is None or not temporary.exists():
         return
     try:
-        with temporary.open("rb") as file:
+        with open_other_draft(temporary) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(temporary, file):
+            if _is_at(temporary, file) and is_ours(file, begin):
                 temporary.unlink()
     except OSError:
         return  # somebody is writing it, or has removed it, or we may not
 
 
-def discard(path: Path, is_at: Callable[[Path], bool]) -> bool:
+def discard(path: Path, begin: bytes, is_at: Callable[[Path], bool]) -> bool:
     """Remove a damaged file, unless another process has replaced it meanwhile; return whether it is gone.
 
-    `is_at` returns whether a path is still the file that was found damaged.
+    `begin` is how drafts of it begin. `is_at` returns whether a path is still the file that was found damaged.
     """
     try:
-        draft = Draft(path)
+        draft = Draft(path, begin)
     except OSError:
         return False
     try:
@@ -239,14 +341,21 @@ def discard(path: Path, is_at: Callable[[Path], bool]) -> bool:
         draft.abandon()
 
 
-def write_small_file(path: Path, data: bytes) -> None:
+def write_small_file(
+    path: Path, data: bytes, *, begin: bytes = b"", prepare: Callable[[Draft], None] | None = None
+) -> None:
     """Replace a small file all at once and durably.
+
+    A draft that a crash has left is taken over if it begins with `begin`. `prepare` may set the draft's mode, and what
+    happens before it gets its name.
 
     Raises:
         OSError: the disk is full, or no file can be made in the folder; nothing is left behind.
     """
-    draft = Draft(path)
+    draft = Draft(path, begin)
     try:
+        if prepare is not None:
+            prepare(draft)
         draft.write(0, data)
         draft.settle(len(data))
         draft.publish()

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from refinfer.cli.main import main
+from refinfer.cli.main import main, make_parser
 from refinfer.generate import STORYTELLER, load
 from refinfer.units import format_nbytes
+from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.identity import side_path
 from refinfer.weight_cache.publish import draft_path
 
@@ -31,9 +32,9 @@ from command_line import WATCHDOG_S, program, run
 @pytest.mark.parametrize("way", ["path", "name", "model", "model and format", "all"])
 def test_rm_removes_the_files_it_is_given(packed: Path, directory: Path, model: Path, way: str) -> None:
     kept = Path(run("pack", STORYTELLER)[1].rstrip("\n")) if way != "all" else None
-    draft_path(packed).write_bytes(b"dead")
+    draft_path(packed).write_bytes(MAGIC + b"dead")
     (directory / "notes.txt").write_text("dear")
-    nbytes = 4 + packed.stat().st_size + side_path(packed).stat().st_size
+    nbytes = len(MAGIC) + 4 + packed.stat().st_size + side_path(packed).stat().st_size
     targets: dict[str, list[object]] = {
         "path": [packed],
         "name": [packed.name],
@@ -219,6 +220,7 @@ def test_a_name_that_is_too_long_is_bad_input(directory: Path, argv: list[str]) 
 def test_a_user_without_a_home_is_told_in_one_line_or_served(
     argv: list[str], directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    make_parser(argv)  # imports what nobody might not be allowed to read
     nobody = next(uid for uid in range(54321, 60000) if not any(entry.pw_uid == uid for entry in pwd.getpwall()))
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME", raising=False)

@@ -164,6 +164,22 @@ def test_a_picture_that_cannot_be_written_is_one_line(command: str, tmp_path: Pa
         assert "cannot be written: No space left on device" in refused(*options, "/dev/full")
 
 
+@pytest.mark.spec("CLI-24")
+@both
+@pytest.mark.parametrize("content", [b"a thesis", b"<svg", b'<svg xmlns="http://www.w3.org/2000/svg">', bytes(100)])
+def test_a_picture_takes_the_place_of_a_picture_of_ours_only(command: str, content: bytes, tmp_path: Path) -> None:
+    options = [command, "--shape", SHAPE, "--budget", "60%", "--svg", tmp_path / "x.svg"]
+    (tmp_path / "x.svg").write_bytes(content)
+    assert "x.svg is not what this command writes there, and stays as it is" in refused(*options)
+    assert (tmp_path / "x.svg").read_bytes() == content
+    (tmp_path / "x.svg").unlink()
+    assert run(*options)[0] == 0
+    (tmp_path / "x.svg").chmod(0o600)
+    assert run(*options)[0] == 0
+    assert (tmp_path / "x.svg").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["x.svg"]
+
+
 @pytest.mark.spec("CLI-14", "CLI-15", "ERR-2")
 @both
 def test_absurdly_many_threads_are_refused(command: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 
 from refinfer.clock import RealClock
-from refinfer.errors import BudgetError, DamagedWeightsError, RequestError
+from refinfer.errors import BudgetError, DamagedWeightsError, GenerationError, RequestError
 from refinfer.generate import load
 from refinfer.model.config import ModelConfig
 from refinfer.model.transformer import Transformer
@@ -196,7 +196,7 @@ def test_a_disk_that_fails_at_the_start_is_one_named_error(
     with FileStore(model.file) as store:
         monkeypatch.setattr(FileStore, "_read", fails)
         monkeypatch.setattr(run_module, "FileStore", lambda _: store)
-        with pytest.raises(DamagedWeightsError, match="cannot be read: Input/output error; start again"):
+        with pytest.raises(GenerationError, match="cannot be read: Input/output error; if that lasts, remove it"):
             opened(model, run)
 
 

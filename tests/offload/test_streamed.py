@@ -18,7 +18,7 @@ import pytest
 
 from refinfer.arrays import PAGE_BYTES, Float32Array
 from refinfer.clock import RealClock
-from refinfer.errors import BudgetError, CacheFileError, DamagedWeightsError
+from refinfer.errors import BudgetError, CacheFileError, DamagedWeightsError, GenerationError
 from refinfer.generate import load
 from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
@@ -354,7 +354,7 @@ def test_a_disk_that_fails_is_one_named_error_and_the_run_may_go_on(
     monkeypatch.setattr(os, "preadv", failing)
     for reads in (0, 1, 20):
         left[0] = reads
-        with pytest.raises(DamagedWeightsError, match="cannot be read: Input/output error"):
+        with pytest.raises(GenerationError, match="cannot be read: Input/output error"):
             transformer.decode([1])
     left[0] = 1000
     transformer.kv_cache.rewind(0)

@@ -103,6 +103,7 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
             "LiteRT, `weight_cache.h` (the header) and `weight_cache_schema.fbs` (the index). The checksums are "
             "refinfer's: LiteRT's file has no checksums"
         ),
+        "weight_cache.ownership": OWN,
         "weight_cache.publish": "refinfer itself; LiteRT writes its file in place, without a lock and without fsync",
         "weight_cache.mapped_file": (
             "the article: packed weights are loaded from disk by mmap, and processes share the pages. LiteRT, "

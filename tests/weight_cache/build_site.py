@@ -50,6 +50,7 @@ class Site:
     """A model's file, and where its cache file belongs; `step` is called before and after each packing step.
 
     Its tensors have the names `names`: a table of rows, a vector, else matrices, packed in chunks of `chunk_nbytes`.
+    `named` means that a person chose where the cache file belongs.
     """
 
     source: Path
@@ -58,9 +59,12 @@ class Site:
     shape: tuple[int, int] = (300, 96)  # beyond the first 64 KiB of the source
     names: tuple[str, ...] = NAMES
     chunk_nbytes: int | None = None
+    named: bool = False
     fingerprint: bytes = field(default_factory=lambda: packer_fingerprint("int8"))
     packed: list[str] = field(default_factory=list)
     progress: list[int] = field(default_factory=list)
+    waited: list[Path] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
 
     @classmethod
     def make(cls, folder: Path, shape: tuple[int, int] = (300, 96), names: tuple[str, ...] = NAMES) -> Site:
@@ -112,8 +116,11 @@ class Site:
     def open(self, on_wait: Callable[[], None] = nothing) -> Prepared:
         self.packed.clear()
         self.progress.clear()
-        listener = Listener(progress=self.progress.append, on_wait=on_wait)
-        return load_or_build(self.cache, [self.source], self.contents, clock=RealClock(), listener=listener)
+        listener = Listener(
+            progress=self.progress.append, on_wait=on_wait, on_long_wait=self.waited.append, warn=self.warned.append
+        )
+        clock = RealClock()
+        return load_or_build(self.cache, [self.source], self.contents, clock=clock, listener=listener, named=self.named)
 
     def open_checked(self) -> Prepared:
         """Open the cache file, and check what it holds."""

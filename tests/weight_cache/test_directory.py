@@ -35,7 +35,8 @@ from refinfer.weight_cache.directory import (
     path_for,
     remove,
 )
-from refinfer.weight_cache.identity import side_path
+from refinfer.weight_cache.format import MAGIC
+from refinfer.weight_cache.identity import SIDE_FILE_BEGINS, side_path
 from refinfer.weight_cache.load_or_build import Prepared
 from refinfer.weight_cache.mapped_file import NO_FILE, read_file
 from refinfer.weight_cache.packers import packer_fingerprint
@@ -301,11 +302,22 @@ def test_a_cache_file_is_known_by_how_it_begins(packed: Path, tmp_path: Path) ->
 def test_removing_removes_everything_that_belongs_to_a_file_and_nothing_else(packed: Path) -> None:
     (packed.parent / "notes.txt").write_text("dear")
     (packed.parent / "model.packed2").write_text("dear")
-    draft_path(packed).write_bytes(b"a draft whose builder was killed")
-    draft_path(side_path(packed)).write_bytes(b"another")
+    draft_path(packed).write_bytes(MAGIC + b"a draft whose builder was killed")
+    draft_path(side_path(packed)).write_bytes(SIDE_FILE_BEGINS)
     nbytes = sum(path.stat().st_size for path in files_of(packed))
     assert remove(packed) == nbytes > 10_000
     assert {path.name for path in packed.parent.iterdir()} == {"notes.txt", "model.packed2"}
+
+
+@pytest.mark.spec("DIR-4")
+def test_removing_leaves_files_that_only_have_the_names_of_a_side_file_or_a_draft(packed: Path) -> None:
+    for file in (side_path(packed), draft_path(packed), draft_path(side_path(packed))):
+        file.unlink(missing_ok=True)
+        file.write_bytes(b"a thesis")
+    assert remove(packed) > 10_000
+    left = {side_path(packed), draft_path(packed), draft_path(side_path(packed))}
+    assert set(packed.parent.iterdir()) == left
+    assert {file.read_bytes() for file in left} == {b"a thesis"}
 
 
 @pytest.mark.spec("DIR-4")
@@ -315,7 +327,7 @@ def test_removing_what_is_left_of_a_file_is_allowed(packed: Path, left: str) -> 
     if left != "side file":
         side_path(packed).unlink()
     if left == "draft":
-        draft_path(packed).write_bytes(b"dead")
+        draft_path(packed).write_bytes(MAGIC + b"dead")
     nbytes = sum(path.stat().st_size for path in packed.parent.iterdir())
     assert remove(packed) == nbytes
     assert list(packed.parent.iterdir()) == []

@@ -473,9 +473,9 @@ def test_deleting_a_provider_in_a_file_releases_the_mapping_but_not_the_file(
     building = FileWeightCacheProvider.build(path)
     insert(building, A, noise(A))
     provider = complete(building)
-    assert is_mapped(path)
     before = path.read_bytes()
     view = provider[A]
+    assert is_mapped(path)
     provider.delete_cache()
     assert is_mapped(path)
     assert view.tobytes() == noise(A).tobytes()

@@ -28,9 +28,11 @@ from build_site import (
 from file_contents import flip, make_version
 from refinfer.arrays import PAGE_BYTES, Float32Array
 from refinfer.clock import RealClock
+from refinfer.errors import RequestError
 from refinfer.packing.formats import layout_of
 from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.format import Provenance, SourceFile
+from refinfer.weight_cache.identity import side_path
 from refinfer.weight_cache.key import PackKey, WeightId
 from refinfer.weight_cache.load_or_build import Contents, Listener, load_or_build
 from refinfer.weight_cache.mapped_file import NO_FILE
@@ -132,6 +134,39 @@ def test_a_file_that_cannot_be_used_is_rebuilt_with_the_reason(
     assert built.packed == list(NAMES)
     assert built.cache.read_bytes() == before
     assert built.open().outcome.reason is None
+
+
+FOREIGN = ("garbage", "zeros", "a text", "magic damaged")
+
+
+@pytest.mark.spec("OPEN-9")
+@pytest.mark.parametrize("what", DAMAGED)
+def test_at_a_place_that_a_person_named_only_a_file_that_begins_as_ours_is_rebuilt(built: Site, what: str) -> None:
+    damage, why = DAMAGED[what]
+    damage(built.cache)
+    before = built.files
+    built.named = True
+    if what in FOREIGN:
+        with pytest.raises(RequestError, match=r"model\.rwc is not a weight cache, and stays as it is"):
+            built.open()
+        assert built.files == before
+    else:
+        assert why in str(built.open_checked().outcome.reason)
+
+
+@pytest.mark.spec("OPEN-9")
+@pytest.mark.parametrize("side", [False, True], ids=["the file", "the side file"])
+def test_a_persons_file_that_appears_while_ours_is_built_stays_as_it_is(site: Site, side: bool) -> None:
+    site.named = True
+    place = side_path(site.cache) if side else site.cache
+
+    def appear(_: str) -> None:
+        place.write_bytes(b"a thesis")
+
+    site.step = appear
+    with pytest.raises(RequestError, match=f"{place.name} is not a .*, and stays as it is"):
+        site.open()
+    assert site.files == {place.name: b"a thesis"}
 
 
 @pytest.mark.spec("OPEN-1")

@@ -21,7 +21,7 @@ from file_contents import flip
 from refinfer.clock import RealClock
 from refinfer.errors import PackingError, WeightCacheError, WeightsError
 from refinfer.weight_cache import publish
-from refinfer.weight_cache.format import SourceFile
+from refinfer.weight_cache.format import MAGIC, SourceFile
 from refinfer.weight_cache.identity import side_path
 from refinfer.weight_cache.load_or_build import Contents, load_or_build
 from refinfer.weight_cache.mapped_file import NO_FILE, MappedFile
@@ -85,6 +85,7 @@ def test_a_file_that_may_not_be_read_is_rebuilt_if_it_can_be_written(open_site: 
 def test_a_good_file_is_used_though_it_cannot_be_written(open_site: Site) -> None:
     site = open_site
     site.open()
+    site.cache.parent.chmod(0o755)
     come_to_rest(site.source)
     site.open()  # now the side file is believed
     before = site.files
@@ -109,6 +110,7 @@ def test_a_good_file_is_used_though_it_cannot_be_written(open_site: Site) -> Non
 def test_a_good_file_is_used_without_its_side_file_though_it_cannot_be_written(open_site: Site, side: str) -> None:
     site = open_site
     site.open()
+    site.cache.parent.chmod(0o755)
     if side == "missing":
         side_path(site.cache).unlink()
     else:
@@ -230,7 +232,7 @@ def test_a_dead_draft_of_another_user_does_not_stop_a_build(open_site: Site) -> 
     site = open_site
     site.cache.parent.mkdir()
     site.cache.parent.chmod(0o777)
-    draft_path(site.cache).write_bytes(b"half")  # by root, who was killed
+    draft_path(site.cache).write_bytes(MAGIC + b"half")  # by root, who was killed
 
     def work() -> None:
         assert site.open().outcome.reason == NO_FILE
@@ -378,7 +380,7 @@ def test_sources_that_change_between_their_digest_and_their_packing_are_noticed(
 @pytest.mark.spec("OPEN-7")
 def test_a_damaged_file_is_removed(built: Site) -> None:
     found = mapped_of(built.open())
-    assert discard(built.cache, found.is_at)
+    assert discard(built.cache, MAGIC, found.is_at)
     assert built.folder == {side_path(built.cache).name}
     prepared = built.open()
     built.check_alone(prepared)
@@ -397,7 +399,7 @@ def test_a_file_that_was_replaced_meanwhile_is_not_removed(built: Site, how: str
         copy.write_bytes(built.cache.read_bytes())
         copy.replace(built.cache)
     before = built.files
-    assert discard(built.cache, found.is_at)  # what was damaged is gone
+    assert discard(built.cache, MAGIC, found.is_at)  # what was damaged is gone
     assert built.files == before
 
 
@@ -405,7 +407,7 @@ def test_a_file_that_was_replaced_meanwhile_is_not_removed(built: Site, how: str
 def test_a_file_that_is_gone_already_is_gone(built: Site) -> None:
     found = mapped_of(built.open())
     built.cache.unlink()
-    assert discard(built.cache, found.is_at)
+    assert discard(built.cache, MAGIC, found.is_at)
     assert not built.cache.exists()
 
 
@@ -425,7 +427,7 @@ def test_a_file_is_compared_and_removed_while_nobody_can_publish(built: Site, mo
         assert held[-1].temporary.exists()
         return found.is_at(path)
 
-    assert discard(built.cache, is_at)
+    assert discard(built.cache, MAGIC, is_at)
     assert not draft_path(built.cache).exists()
 
 
@@ -435,11 +437,12 @@ def test_a_file_is_compared_and_removed_while_nobody_can_publish(built: Site, mo
 def test_a_damaged_file_that_cannot_be_removed_stays_and_the_caller_learns_it(open_site: Site) -> None:
     site = open_site
     site.open()
+    site.cache.parent.chmod(0o755)
     before = site.files
 
     def work() -> None:
         found = MappedFile(site.cache)
-        assert not discard(site.cache, found.is_at)
+        assert not discard(site.cache, MAGIC, found.is_at)
 
     in_child(work, user=NOBODY)
     assert site.files == before

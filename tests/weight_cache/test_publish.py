@@ -19,6 +19,7 @@ from children import WATCHDOG_S, Child, Gate, Say, watched
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import WeightsError
 from refinfer.packing.layout import Bytes
+from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.mapped_file import MappedFile
 from refinfer.weight_cache.publish import Draft, Space, discard, draft_path, remove_dead_draft, write_small_file
 from starts import BEGINNINGS, before, make_small
@@ -100,7 +101,7 @@ def test_a_draft_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
                 if (number + n) % 3:
                     draft.publish()
                 draft.abandon()
-                remove_dead_draft(path)
+                remove_dead_draft(path, b"")
 
         return take_turns
 
@@ -250,7 +251,7 @@ def test_who_cannot_make_its_new_name_durable_leaves_the_next_draft_alone(
 def test_a_start_that_finds_a_good_file_removes_a_dead_draft_next_to_it(site: Site) -> None:
     come_to_rest(site.source)
     site.open()
-    draft_path(site.cache).write_bytes(b"half")
+    draft_path(site.cache).write_bytes(MAGIC + b"half")
     site.check(prepared := site.open())
     assert prepared.outcome.reason is None
     assert site.folder == site.own_names
@@ -282,7 +283,7 @@ def test_a_damaged_file_is_discarded_only_after_whoever_builds_has_ended(site: S
         builder = Child(build_and_say(other, start, go_on))
         start.open()
         assert builder.hear() == "packs"
-        remover = Child(lambda say: say(str(discard(site.cache, mapped_of(damaged).is_at))))
+        remover = Child(lambda say: say(str(discard(site.cache, MAGIC, mapped_of(damaged).is_at))))
         assert not select.select([remover.lines], [], [], 0.05)[0]
         go_on.open()
         assert result(builder)[0] == 3

@@ -1,0 +1,184 @@
+"""What may be written over, and who may read what is written.
+
+Others can guess the names that a build writes to, and may be able to write into the same folder. So nothing is written
+through a link, into a special file or over a file that refinfer did not write, and a cache file is no more readable
+than the weights in it. Leaves to others: when something is written (`publish`), and what.
+Read more: tutorial 05; clauses PUBLISH-8 to PUBLISH-12.
+
+    what lies at the name of a draft              what a build does
+    --------------------------------              -----------------
+    nothing                                       creates it, for this user alone (mode 0600)
+    a draft of this user                          waits until nobody writes it, and takes it over
+    a draft of another user                       waits until nobody writes it, and removes it
+    a link, a special file, any other file        leaves it as it is: an error that names it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Final
+
+from refinfer.errors import RequestError
+
+__all__ = [
+    "READ_ONLY",
+    "belongs_to_a_stranger",
+    "change_mode",
+    "is_ours",
+    "make_folder",
+    "mode_like",
+    "open_draft",
+    "open_for_reading",
+    "open_other_draft",
+    "require_replaceable",
+    "taken_by",
+]
+
+READ_ONLY: Final = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
+"""The mode of a published cache file, as far as its sources and the umask allow."""
+
+_PRIVATE: Final = stat.S_IRUSR | stat.S_IWUSR
+
+# O_NONBLOCK, so that opening a pipe does not wait for its other end.
+_CAREFUL: Final = (
+    getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+
+
+def taken_by(path: Path, what: str) -> OSError:
+    """Return the error for a name that cannot be used, because of `what` lies there."""
+    return OSError(errno.EEXIST, f"{path} is {what}, and stays as it is; remove it, or name another place")
+
+
+def require_replaceable(path: Path, begin: bytes, what: str) -> None:
+    """Require that nothing is lost if a file of ours replaces `path`: it is missing or empty, or begins with `begin`.
+
+    Raises:
+        RequestError: another file lies there, or one that cannot be read; `what` says what it is not.
+    """
+    try:
+        with open_for_reading(path) as file:
+            head = file.read(len(begin))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    if head not in (begin, b""):
+        raise RequestError(f"{path} is not {what}, and stays as it is; name another file")
+
+
+# --8<-- [start:open]
+def open_draft(path: Path) -> IO[bytes]:
+    """Open a draft for reading and writing, or create it; a link is not followed, and nothing in the file changes.
+
+    Raises:
+        PermissionError: it is another user's, or the folder cannot be written.
+        FileNotFoundError: it was published or removed at this moment.
+        OSError: what lies there is not a regular file, or has a second name.
+    """
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _CAREFUL, _PRIVATE)
+        change_mode(descriptor, _PRIVATE)  # whatever the umask is
+        return os.fdopen(descriptor, "r+b", 0)
+    _require_plain(path)
+    file = os.fdopen(os.open(path, os.O_RDWR | _CAREFUL), "r+b", 0)
+    try:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise taken_by(path, "a link or a special file")
+        if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+            raise PermissionError(errno.EACCES, f"{path} belongs to another user")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+# --8<-- [end:open]
+
+
+def open_other_draft(path: Path) -> IO[bytes]:
+    """Open a draft for reading, such as another user's; a link is not followed.
+
+    Raises:
+        OSError: it is not a regular file, or cannot be read.
+    """
+    _require_plain(path)
+    return os.fdopen(os.open(path, os.O_RDONLY | _CAREFUL), "rb", 0)
+
+
+def open_for_reading(path: Path) -> IO[bytes]:
+    """Open a file for reading, links followed; a pipe is not waited for."""
+    careful = _CAREFUL & ~getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(path, os.O_RDONLY | careful), "rb", 0)
+
+
+def _require_plain(path: Path) -> None:
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise taken_by(path, "a link or a special file")
+
+
+def change_mode(descriptor: int, mode: int) -> None:
+    """Change the mode of an open file, if the file system has modes."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.fchmod(descriptor, mode)
+
+
+def is_ours(file: IO[bytes], begin: bytes) -> bool:
+    """Return whether a draft may be one of ours: it begins with `begin`, or a crash has left nothing or zeros of it."""
+    file.seek(0)
+    head = file.read(len(begin))
+    return not head.strip(b"\0") or head == begin[: len(head)]
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, for this user alone; a folder that is there already stays as it is.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        make_folder(folder.parent)
+    try:
+        folder.mkdir(stat.S_IRWXU)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return  # another process was quicker
+    folder.chmod(stat.S_IRWXU)  # whatever the umask is
+
+
+def mode_like(sources: Sequence[Path], most: int, gid: int) -> int:
+    """Return the mode of a file of group `gid` that nobody may read who may not read all of `sources`.
+
+    The user may always read it. Others get at most the bits of `most`, without those that the umask takes away.
+
+    Raises:
+        OSError: a source is not there.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    mode = most & ~umask
+    for found in map(os.stat, sources):
+        mode &= found.st_mode | stat.S_IWUSR
+        if found.st_gid != gid:
+            mode &= ~stat.S_IRWXG
+    return mode | stat.S_IRUSR
+
+
+def belongs_to_a_stranger(path: Path, sources: Sequence[Path]) -> bool:
+    """Return whether a file's owner is neither this user, nor root, nor the owner of a source."""
+    if not hasattr(os, "geteuid"):
+        return False
+    trusted = {os.geteuid(), 0, *(source.stat().st_uid for source in sources)}
+    return path.stat().st_uid not in trusted
