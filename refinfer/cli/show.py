@@ -17,7 +17,7 @@ from refinfer.errors import InputError
 from refinfer.units import format_nbytes
 from refinfer.weight_cache.load_or_build import CacheOutcome, Listener
 from refinfer.weight_cache.mapped_file import NO_FILE
-from refinfer.weight_cache.ownership import require_replaceable
+from refinfer.weight_cache.ownership import require_replaceable, write_to_device
 from refinfer.weight_cache.publish import Draft, write_small_file
 
 __all__ = ["cache_line", "format_seconds", "listening", "progress_bar", "require_writable", "write_file"]
@@ -111,7 +111,7 @@ def write_file(path: str, begin: str, text: str) -> None:
         place = Path(os.path.realpath(path))
         found = place.stat().st_mode if place.exists() else stat.S_IFREG | 0o666
         if not stat.S_ISREG(found):  # a device or a pipe
-            place.write_bytes(data)
+            write_to_device(place, data)
             return
 
         def prepare(draft: Draft) -> None:

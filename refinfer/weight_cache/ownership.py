@@ -37,6 +37,7 @@ __all__ = [
     "open_other_draft",
     "require_replaceable",
     "taken_by",
+    "write_to_device",
 ]
 
 READ_ONLY: Final = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
@@ -66,12 +67,13 @@ def require_replaceable(path: Path, begin: bytes, what: str) -> None:
     """
     try:
         with open_for_reading(path) as file:
-            head = file.read(len(begin))
+            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            ours = is_file and file.read(len(begin)) in (begin, b"")
     except (FileNotFoundError, NotADirectoryError):
-        return
+        ours = True
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    if head not in (begin, b""):
+    if not ours or path.is_symlink():
         raise RequestError(f"{path} is not {what}, and stays as it is; name another file")
 
 
@@ -137,6 +139,18 @@ def is_ours(file: IO[bytes], begin: bytes) -> bool:
     file.seek(0)
     head = file.read(len(begin))
     return not head.strip(b"\0") or head == begin[: len(head)]
+
+
+def write_to_device(path: Path, data: bytes) -> None:
+    """Write to a device or a pipe.
+
+    Raises:
+        OSError: it cannot be written, or nobody reads from the pipe.
+    """
+    descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
 
 
 def make_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -162,6 +163,8 @@ def test_a_picture_that_cannot_be_written_is_one_line(command: str, tmp_path: Pa
     assert "cannot be written: File name too long" in refused(*options, tmp_path / ("x" * 300))
     if Path("/dev/full").exists():
         assert "cannot be written: No space left on device" in refused(*options, "/dev/full")
+    os.mkfifo(tmp_path / "pipe")
+    assert "cannot be written: No such device or address" in refused(*options, tmp_path / "pipe")  # nobody reads it
 
 
 @pytest.mark.spec("CLI-24")
