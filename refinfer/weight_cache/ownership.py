@@ -191,8 +191,11 @@ def mode_like(sources: Sequence[Path], most: int, gid: int) -> int:
 
 
 def belongs_to_a_stranger(path: Path, sources: Sequence[Path]) -> bool:
-    """Return whether a file's owner is neither this user, nor root, nor the owner of a source."""
+    """Return whether a file's owner is neither this user, nor root, nor the owner of a source; false if it is gone."""
     if not hasattr(os, "geteuid"):
         return False
-    trusted = {os.geteuid(), 0, *(source.stat().st_uid for source in sources)}
-    return path.stat().st_uid not in trusted
+    try:
+        trusted = {os.geteuid(), 0, *(source.stat().st_uid for source in sources)}
+        return path.stat().st_uid not in trusted
+    except OSError:
+        return False
