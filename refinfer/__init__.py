@@ -11,8 +11,8 @@ can still report that in one line.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # importing it would take longer than all else before the first line of the program
 if TYPE_CHECKING:  # the names in `_NAMES`, for type checkers; a test compares the two
     from refinfer.errors import BudgetError as BudgetError
     from refinfer.errors import CacheFileError as CacheFileError

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -43,7 +42,7 @@ from refinfer.planning.cost import Device, Processor
 from refinfer.units import format_nbytes
 from refinfer.weight_cache.directory import cache_directory
 from refinfer.weight_cache.ownership import make_folder
-from refinfer.weight_cache.publish import write_small_file
+from refinfer.weight_cache.publish import Draft, write_small_file
 
 __all__ = ["BENCH", "calibrate", "fit_device", "processor_of", "product_rows", "read_rows", "to_json"]
 
@@ -98,14 +97,19 @@ def calibrate(
 
 
 def _reads_in(folder: Path, nbytes: int, clock: Clock, rounds: int) -> Iterator[Row]:
-    """Write a file of noise into a folder, and measure reads of it."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="calibration-", suffix=".tmp") as file:
+    """Write a file of noise into a folder, and measure reads of it.
+
+    It is a draft that is never published: if this process is killed, the next one to calibrate takes it over.
+    """
+    draft = Draft(folder / "calibration-noise")
+    try:
         noise = np.random.default_rng(0).bytes(CHUNK_SIZES[-1])
-        for _ in range(nbytes // len(noise)):
-            file.write(noise)
-        file.flush()
-        with FileStore(Path(file.name)) as store:
+        for at in range(0, nbytes // len(noise) * len(noise), len(noise)):
+            draft.write(at, noise)
+        with FileStore(draft.temporary) as store:
             yield from read_rows(store, nbytes, clock, rounds)
+    finally:
+        draft.abandon()
 
 
 def to_json(known: Mapping[str, Any] | None, place: Path, device: Device, processor: Processor) -> dict[str, Any]:

@@ -74,7 +74,10 @@ def _pss_of(processes: int, arguments: list[str]) -> list[int]:
         running = []
         for _ in range(processes):
             process = subprocess.Popen(  # noqa: S603  (this very program)
-                [sys.executable, "-c", _CHILD, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [sys.executable, "-c", _CHILD, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                process_group=0,  # a terminal's Ctrl-C is answered here, and ends them without a word of their own
             )
             stack.callback(_end, process)
             running.append(process)

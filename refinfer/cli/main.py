@@ -1,8 +1,8 @@
 """The command line: one command in, an exit status out, one clear line when something is wrong.
 
 Keeps the table of commands, exit statuses, the standard streams and the form of help. Leaves to others: the options of
-a command and what it does; only the module of the command that is named is imported.
-Read more: tutorial 00; clauses CLI-3 to CLI-5, CLI-8, CLI-20, CLI-23.
+a command and what it does (only the module of the command that is named is imported), signals (`ending`).
+Read more: tutorial 00; clauses CLI-3, CLI-4, CLI-8, CLI-20, CLI-23.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COMMANDS: Final = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0, 1 for a failure while running, 2 for bad input, 130 for Ctrl-C."""
+    """Run one command; return the exit status: 0, 1 for a failure while running, 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
     _mend_streams()
     try:
@@ -47,16 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except RefinferError as error:
         return _complain(str(error), error.exit_status)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
     except BrokenPipeError:  # whoever read the output has seen enough
         return 1
     except MemoryError:
         return _complain("there is not enough memory for this; use a smaller model or fewer tokens", 1)
     except OSError as error:
         return _complain(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
-    finally:
-        _drop_unwritable_output()
     return 0
 
 
@@ -68,15 +64,6 @@ def _mend_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  (open until the program ends)
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-
-
-def _drop_unwritable_output() -> None:
-    """Send what a stream still holds and cannot write to nowhere: Python would complain again while it shuts down."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _complain(message: str, status: int) -> int:

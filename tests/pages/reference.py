@@ -180,6 +180,7 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
     },
     "The command line": {
         "cli.main": OWN,
+        "cli.ending": OWN,
         "cli.options": OWN,
         "cli.terminal": OWN,
         "cli.table": OWN,
