@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import array_shapes
 from numpy.testing import assert_array_equal
 
 from refinfer.arrays import (
+    PAGE_BYTES,
     Float32Array,
     IntArray,
     UInt16Array,
@@ -127,6 +128,15 @@ def test_aligned_memory_starts_on_its_alignment_and_has_its_shape(shape: tuple[i
 @pytest.mark.spec("ARR-3")
 def test_aligned_memory_starts_on_a_cache_line_when_nothing_is_asked_for() -> None:
     assert {aligned_empty((n,)).ctypes.data % 64 for n in range(1, 100)} == {0}
+
+
+@pytest.mark.spec("ARR-3")
+@pytest.mark.parametrize("alignment", [64, PAGE_BYTES])
+def test_aligned_memory_takes_the_alignment_more_than_its_data(alignment: int) -> None:
+    assert PAGE_BYTES == 4096
+    raw = aligned_empty((25, 40), alignment).base
+    assert isinstance(raw, np.ndarray)
+    assert raw.nbytes == 4 * 25 * 40 + alignment
 
 
 @pytest.mark.spec("ARR-1")

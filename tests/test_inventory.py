@@ -165,6 +165,15 @@ def test_the_name_of_the_block_of_vectors_depends_on_which_they_are() -> None:
     assert Inventory(SHAPES["tiny"], "int8").vectors_name == plain.vectors_name
 
 
+@pytest.mark.spec("OFFLOAD-2")
+def test_the_sizes_of_the_kinds_are_those_of_the_matrices_of_one_layer_and_of_the_output_table() -> None:
+    for layers in (1, 2):
+        inventory = Inventory(replace(SHAPES["tiny"], num_hidden_layers=layers), "f32")
+        matrices = [*inventory.matrices[:7], inventory.matrices[-1]]
+        sizes = [(matrix.kind, matrix.layout.padded_nbytes) for matrix in matrices]
+        assert list(inventory.kind_sizes.items()) == sizes
+
+
 @pytest.mark.spec("OFFLOAD-2", "ERR-1")
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(PackingError, match="'fp8' is not a weight format"):

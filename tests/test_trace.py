@@ -62,13 +62,14 @@ def seconds_of(trace: Trace) -> Counter[tuple[str, str, str]]:
 def test_lanes_that_read_come_first_by_name_and_the_others_as_they_began() -> None:
     spans = (
         Span("z", "compute", "", 5, 6),
+        Span("disk 10", "read", "", 0, 1),
         Span("disk 2", "read", "", 0, 1),
         Span("a", "wait", "", 2, 3),
         Span("disk 1", "read", "", 3, 4),
         Span("z", "wait", "", 6, 7),
     )
     trace = Trace(spans)
-    assert trace.lanes == ("disk 1", "disk 2", "z", "a")
+    assert trace.lanes == ("disk 1", "disk 2", "disk 10", "z", "a")
     assert (trace.start, trace.end) == (0, 7)
     assert (Trace(()).lanes, Trace(()).start, Trace(()).end) == ((), 0.0, 0.0)
 

@@ -5,6 +5,7 @@ Leaves to others: what is attacked, and with what.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import resource
@@ -19,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Final
-
-from refinfer.__main__ import main
 
 ESCAPED: Final = 86
 """The exit status of a process that tried to write outside its folder."""
@@ -60,6 +59,8 @@ def command(folder: Path, *argv: object, memory: int | None = 256 << 20, seconds
     """Run a command of refinfer in a cage: it may write into `folder`, where its cache directory lies, too."""
 
     def work() -> int:
+        from refinfer.__main__ import main  # here: who gives a cage other work may want refinfer imported inside it
+
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache-home")
         sys.argv = ["refinfer", *map(str, argv)]
         try:
@@ -98,6 +99,7 @@ def caged(folder: Path, work: Callable[[], int], *, memory: int | None = 256 << 
 
 
 def _enter(folder: Path, out: int, err: int, memory: int | None) -> None:
+    os.setpgid(0, 0)
     os.dup2(out, 1)
     os.dup2(err, 2)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "wb", closefd=False), encoding="utf-8", write_through=True)
@@ -109,10 +111,10 @@ def _enter(folder: Path, out: int, err: int, memory: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.addaudithook(_guard(folder))
+    sys.addaudithook(guard(folder))
 
 
-def _guard(folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
+def guard(folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
     """Return an audit hook that ends the process when it writes to a path outside `folder`."""
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -126,7 +128,7 @@ def _guard(folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
         for path in paths:
             if isinstance(path, (str, bytes, os.PathLike)):
                 where = Path(os.fsdecode(path)).parent.resolve()
-                if folder not in (where, *where.parents) and where != Path("/dev"):
+                if where.is_dir() and folder not in (where, *where.parents) and where != Path("/dev"):
                     os.write(2, f"{event} {path!r}\n".encode())
                     os._exit(ESCAPED)
 
@@ -134,15 +136,15 @@ def _guard(folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
 
 
 def _wait(pid: int, seconds: int) -> int:
-    """Return how the process ended; after `seconds` it is killed."""
+    """Return how the process ended; after `seconds` it is killed. What it started and left running is killed, too."""
     end = time.monotonic() + seconds
     pidfd = os.pidfd_open(pid)
     try:
         ended, _, _ = select.select([pidfd], [], [], max(0.0, end - time.monotonic()))
-        if not ended:
-            os.kill(pid, signal.SIGKILL)
     finally:
         os.close(pidfd)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     return code if ended else -signal.SIGALRM  # it took too long

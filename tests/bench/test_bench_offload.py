@@ -165,6 +165,33 @@ def test_bench_offload_compares_each_run_with_the_legs_of_its_own_round(monkeypa
         assert row["compute_only_tokens_per_s"] == 1 / (0.25 * 4)
 
 
+@pytest.mark.spec("BENCH-14")
+def test_every_arm_within_a_budget_has_a_limit_of_its_own_memory_the_budget_and_16_mb(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With stand-ins for the runs; that a limit given to a run is a real one is tested with `run_arm`."""
+    own, limits = 123_000_000, dict[Arm, int | None]()
+
+    def run_arm(model: Path, weight_cache: Path, arm: Arm, limit: int | None, cache_home: Path) -> dict[str, Any]:
+        limits[arm] = limit
+        told = dict.fromkeys(("streamed_bytes_per_token", "ring_bytes", "peak_bytes", "predicted_tokens_per_s"), 1)
+        return {"token_s": 1.0, "read_s": 1.0, "read_bytes_per_token": 1, "peak_rss_bytes": 1, "offload": told}
+
+    monkeypatch.setattr(offload, "run_arm", run_arm)
+    monkeypatch.setattr(offload, "run_start", lambda *_: {"peak_rss_bytes": own})
+    monkeypatch.setattr(offload, "_calibrate", lambda *_, **__: 1)
+    monkeypatch.setattr(offload, "drop_page_cache", lambda _: None)
+    monkeypatch.setattr(offload, "can_limit_memory", lambda: True)
+    assert list(offload_bench(config=TINY, rounds=1, quick=True)["rows"])
+    budget = Inventory(TINY, "f32").streamable_nbytes // 2
+    assert set(arms(quick=True)) < set(limits)
+    for arm, limit in limits.items():
+        if arm.arm == "resident":
+            assert limit is None
+        else:
+            assert limit == own + budget + (0 if arm.arm == "mmap" else 16_000_000)
+
+
 @pytest.mark.spec("BENCH-11")
 def test_budgets_too_small_for_a_format_are_named_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "run_start", lambda *_: {"peak_rss_bytes": 1})

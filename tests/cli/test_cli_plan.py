@@ -108,6 +108,17 @@ def test_more_layers_than_fit_are_shown_in_equal_parts(monkeypatch: pytest.Monke
     assert {kind: len(strip) for kind, strip in whole.items()} == dict.fromkeys(whole, 30) | {"lm_head": 1}
 
 
+@pytest.mark.spec("CLI-14")
+@pytest.mark.parametrize("plan", ["leading", "balanced", "attention-first"])
+def test_the_strip_of_a_kind_shows_how_much_of_it_is_locked_in_each_layer(plan: str) -> None:
+    argv = ["plan", "--shape", "smollm-135m", "--plan", plan, "--budget", "40%"]
+    shown, layers = strips(run(*argv)[1]), json_of(*argv)["layers"]
+    for kind, strip in shown.items():
+        shares = [row["locked_bytes"] / row["bytes"] for row in layers if row["kind"] == kind]
+        assert [" ▁▂▃▄▅▆▇█".index(block) for block in strip] == [round(8 * share) for share in shares]
+    assert len(set("".join(shown.values()))) > 1
+
+
 def strips(out: str) -> dict[str, str]:
     """Return what is drawn for each kind, layer by layer; parts of it put together."""
     found: dict[str, str] = {}

@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from refinfer.cli.planning import format_rate
 from refinfer.inventory import Inventory
 from refinfer.model.folder import open_folder
 from refinfer.planning.account import fixed_of
@@ -22,6 +23,12 @@ from command_line import json_of, refused, run
 from questions import SHAPE, folder_named, inventory_of
 
 both = pytest.mark.parametrize("command", ["plan", "simulate"])
+
+
+@pytest.mark.spec("CLI-14", "CLI-15")
+def test_a_rate_has_three_digits_or_if_it_is_large_one_after_the_point() -> None:
+    rates = [None, 0.04384, 0.5, 9.996, 38.66, 1234.56]
+    assert [format_rate(rate) for rate in rates] == ["", "0.0438", "0.500", "10.0", "38.7", "1,234.6"]
 
 
 @pytest.mark.spec("CLI-14", "CLI-15")

@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from refinfer.cli import simulate
 from refinfer.cli.main import main
 from refinfer.planning.account import fixed_of
 from refinfer.planning.cost import DEVICES
@@ -89,6 +90,7 @@ def test_a_timeline_has_blocks_where_their_colours_show_and_letters_elsewhere(
     lanes = {line[10:] for line in shown.splitlines()[1:4]}
     assert {len(lane) for lane in lanes} == {68}
     assert set("".join(lanes)) <= set("█·" if in_colour else "rcw·")
+    assert set("".join(lanes)) >= set("█·" if in_colour else "rc·")
     legend = "█ read   █ compute   █ wait" if in_colour else "r read   c compute   w wait"
     assert f"          {legend}\n" in shown
 
@@ -121,6 +123,22 @@ def test_simulate_paper_shows_published_gains_next_to_simulated_ones() -> None:
     got = json_of("simulate", "--paper")
     assert got["published"] == dict(PUBLISHED)
     assert {row["shape"] for row in got["rows"]} == set(PAPER_MODELS)
+
+
+@pytest.mark.spec("CLI-17")
+def test_the_gains_of_the_papers_experiment_stand_in_the_table_of_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"shape": shape, "compute_share": share} | dict.fromkeys(PUBLISHED, gain)
+        for shape, gain in (("small", 1.25), ("small", 1.5), ("large", 7.0))
+        for share in (0.1, 0.4)
+    ]
+    monkeypatch.setattr(simulate, "paper_rows", lambda: rows)
+    status, out, _ = run("simulate", "--paper")
+    small, large = out.split("\nlarge, 4.5 bits")
+    assert status == 0
+    assert small.startswith("small, 4.5 bits")
+    assert (small.count("1.25 - 1.50"), small.count("7.00")) == (2 * len(PUBLISHED), 0)
+    assert (large.count("7.00 - 7.00"), large.count("1.50")) == (2 * len(PUBLISHED), 0)
 
 
 @pytest.mark.spec("CLI-15", "TRACE-3")

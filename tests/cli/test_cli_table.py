@@ -64,6 +64,11 @@ def test_headings_are_broken_between_words_first() -> None:
 
 
 @pytest.mark.spec("CLI-20")
+def test_a_column_of_prose_takes_no_more_room_than_its_text() -> None:
+    assert shown(13, ["a", "state"], [["x", "ok"]], prose=("state",)).startswith("┏━━━┳━━━━━━━┓")
+
+
+@pytest.mark.spec("CLI-20")
 def test_the_frame_is_left_out_next() -> None:
     expected = """\
         read per

@@ -11,7 +11,7 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +119,25 @@ def test_the_order_of_the_header_does_not_matter_and_empty_tensors_take_no_room(
         "none": ("U8", (2, 0), b""),
         "b": ("U8", (3,), b"def"),
     }
+
+
+def resident_nbytes(path: Path) -> int:
+    """Return how many bytes of a mapped file are in this process's memory."""
+    _, _, mapping = Path("/proc/self/smaps").read_text().partition(str(path))
+    return 1024 * int(re.findall(r"^Rss: +([0-9]+) kB$", mapping, flags=re.MULTILINE)[0])
+
+
+@pytest.mark.spec("TENSOR-8")
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux reports what of a mapping is in memory")
+def test_pages_that_are_dropped_leave_memory_and_are_read_again_when_they_are_used(tmp_path: Path) -> None:
+    values = np.arange(1 << 20, dtype=np.float32)
+    write_safetensors(tmp_path / "some.safetensors", [whole("a", values, "F32")])
+    file = SafetensorsFile(tmp_path / "some.safetensors")
+    assert_array_equal(file.view("a"), values)
+    assert resident_nbytes(tmp_path / "some.safetensors") >= values.nbytes
+    file.drop_pages()
+    assert resident_nbytes(tmp_path / "some.safetensors") < values.nbytes // 4
+    assert_array_equal(file.view("a"), values)
 
 
 @pytest.mark.spec("TENSOR-1")
@@ -247,13 +266,16 @@ GREEDY_FILES = {
 }
 
 
+REFUSALS: Final = "announces a header of|has the impossible shape|is cut short: the tensors take 4294967296 bytes"
+
+
 @pytest.mark.spec("TENSOR-5")
 @pytest.mark.parametrize("raw", GREEDY_FILES.values(), ids=GREEDY_FILES)
 def test_a_file_that_announces_too_much_is_refused_before_anything_is_allocated_or_mapped(
     tmp_path: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mmap, "mmap", lambda *_, **__: pytest.fail("a refused file was mapped"))
-    with less_than_a_megabyte_allocated(), pytest.raises(SafetensorsError):
+    with less_than_a_megabyte_allocated(), pytest.raises(SafetensorsError, match=REFUSALS):
         open_bytes(tmp_path, raw)
 
 
@@ -340,8 +362,9 @@ def test_pieces_that_do_not_add_up_are_refused_and_leave_no_file(tmp_path: Path,
 @pytest.mark.spec("TENSOR-7")
 @pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_pieces_that_fail_leave_no_file_and_their_error_comes_through(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as raised:
         write_safetensors(tmp_path / "some.safetensors", [TensorSpec("a", "U8", (3,), pieces_that_fail(error))])
+    assert raised.value is error
     assert not any(tmp_path.iterdir())
 
 

@@ -150,11 +150,30 @@ def test_an_interrupt_leaves_nothing_behind_whichever_shard_it_hits(tmp_path: Pa
 
 
 @pytest.mark.spec("SYNTH-4")
+def test_an_interrupt_comes_through_also_if_a_shard_was_removed_meanwhile(tmp_path: Path) -> None:
+    def interrupt(nbytes: int) -> None:
+        if any((tmp_path / "new").glob("*-00002-of-*")):
+            next((tmp_path / "new").glob("*-00001-of-*.safetensors")).unlink()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path / "new", SMALL, shard_nbytes=20_000, progress=interrupt)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.spec("SYNTH-4")
 def test_a_checkpoint_larger_than_the_disk_is_refused_before_it_is_begun(tmp_path: Path) -> None:
     giant = replace(SMALL, hidden_size=1 << 30, vocab_size=1 << 30)
     with pytest.raises(RequestError, match="but the disk has"):
         write_checkpoint(tmp_path / "new", giant, progress=lambda _: pytest.fail("weights were made"))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.spec("SYNTH-4")
+def test_an_empty_folder_that_exists_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    write_checkpoint(tmp_path / "new", SMALL)
+    assert open_checkpoint(tmp_path / "new")
 
 
 @pytest.mark.spec("SYNTH-4")

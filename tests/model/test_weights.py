@@ -181,11 +181,20 @@ def test_a_prompt_of_several_blocks_takes_a_pass_for_each_and_needs_lm_head_once
 
 
 @pytest.mark.spec("SOURCE-2")
-@pytest.mark.parametrize("ids", [[], [261], [-1], list(range(97))], ids=["none", "too large", "negative", "too many"])
-def test_impossible_tokens_begin_no_pass(tiny_source: RowMajorSource, ids: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("ids", "why"),
+    [
+        ([], "there are no tokens to compute"),
+        ([261], "token id 261 is not in the vocabulary of 0 to 260"),
+        ([-1], "token id -1 is not in the vocabulary of 0 to 260"),
+        (list(range(97)), "97 more tokens do not fit"),
+    ],
+    ids=["none", "too large", "negative", "too many"],
+)
+def test_impossible_tokens_begin_no_pass(tiny_source: RowMajorSource, ids: list[int], why: str) -> None:
     source = RecordingSource(tiny_source)
     for compute in (Transformer(source, 96).decode, Transformer(source, 96).prefill):
-        with pytest.raises(RequestError):
+        with pytest.raises(RequestError, match=why):
             compute(ids)
     assert source.log == []
 

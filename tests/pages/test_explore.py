@@ -192,3 +192,44 @@ def test_what_the_page_shows_without_javascript_is_what_python_draws() -> None:
     assert shown is not None
     assert shown[1] == draw(GoiLayout(5, 3, TileShape(4, kr=2), has_bias=True))
     assert "<noscript>" in (PAGES / "schedule.md").read_text()
+
+
+def attributes_of(script: str) -> list[dict[str, str]]:
+    """Return the attributes of each element that a script makes to be reached with Tab, or to be read out."""
+    blocks = [block for block in re.findall(r"{([^{}]*)}", script) if re.search("tabindex|aria-live", block)]
+    pairs = [re.findall(r'"?([\w-]+)"?: (?:"([^"]*)"|(\d+))', block) for block in blocks]
+    return [{name: text or number for name, text, number in found} for found in pairs]
+
+
+@pytest.mark.spec("BOOK-5")
+@pytest.mark.parametrize("name", ["packing", "schedule"])
+def test_a_picture_that_keys_move_in_can_be_reached_and_says_where_its_words_are(name: str) -> None:
+    """The scripts as they are written; what a browser makes of them is tried with `pytest -m browser`."""
+    script = (PAGES / f"{name}.js").read_text()
+    elements = attributes_of(script)
+    announced = {element["id"] for element in elements if element.get("aria-live") == "polite"}
+    assert f"{name}-words" in announced
+    moved_in = [element for element in elements if "tabindex" in element]
+    assert len(moved_in) == script.count("arrows(") > 0
+    for element in moved_in:
+        assert element["tabindex"] == "0"
+        assert element["aria-describedby"] in announced
+        assert element["aria-label"].endswith("Arrow keys move.")
+
+
+@pytest.mark.spec("BOOK-5")
+def test_the_arrow_keys_home_and_end_move_and_every_choice_has_a_label() -> None:
+    script = (PAGES / "explore.js").read_text()
+    keys = dict(re.findall(r"^ +(\w+): \[(.+?)\],$", script, flags=re.MULTILINE))
+    assert keys == {
+        "ArrowLeft": "-1, 0", "ArrowRight": "1, 0", "ArrowUp": "0, -1", "ArrowDown": "0, 1",
+        "Home": "-Infinity, 0", "End": "Infinity, 0",
+    }  # fmt: skip
+    assert 'html("label", { for: id }, label)' in script
+    for name in ("packing", "schedule"):
+        page = (PAGES / f"{name}.js").read_text()
+        made = re.findall(r'const (\w+) = html\("(?:input|select)", {.*?id: "([\w-]+)"', page, flags=re.DOTALL)
+        assert made, "a checkbox or a slider"
+        for variable, field in made:  # a label names it, or holds it
+            assert re.search(rf'html\("label", {{ for: "{field}"|html\("label", {{[^}}]*}}, {variable}\b', page), field
+    assert 'role: "img", "aria-label": about' in script

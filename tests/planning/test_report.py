@@ -120,6 +120,16 @@ def test_a_picture_stays_inside_its_frame_and_names_its_plan(shape: str) -> None
     assert "<b> & co, layer by layer" in [text.text for text in root.iter(f"{SVG}text")]
 
 
+@pytest.mark.spec("PLAN-12")
+@pytest.mark.parametrize(("shape", "step"), [("smollm-135m", 5), ("llama2-70b", 10)])
+def test_a_picture_numbers_every_fifth_layer_and_of_more_than_60_every_tenth(shape: str, step: int) -> None:
+    inventory = Inventory(SHAPES[shape], "int4")
+    plan = plan_of("leading", FIXED.total + inventory.streamable_nbytes, inventory=inventory)
+    texts = [text.text or "" for text in ET.fromstring(plan_svg(inventory, plan)).iter(f"{SVG}text")]
+    numbers = [int(text) for text in texts if text.isdecimal()]
+    assert numbers == list(range(0, SHAPES[shape].num_hidden_layers + 1, step))
+
+
 @pytest.mark.spec("SIM-9")
 @pytest.mark.parametrize("threads", [0, 1, 2])
 @pytest.mark.parametrize("device", list(DEVICES))
@@ -151,6 +161,11 @@ def test_a_sweep_reports_every_plan_synchronous_mmap_and_the_bound_for_each_budg
         faults = everything / MMAP_SHARE if budget < MOST else 0
         assert rates["mmap"] == pytest.approx(1 / (computing + faults), rel=1e-6)
         assert rates["mmap"] <= rates["belady"] * (1 + 1e-9)
+
+
+@pytest.mark.spec("SIM-9")
+def test_page_faults_reach_a_share_of_the_bandwidth_that_the_paper_measured() -> None:
+    assert 1 / 3 < MMAP_SHARE < 1 / 2.6
 
 
 @pytest.mark.spec("SIM-9")

@@ -132,7 +132,7 @@ def test_damage_is_found_again_and_again_until_it_is_put_right(mapped: Mapped) -
     for _, _, offset, _ in list(mapped.chunks())[::7]:
         change(mapped.path, offset)
         for _ in range(3):
-            with pytest.raises(DamagedWeightsError):
+            with pytest.raises(DamagedWeightsError, match="does not agree with its checksum"):
                 mapped.token()
         change(mapped.path, offset)
         np.testing.assert_array_equal(mapped.token(), expected)
@@ -183,7 +183,7 @@ def test_a_byte_written_during_a_pass_is_found_before_its_logits_are_returned(
         writing = ActingDuringAPass(mapped.source, lambda at=at: change(mapped.path, at), moment, in_pass=1)  # type: ignore[misc]
         transformer = Transformer(writing, POSITIONS)
         np.testing.assert_array_equal(transformer.decode([3]), expected[0])
-        with pytest.raises(DamagedWeightsError):
+        with pytest.raises(DamagedWeightsError, match="does not agree with its checksum"):
             transformer.decode([7])
         assert transformer.kv_cache.length == 1
         change(mapped.path, at)
@@ -200,7 +200,7 @@ def test_a_byte_written_between_two_blocks_of_a_prompt_is_found_and_no_block_of_
     transformer = Transformer(writing, POSITIONS)
     assert transformer.block < 40
     transformer.decode([3])
-    with pytest.raises(DamagedWeightsError):
+    with pytest.raises(DamagedWeightsError, match="does not agree with its checksum"):
         transformer.prefill(list(range(40)))
     assert (writing.passes, transformer.kv_cache.length) == (3, 1)
     change(mapped.path, at)
@@ -231,7 +231,7 @@ def test_a_pass_that_an_exception_ends_is_not_checked_and_the_next_one_is(
     with pytest.raises(LeftError):
         transformer.decode([7])
     assert checked == checked_then
-    with pytest.raises(DamagedWeightsError):
+    with pytest.raises(DamagedWeightsError, match="does not agree with its checksum"):
         transformer.decode([7])
     change(mapped.path, at)
     np.testing.assert_array_equal(transformer.decode([7]).view(np.uint32), expected)
@@ -281,7 +281,7 @@ def test_whoever_touches_the_file_and_leaves_its_weights_alone_changes_nothing(
 def test_what_is_written_through_a_mapping_and_flushed_is_found(mapped: Mapped) -> None:
     mapped.token()
     through_a_mapping(mapped.path)
-    with pytest.raises(DamagedWeightsError):
+    with pytest.raises(DamagedWeightsError, match="does not agree with its checksum"):
         mapped.token()
 
 
@@ -291,7 +291,7 @@ def test_times_put_back_hide_nothing(mapped: Mapped) -> None:
     before = mapped.path.stat()
     change(mapped.path, next(iter(mapped.chunks()))[2])
     os.utime(mapped.path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(DamagedWeightsError):
+    with pytest.raises(DamagedWeightsError, match="does not agree with its checksum"):
         mapped.token()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import weakref
 from dataclasses import replace
@@ -69,7 +70,7 @@ def test_a_closed_source_has_deleted_its_providers_cache_and_released_every_matr
         assert [file() for file in files] == [None] * (where is None)
     finally:
         gc.enable()
-    with pytest.raises(WeightCacheStateError):
+    with pytest.raises(WeightCacheStateError, match="that is deleted has no look_up"):
         provider.look_up(keys[model.inventory.vectors_name])
     with pytest.raises(GenerationError, match="the weights are closed; load the model again"), source.forward_pass():
         pass
@@ -118,9 +119,11 @@ def test_a_damaged_embedding_row_is_found_when_its_token_comes(model: PackedMode
     nbytes = record_nbytes(entry.key) if model.inventory.table else 4 * 40
     for at in (entry.offset + 7 * nbytes, entry.offset + 8 * nbytes - 1):
         change(model.file, at)
-        with pytest.raises(DamagedWeightsError, match=r"model\.embed_tokens\.weight.*does not agree"):
+        with pytest.raises(
+            DamagedWeightsError, match=f"^{re.escape(str(model.file))}: model.embed_tokens.weight.*does not agree"
+        ):
             token(7)
-        with pytest.raises(DamagedWeightsError):
+        with pytest.raises(DamagedWeightsError, match="does not agree with its checksum"):
             embedded(source, [7])
         if model.inventory.table:  # a tied table is used whole for each token, rows of another are checked alone
             np.testing.assert_array_equal(token(8), expected[1])
@@ -150,6 +153,9 @@ def test_damage_from_before_the_first_pass_is_found_when_a_row_is_looked_up(mode
     entry = model.entries["model.embed_tokens.weight"]
     change(model.file, entry.offset + 7)  # in row 0, whether it is a record or lies in a tile
     found = []
-    with pytest.raises(DamagedWeightsError), model.packed().forward_pass() as weights:
+    with (
+        pytest.raises(DamagedWeightsError, match="does not agree with its checksum"),
+        model.packed().forward_pass() as weights,
+    ):
         found.append(weights.embed_tokens.rows(np.array([0])))
     assert not found

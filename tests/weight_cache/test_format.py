@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from hypothesis import example, given
@@ -327,13 +327,16 @@ def test_a_good_header_is_not_refused() -> None:
             decode_header(raw_header(), nbytes)
 
 
+NO_HEADER: Final = "it is not a refinfer weight cache|it has the format version|its header is damaged"
+
+
 @pytest.mark.spec("FILE-3")
 def test_a_header_with_any_bit_flipped_is_refused() -> None:
     page = bytearray(raw_header())
     for at in range(192):
         for bit in range(8):
             page[at] ^= 1 << bit
-            with pytest.raises(CacheFileError):
+            with pytest.raises(CacheFileError, match=NO_HEADER):
                 decode_header(bytes(page), 5 * PAGE)
             page[at] ^= 1 << bit
     assert bytes(page) == raw_header()
@@ -343,7 +346,7 @@ def test_a_header_with_any_bit_flipped_is_refused() -> None:
 @given(st.binary(max_size=5000), st.booleans(), st.integers(0, 1 << 63))
 def test_no_garbage_is_a_header(garbage: bytes, magic: bool, nbytes: int) -> None:
     page = (raw_header()[:12] + garbage if magic else garbage).ljust(PAGE, b"\0")
-    with pytest.raises(CacheFileError):
+    with pytest.raises(CacheFileError, match=NO_HEADER):
         decode_header(page, nbytes)
 
 

@@ -214,7 +214,7 @@ def decode_in_little_memory(data: bytes, index_offset: int) -> None:
     header = header_of(data, index_offset)
     tracemalloc.start()
     try:
-        with pytest.raises(CacheFileError):
+        with pytest.raises(CacheFileError, match=r"its index |does not have the size of its shape"):
             decode_index(header, data)
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -328,7 +328,7 @@ def test_an_index_that_is_cut_short_anywhere_is_refused() -> None:
     data, sources, end = some_index()
     assert len(decode_index(header_of(data, end, sources), data).entries) == 7
     for length in range(len(data)):
-        with pytest.raises(CacheFileError):
+        with pytest.raises(CacheFileError, match="its index ends too early"):
             decode_index(header_of(data[:length], end, sources), data[:length])
 
 
@@ -338,7 +338,7 @@ def test_an_index_that_is_cut_short_anywhere_is_refused() -> None:
 @example(b"", 0)
 def test_garbage_is_refused_as_an_index(garbage: bytes, pages: int) -> None:
     for data in (garbage, raw_index()[:-4] + number(1, 4) + garbage, raw_index(raw_entry()[:40] + garbage)):
-        with pytest.raises(CacheFileError):
+        with pytest.raises(CacheFileError, match="its index "):
             decode_index(header_of(data, pages * PAGE), data)
 
 

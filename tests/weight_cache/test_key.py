@@ -204,5 +204,5 @@ def test_the_largest_sizes_and_the_smallest_are_allowed() -> None:
 @pytest.mark.spec("KEY-1")
 def test_a_key_cannot_be_changed() -> None:
     for field in fields(KEY):
-        with pytest.raises(AttributeError):
+        with pytest.raises(AttributeError, match=f"cannot assign to field '{field.name}'"):
             setattr(KEY, field.name, getattr(KEY, field.name))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -279,6 +279,26 @@ def test_the_rest_of_space_whose_beginning_was_committed_is_copied(kind: Kind, b
     assert contents(kind.complete(building)) == expected
 
 
+@pytest.mark.spec("CACHE-4", "CACHE-9")
+def test_what_is_packed_on_a_miss_while_building_is_packed_into_reserved_space(
+    building: WeightCacheProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve, reserved, given = type(building).reserve_space, list[Bytes](), list[Bytes]()
+
+    def reserve_space(self: WeightCacheProvider, nbytes: int) -> Bytes:
+        reserved.append(reserve(self, nbytes))
+        return reserved[-1]
+
+    def pack(buffer: Bytes) -> Iterable[int]:
+        given.append(buffer)
+        return ()
+
+    monkeypatch.setattr(type(building), "reserve_space", reserve_space)
+    building.get_or_pack(A, pack)
+    assert len(reserved) == len(given) == 1
+    assert given[0] is reserved[0]
+
+
 @pytest.mark.spec("CACHE-5")
 def test_the_committed_bytes_can_be_read_but_not_written(kind: Kind, building: WeightCacheProvider) -> None:
     for i, key in enumerate((A, B, D)):
@@ -518,8 +538,12 @@ def test_reserved_space_of_another_size_is_refused_as_a_whole(building: WeightCa
 
 @pytest.mark.spec("CACHE-10")
 def test_a_key_that_no_packer_makes_is_refused(building: WeightCacheProvider) -> None:
-    for key in (replace(A, packer="giu"), replace(A, shape=(1, 1014)), replace(A, packer="goi")):
-        with pytest.raises(PackingError):
+    for key, why in (
+        (replace(A, packer="giu"), "'giu' is not a packer"),
+        (replace(A, shape=(1, 1014)), "'a' is not a block of vectors"),
+        (replace(A, packer="goi"), "'a' is not a packed matrix"),
+    ):
+        with pytest.raises(PackingError, match=why):
             building.look_up_or_insert(key, noise(A))
         assert key not in building
 
