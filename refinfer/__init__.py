@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the names in `_NAMES`, for type checkers; a test compares t
     from refinfer.errors import RefinferError as RefinferError
     from refinfer.errors import RequestError as RequestError
     from refinfer.errors import SafetensorsError as SafetensorsError
+    from refinfer.errors import SessionInUseError as SessionInUseError
     from refinfer.errors import TokenizerError as TokenizerError
     from refinfer.errors import TokenizerPackageMissingError as TokenizerPackageMissingError
     from refinfer.errors import WeightCacheError as WeightCacheError
@@ -54,6 +55,7 @@ _NAMES = {
         "RefinferError",
         "RequestError",
         "SafetensorsError",
+        "SessionInUseError",
         "TokenizerError",
         "TokenizerPackageMissingError",
         "WeightCacheError",

@@ -20,6 +20,7 @@ __all__ = [
     "RefinferError",
     "RequestError",
     "SafetensorsError",
+    "SessionInUseError",
     "TokenizerError",
     "TokenizerPackageMissingError",
     "WeightCacheError",
@@ -101,3 +102,7 @@ class PackingError(InputError):
 
 class RequestError(InputError):
     """A request cannot be served: token ids, lengths or sampling options out of range."""
+
+
+class SessionInUseError(RequestError):
+    """Two threads use a session at once, or a forked child uses one whose weights its parent reads."""

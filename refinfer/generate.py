@@ -1,28 +1,27 @@
 """Generating text: a session over a loaded model.
 
 Turns prompts into text, and rebuilds a damaged cache once. Leaves to others: building a transformer from weights
-(`engine`), parsing options, terminals, JSON text.
+(`engine`), one user at a time (`one_user`), parsing options, terminals, JSON text.
 Read more: tutorial 00; clauses GEN-1 to GEN-11, GEN-16, GEN-17.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from refinfer.arrays import Float32Array, IntArray
+from refinfer.blas_threads import blas_threads, default_threads
 from refinfer.clock import Clock, RealClock
 from refinfer.engine import CacheOptions, Engine, EngineRequest, open_engine, require_finite_weights
 from refinfer.errors import DamagedWeightsError, GenerationError, RequestError
 from refinfer.model.checkpoint import open_checkpoint
-from refinfer.model.config import ModelConfig
 from refinfer.model.folder import ModelFolder, open_folder
 from refinfer.model.sampler import Sampling, sample
 from refinfer.model.tokenizer import TextStream
@@ -30,10 +29,11 @@ from refinfer.model.transformer import Transformer
 from refinfer.model.weights import WeightSource
 from refinfer.offload.prediction import OffloadStats, Prediction
 from refinfer.offload.run import Within
+from refinfer.one_user import InTurn, Kept, OneUser
 from refinfer.planning.cost import PREFETCH_THREADS
 from refinfer.planning.plan import Prefetch, require_plan
 from refinfer.prepare import IN_MEMORY
-from refinfer.process import peak_rss_bytes, usable_cores
+from refinfer.process import peak_rss_bytes
 from refinfer.trace import Trace
 from refinfer.weight_cache.load_or_build import CacheOutcome, Listener
 
@@ -43,7 +43,6 @@ __all__ = [
     "STORYTELLER",
     "GenerationStats",
     "Session",
-    "default_threads",
     "load",
 ]
 
@@ -54,7 +53,6 @@ _Result = TypeVar("_Result")
 
 DEFAULT_PROMPT: Final = "ROMEO:"
 DEFAULT_MAX_POSITIONS: Final = 512
-_BLAS_THREADS_PAY_FROM_BYTES: Final = 64 << 20
 _MOST_THREADS: Final = 1024
 
 
@@ -176,17 +174,13 @@ def _open_sound(request: EngineRequest, reason: str | None = None, *, in_memory:
         return open_engine(request, error.reason)
 
 
-def default_threads(config: ModelConfig) -> int:
-    """Return 1 for a small model, which more threads would only slow down, else the number of usable cores."""
-    return 1 if config.n_parameters * 4 < _BLAS_THREADS_PAY_FROM_BYTES else usable_cores()
-
-
 class Session:
     """A loaded model, ready to generate; made by `load`, closed by `close` or the end of a `with` block.
 
     Laws: a session runs one generation at a time, and each begins with an empty context. A new generation ends the one
     before it; asking that one for more raises an error. Greedy generations of the same prompt are equal. The number of
-    BLAS threads is set only while a token is computed, never while the caller's code runs.
+    BLAS threads is set only while a token is computed, never while the caller's code runs. While one thread computes,
+    any other that wants to is refused; between tokens threads may take turns, and any may close the session.
     """
 
     def __init__(self, request: EngineRequest, threads: int | None, started: float) -> None:
@@ -196,13 +190,14 @@ class Session:
         self._clock = request.clock
         self._stats: GenerationStats | None = None
         self._latest: object = None  # the generation that may go on
-        self._blas = ThreadpoolController()
-        with self._blas_limits():
-            self._engine: Engine | None = _open_sound(request)
-        run = self._engine.run
+        self._user = OneUser()
+        with self._computing():
+            engine = _open_sound(request)
+        self._engine = Kept(self, engine, f"the session of {request.model.path}")
+        run = engine.run
         waits_for_disk = run is not None and run.prediction.io_bound
         # BLAS threads that wait busily for work would take the prefetch threads' core.
-        self.threads = threads or (1 if waits_for_disk else default_threads(request.model.config))
+        self.threads = threads or (1 if waits_for_disk else default_threads(request.model.config.n_parameters))
         self._loading_s = self._clock.now() - started
 
     @property
@@ -213,7 +208,7 @@ class Session:
     @property
     def weight_cache(self) -> CacheOutcome:
         """What the weight cache did when the model was loaded."""
-        return self._open().cache
+        return self._engine.now().cache
 
     @property
     def source(self) -> WeightSource:
@@ -223,13 +218,13 @@ class Session:
     @property
     def prediction(self) -> Prediction | None:
         """The predicted speed of this run, and what it rests on; None without a budget."""
-        run = self._open().run
+        run = self._engine.now().run
         return run.prediction if run else None
 
     @property
     def trace(self) -> Trace:
         """The reads, products and waits since the model was loaded; empty unless `load` was asked to trace."""
-        return self._open().trace
+        return self._engine.now().trace
 
     @property
     def stats(self) -> GenerationStats | None:
@@ -281,11 +276,13 @@ class Session:
                 f"a prompt of {len(ids)} tokens and {n} more do not fit the {room} positions reserved; "
                 "load the model with a larger max_positions"
             )
-        return self._run(ids, n, sampling, np.random.default_rng(seed))
+        return InTurn(self._run(ids, n, sampling, np.random.default_rng(seed)), self._computing)
 
-    def _run(self, prompt_ids: list[int], n: int, sampling: Sampling, rng: np.random.Generator) -> Iterator[str]:
+    def _run(
+        self, prompt_ids: list[int], n: int, sampling: Sampling, rng: np.random.Generator
+    ) -> Generator[str, None, None]:
         tokens = _Tokens(self._clock)
-        waited = self._open().waited_s
+        waited = self._engine.now().waited_s
         self._latest = tokens
         stream = TextStream(self.model.tokenizer, prompt_ids) if self.model.tokenizer else None
         pieces: list[str] = []
@@ -306,8 +303,8 @@ class Session:
             time_to_first_token_s=self._loading_s + tokens.first_s,
             tokens_per_s=(len(tokens.ids) - 1) / tokens.later_s if tokens.later_s > 0 else None,
             peak_rss_bytes=peak_rss_bytes(),
-            weight_cache=self._open().cache,
-            offload=run.stats(tokens.first_s + tokens.later_s, waited) if (run := self._open().run) else None,
+            weight_cache=self._engine.now().cache,
+            offload=run.stats(tokens.first_s + tokens.later_s, waited) if (run := self._engine.now().run) else None,
         )
         self._loading_s = 0.0
 
@@ -318,10 +315,7 @@ class Session:
         for _ in range(n):
             if self._latest is not tokens:
                 raise RequestError("this generation was ended by a later one of the same session")
-            with self._blas_limits():
-                logits = self._next_logits(tokens.ids[-1:], prompt_ids)
-                token_id = sample(logits, sampling, rng)
-            yield token_id
+            yield sample(self._next_logits(tokens.ids[-1:], prompt_ids), sampling, rng)
 
     def _next_logits(self, last: list[int], prompt_ids: list[int]) -> Float32Array:
         """Return the logits `[V]` after the last token, or after the prompt if there is no token yet."""
@@ -329,7 +323,7 @@ class Session:
             try:
                 logits: Float32Array = self._transformer.decode(last)[0]
             except DamagedWeightsError:
-                self._open().discard()  # what was shown cannot be taken back, but the next start rebuilds the file
+                self._engine.now().discard()  # what was shown stays wrong, but the next start rebuilds the file
                 raise
         else:
             logits = self._mend(lambda transformer: _prefill(transformer, prompt_ids))
@@ -345,9 +339,8 @@ class Session:
             return compute(self._transformer)
         except DamagedWeightsError as error:
             reason = error.reason
-        removed, kv_cache = self._open().discard(), self._transformer.kv_cache
-        self.close()
-        self._engine = _open_sound(self._request, reason, in_memory=not removed)
+        removed, kv_cache = self._engine.now().discard(), self._transformer.kv_cache
+        self._engine.renew(lambda: _open_sound(self._request, reason, in_memory=not removed))
         self._transformer.kv_cache = kv_cache  # a text that was begun goes on with the same weights
         return compute(self._transformer)
 
@@ -356,14 +349,15 @@ class Session:
 
         Raises:
             RequestError: no tokens, an id out of range, or more tokens than the model has positions.
+            SessionInUseError: another thread is computing.
         """
-        self._open()
+        self._engine.now()
         ids = [int(i) for i in token_ids]
         if len(ids) > self.model.config.longest_request:
             raise RequestError(f"{len(ids)} tokens are more than this model's {self.model.config.longest_request}")
-        with self._blas_limits():
+        with self._computing():
             logits = self._mend(lambda transformer: Transformer(transformer.source, max(1, len(ids))).decode(ids))
-        self._require_finite(logits)
+            self._require_finite(logits)
         return logits
 
     def _require_finite(self, logits: Float32Array) -> None:
@@ -372,24 +366,19 @@ class Session:
         require_finite_weights(open_checkpoint(self.model.path))
         raise GenerationError("the logits are not finite although every weight is: the activations have overflowed")
 
-    def _blas_limits(self) -> AbstractContextManager[object]:
-        limit: Callable[..., AbstractContextManager[object]] = self._blas.limit
-        return limit(limits=self.threads, user_api="blas")
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Be the one who computes, with the BLAS threads asked for."""
+        with self._user.enter(), blas_threads.limited(self.threads):
+            yield
 
     @property
     def _transformer(self) -> Transformer:
-        return self._open().transformer
-
-    def _open(self) -> Engine:
-        if self._engine is None:
-            raise RequestError("this session is closed; load the model again")
-        return self._engine
+        return self._engine.now().transformer
 
     def close(self) -> None:
         """Release the weights and the KV cache; closing twice is allowed."""
-        if self._engine is not None:
-            self._engine.close()
-        self._engine = None
+        self._engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import shutil
 import tracemalloc
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import refinfer
 from refinfer.arrays import Float32Array
@@ -31,17 +29,17 @@ from refinfer.errors import (
     TokenizerError,
     WeightsError,
 )
-from refinfer.generate import STORYTELLER, GenerationStats, Session, default_threads, load
+from refinfer.generate import STORYTELLER, GenerationStats, Session, load
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.folder import open_folder
 from refinfer.model.safetensors import SafetensorsFile, TensorSpec, write_safetensors
 from refinfer.model.synth import write_checkpoint
 from refinfer.packing.formats import FORMATS
 from refinfer.packing.matmul import matmul
-from refinfer.process import usable_cores
 from refinfer.sources.packed import PackedSource
 
 EXCERPT = Path(__file__).parent / "data" / "held-out-excerpt.txt"
+BLAS = ThreadpoolController()
 
 
 def stats_of(session: Session, *args: Any, **options: Any) -> GenerationStats:
@@ -321,71 +319,42 @@ def test_logits_reach_to_the_last_position(storyteller: Session) -> None:
     assert storyteller.logits([0] * 512).shape == (512, 65)
 
 
-class NotedLimits:
-    """Stands in for threadpoolctl: notes the limit on BLAS threads that is in force."""
-
-    in_force: int | None = None
-
-    @contextmanager
-    def limit(self, *, limits: int, user_api: str) -> Iterator[None]:
-        assert user_api == "blas"
-        before, NotedLimits.in_force = NotedLimits.in_force, limits
-        try:
-            yield
-        finally:
-            NotedLimits.in_force = before
+def blas_threads() -> int:
+    (number,) = {info["num_threads"] for info in BLAS.info() if info["user_api"] == "blas"}
+    assert isinstance(number, int)
+    return number
 
 
 @pytest.mark.spec("GEN-7")
 @pytest.mark.parametrize("threads", [1, 3])
-def test_every_product_is_computed_with_the_blas_threads_asked_for(
+def test_every_product_is_computed_with_the_blas_threads_asked_for_and_the_caller_sees_none_of_it(
     threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the number of cores: of the prompt, of each token, of their logits, and those of `logits`."""
-    seen: list[int | None] = []
+    """Of the prompt, of each token, of their logits, and those of `logits`; BLAS itself is asked, and was set to 2."""
+    seen: list[int] = []
 
     def noted(*arguments: Any) -> Float32Array:
-        seen.append(NotedLimits.in_force)
+        seen.append(blas_threads())
         return matmul(*arguments)
 
-    def taken() -> set[int | None]:
+    def taken() -> set[int]:
         assert len(seen) > 7
         found = set(seen)
         seen.clear()
         return found
 
-    monkeypatch.setattr("refinfer.generate.ThreadpoolController", NotedLimits)
     monkeypatch.setattr("refinfer.sources.matrices.matmul", noted)
-    with load(threads=threads, weight_cache=":memory") as session:
-        for _ in session.generate("ROMEO:", max_tokens=3):
-            assert NotedLimits.in_force is None
-            assert taken() == {threads}
-        session.logits([1, 2, 3])
-        assert NotedLimits.in_force is None
-        assert taken() == {threads}
-
-
-def blas_threads() -> list[int]:
-    return [info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"]
-
-
-@pytest.mark.spec("GEN-7")
-def test_blas_threads_are_set_while_a_token_is_computed_and_put_back_before_the_caller_sees_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    inside: list[list[int]] = []
-
-    def watching_sample(*_: object) -> int:
-        inside.append(blas_threads())
-        return 1
-
-    monkeypatch.setattr("refinfer.generate.sample", watching_sample)
     with threadpool_limits(2, "blas"):
-        before = blas_threads()
-        with load(threads=1) as session:
+        with load(threads=threads, weight_cache=":memory") as session:
+            assert blas_threads() == 2
             for _ in session.generate("ROMEO:", max_tokens=3):
-                assert blas_threads() == before
-    assert inside == [[1] * len(before)] * 3
+                assert blas_threads() == 2
+                assert taken() == {threads}
+            session.logits([1, 2, 3])
+            assert taken() == {threads}
+            with pytest.raises(RequestError):
+                session.logits([65])
+        assert blas_threads() == 2
 
 
 @pytest.mark.spec("GEN-9")
@@ -398,13 +367,6 @@ def test_a_later_generation_ends_an_earlier_one(storyteller: Session) -> None:
     with pytest.raises(RequestError, match="ended by a later one"):
         next(first)
     assert start + "".join(second) == expected
-
-
-@pytest.mark.spec("GEN-10")
-@pytest.mark.parametrize(("name", "threads"), [("storyteller", 1), ("stories15m", 1), ("smollm-135m", None)])
-def test_small_models_use_one_blas_thread_and_larger_ones_every_usable_core(name: str, threads: int | None) -> None:
-    assert default_threads(SHAPES[name]) == (threads or usable_cores())
-    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
 
 
 @pytest.mark.spec("GEN-8")

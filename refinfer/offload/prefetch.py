@@ -113,9 +113,11 @@ class Prefetcher:
         """End every thread; closing again is allowed."""
         with self._changed:
             self._closed = True
+            self._error = None  # with it go the frames of its traceback, and whatever they hold
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
+        if threading.current_thread() not in self._threads:  # garbage that holds this may be collected in any thread
+            for thread in self._threads:
+                thread.join()
 
     def _failed(self) -> bool:
         """Return whether a read has failed and no other is under way, so that no further chunk will come."""
@@ -139,6 +141,8 @@ class Prefetcher:
     def _run(self, thread: int) -> None:
         """Read what comes next, until closed."""
         while True:
+            loan: Loan | None = None
+            error: BaseException | None = None
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._may_read())
                 if self._closed:
@@ -146,8 +150,6 @@ class Prefetcher:
                 number = self._to_read
                 self._to_read += 1
                 self._under_way += 1
-            loan: Loan | None = None
-            error: BaseException | None = None
             try:
                 slot = self._slots[number % len(self._slots)]
                 loan = Loan(self._read(self._order[number % len(self._order)], slot, thread))
@@ -157,7 +159,7 @@ class Prefetcher:
                 self._under_way -= 1
                 if loan is not None:
                     self._ready[number] = loan
-                elif error is not None and (self._error is None or number < self._error[0]):
+                elif error is not None and not self._closed and (self._error is None or number < self._error[0]):
                     self._error = (number, error)
                 self._changed.notify_all()
 

@@ -91,7 +91,7 @@ class FileStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.bytes_read = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a reading thread that collects garbage may find this and close it
         try:
             direct = _open_direct(path)
             buffered = os.open(path, _FLAGS) if direct is None else None

@@ -3,7 +3,7 @@
 Keeps the locked chunks, and lends each of the others for one product. Leaves to others: which chunks are locked
 (`planning.plan`), reading ahead (`prefetch`), where a chunk lies and how it is checked (`packed_file`), counting bytes
 (`budget`).
-Read more: tutorial 12; clauses OFFLOAD-7 to OFFLOAD-11.
+Read more: tutorial 12; clauses OFFLOAD-7 to OFFLOAD-11, GEN-20.
 
 The file is never mapped: a mapping brings pages into memory that no account counts. Here q 0 is chunk 0 of `q_proj`:
 
@@ -14,11 +14,13 @@ The file is never mapped: a mapping brings pages into memory that no account cou
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import accumulate, pairwise
 
 from refinfer.arrays import PAGE_BYTES, Float32Array
+from refinfer.errors import SessionInUseError
 from refinfer.model.weights import Matrix, Weights, assemble, still_open
 from refinfer.offload.packed_file import PackedFile, pages
 from refinfer.offload.prefetch import Prefetcher
@@ -77,6 +79,7 @@ class StreamedSource:
         self.scratch = Scratch(inventory, most_rows)
         self.locked: dict[int, Tiles] = {}
         self.lock_s = 0.0
+        self._process = os.getpid()
         self._inventory = inventory
         self._file = file
         self._recorder = recorder
@@ -117,7 +120,10 @@ class StreamedSource:
 
         Raises:
             GenerationError: the source is closed.
+            SessionInUseError: the process was forked, and the threads and locks belong to its parent.
         """
+        if os.getpid() != self._process:
+            raise SessionInUseError("weights that are read from disk cannot follow a fork; load the model in the child")
         yield still_open(self._weights)
 
     # --8<-- [start:chunks]
@@ -182,9 +188,9 @@ class StreamedSource:
         used = self._inventory.cycle[number]
         layout = self._inventory.matrices[used.matrix].layout
         kind = id(slot), layout.tile.nr, layout.K, len(chunk)
-        if kind not in self._views:
-            self._views[kind] = layout.tiles(chunk, layout.chunks[used.index])
-        return self._views[kind]
+        if (tiles := self._views.get(kind)) is None:
+            tiles = self._views[kind] = layout.tiles(chunk, layout.chunks[used.index])
+        return tiles
 
     def _lock(self, plan: Plan) -> None:
         """Read the locked chunks, by as many threads as a plan has for reading ahead. No loan of theirs is released."""
@@ -211,10 +217,11 @@ class StreamedSource:
         self.lock_s = self._recorder.clock.now() - started
 
     def close(self) -> None:
-        """End the threads and close the file; closing again is allowed."""
+        """End the threads and close the file; closing again is allowed. A forked child only releases memory."""
         reader, self._reader = self._reader, Closed()
-        self._file.close()  # first: it ends the sleep of a throttled store; reads under way still end by themselves
-        reader.close()
+        if os.getpid() == self._process:
+            self._file.close()  # first: it ends the sleep of a throttled store; reads under way still end by themselves
+            reader.close()
         self._weights, self._staging, self._slots = None, pages(0), []
         self.locked.clear()
         self._views.clear()

@@ -104,6 +104,25 @@ def test_top_p_counts_among_what_top_k_left(logits: Float32Array, k: int, p: flo
     kept = both > 0
     np.testing.assert_allclose(both[kept], after_k[kept] / after_k[kept].sum())
     assert after_k[kept].sum() >= p - 1e-9
+    assert after_k[kept].sum() - after_k[kept].min() < p + 1e-9  # without its least likely member it holds less
+
+
+@pytest.mark.spec("SAMPLE-4")
+def test_top_p_narrows_what_top_k_left() -> None:
+    logits = np.log(np.array([1, 5, 2, 8], np.float32))
+    both = probabilities(logits, Sampling(1.0, top_k=3, top_p=0.8))  # of 8, 5 and 2 in 15, the first two hold 0.87
+    np.testing.assert_allclose(both, [0, 5 / 13, 0, 8 / 13], rtol=1e-6)
+
+
+@pytest.mark.spec("SAMPLE-1")
+@given(LOGITS, st.none() | st.integers(1, 5), st.none() | st.floats(0.05, 1))
+def test_at_temperature_0_the_token_that_is_taken_has_the_whole_probability(
+    logits: Float32Array, k: int | None, p: float | None
+) -> None:
+    greedy = Sampling(0.0, k, p)
+    shares = probabilities(logits, greedy)
+    assert np.flatnonzero(shares).tolist() == [sample(logits, greedy, np.random.default_rng(1))]
+    assert shares.sum() == 1
 
 
 @pytest.mark.spec("SAMPLE-5")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import threading
+import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pytest
 
 from refinfer.errors import GenerationError
+from refinfer.offload.prefetch import Prefetcher
 from refinfer.offload.readers import Loan
+from refinfer.packing.layout import Bytes, Tiles
 
 sys.path.insert(0, str(Path(__file__).parent))
 from interleavings import WATCHDOG_S, Choose, World, explore, interleaved
@@ -84,3 +91,44 @@ def test_if_the_system_starts_fewer_threads_than_were_asked_for_those_that_run_a
         "this system starts no further thread; use fewer prefetch threads",
         "['MainThread']",
     ]
+
+
+@pytest.mark.spec("FETCH-7", "GEN-21")
+@pytest.mark.parametrize("when", ["before it is closed", "while it is closed"])
+def test_a_closed_prefetcher_whose_read_failed_is_no_garbage_that_somebody_has_to_collect(when: str) -> None:
+    """It is freed with the last reference, and so is whoever asked for the chunk: an error holds the frames it left."""
+    begun, go = threading.Event(), threading.Event()
+
+    def read(chunk: int, slot: Bytes, thread: int) -> Tiles:
+        begun.set()
+        assert go.wait(WATCHDOG_S)
+        raise ValueError("it fails")
+
+    class Asks:
+        def __init__(self, reader: Prefetcher) -> None:
+            self.reader = reader
+            with suppress(ValueError, GenerationError):
+                reader.take(0)
+
+    gc.collect()
+    gc.disable()
+    try:
+        reader = Prefetcher([0], [np.zeros(1, np.uint8)], read, 1)
+        assert begun.wait(WATCHDOG_S)
+        if when == "before it is closed":
+            go.set()
+            asks = weakref.ref(Asks(reader))
+            reader.close()
+        else:
+            closing = threading.Thread(target=reader.close)
+            closing.start()
+            asks = weakref.ref(Asks(reader))  # ends when it is closed, which waits for the read
+            go.set()
+            closing.join(WATCHDOG_S)
+            del closing
+        alive = weakref.ref(reader)
+        del reader
+        assert alive() is None
+        assert asks() is None
+    finally:
+        gc.enable()

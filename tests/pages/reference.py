@@ -48,6 +48,8 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
         "clock": OWN,
         "trace": "refinfer itself; the file it writes is in the Trace Event Format, which Chrome and Perfetto read",
         "process": "refinfer itself; the peak resident set is one of the article's three measures",
+        "blas_threads": OWN,
+        "one_user": OWN,
     },
     "The model room": {
         "model.config": "neither original; the published configs of Llama, Mistral, Qwen2 and Qwen3",

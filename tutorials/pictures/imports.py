@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 import refinfer
 
 PACKAGE = Path(refinfer.__file__).parent
-GROUND = ("errors", "arrays", "units", "clock", "trace", "process")
+GROUND = ("errors", "arrays", "units", "clock", "trace", "process", "blas_threads", "one_user", "whole_file")
 ORDER = (
     *("the ground", "packing", "model", "weight_cache", "inventory", "planning", "sources", "offload"),
     *("prepare", "engine", "generate", "refinfer"),

@@ -1,0 +1,97 @@
+"""How many threads BLAS uses: the best number for a model, and limits for the time of a block of code, which nest.
+
+BLAS has one number for the whole process. If each thread restored the number that it found, the last to end could
+restore the limit of another. Leaves to others: what is computed (`generate`), runs that wait for a disk (`offload`).
+Read more: tutorial 00; clauses GEN-7, GEN-10, GEN-22.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Final
+
+from threadpoolctl import LibController, ThreadpoolController
+
+from refinfer.process import usable_cores
+
+__all__ = ["BlasThreads", "blas_threads", "default_threads"]
+
+_THREADS_PAY_FROM_BYTES: Final = 64 << 20
+
+
+def default_threads(n_parameters: int) -> int:
+    """Return 1 for a small model, which more threads would only slow down, else the number of usable cores."""
+    return 1 if n_parameters * 4 < _THREADS_PAY_FROM_BYTES else usable_cores()
+
+
+class BlasThreads:
+    """The limits that are in force in this process.
+
+    Laws: while there are several, in one thread or in many, the smallest applies to all of them. When the last ends,
+    BLAS has the number again that it had before the first. In a forked child no limit is in force. A BLAS built with
+    OpenMP has a number for each thread instead, so there each thread has its own limits.
+    """
+
+    def __init__(self, find: Callable[[], ThreadpoolController] = ThreadpoolController) -> None:
+        self._find = find
+        self._lock = threading.RLock()
+        self._asked: dict[object, int] = {}
+        self._before: list[int] = []  # the number of each library before the first limit
+
+    @contextmanager
+    def limited(self, n: int) -> Iterator[None]:
+        """Let BLAS use `n` threads, or fewer if another limit in force is smaller."""
+        mine = object()
+        with self._of_each_thread.limit(limits=n, user_api="blas"):
+            try:
+                with self._lock:
+                    if not self._asked:
+                        self._before = [library.num_threads for library in self._shared]
+                    self._asked[mine] = n
+                    self._apply()
+                yield
+            finally:
+                with self._lock:
+                    if self._asked.pop(mine, None) is not None:  # a forked child has forgotten it
+                        self._apply()
+
+    @cached_property
+    def _blas(self) -> ThreadpoolController:
+        if hasattr(os, "register_at_fork"):
+            # No other thread has the lock while the process forks: in the child it would never be released.
+            os.register_at_fork(
+                before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._forget
+            )
+        return self._find().select(user_api="blas")
+
+    @cached_property
+    def _of_each_thread(self) -> ThreadpoolController:
+        return self._blas.select(threading_layer="openmp")
+
+    @cached_property
+    def _shared(self) -> list[LibController]:
+        return [each for each in self._blas.lib_controllers if each not in self._of_each_thread.lib_controllers]
+
+    def _apply(self) -> None:
+        smallest = min(self._asked.values(), default=None)
+        for library, before in zip(self._shared, self._before, strict=True):
+            # From version 3.8 on, threadpoolctl lets one thread alone change the number, until that thread yields.
+            yields = getattr(library, "clear_controlling_thread", lambda **_: None)
+            yields(force=True)
+            library.set_num_threads(smallest or before)
+            yields()
+
+    def _forget(self) -> None:
+        """Restore the number in a forked child: the threads that asked for another exist in its parent only."""
+        if self._asked:
+            self._asked.clear()
+            self._apply()
+        self._lock.release()
+
+
+blas_threads = BlasThreads()
+"""Of this process; there is one, as there is one BLAS."""
