@@ -2,7 +2,7 @@
 
 Defines the kinds of trouble, and the exit status of each on the command line. Leaves to others: how errors are shown;
 `cli` prints them as one line on standard error.
-Read more: tutorial 07; clauses ERR-1, ERR-2.
+Read more: tutorial 07; clauses ERR-1, ERR-2, ERR-4.
 """
 
 from __future__ import annotations
@@ -51,10 +51,13 @@ class WeightCacheStateError(WeightCacheError):
 
 
 class DamagedWeightsError(WeightCacheError):
-    """Packed weights do not agree with their checksum, or cannot be read whole; `reason` says what is wrong."""
+    """Packed weights do not agree with their checksum, or cannot be read whole; `reason` says what is wrong.
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"{reason}; start again")
+    Most often the next start packs them again; if that does not help, `what_to_do` says what does.
+    """
+
+    def __init__(self, reason: str, what_to_do: str = "start again") -> None:
+        super().__init__(f"{reason}; {what_to_do}")
         self.reason = reason
 
 

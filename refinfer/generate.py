@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
 import numpy as np
 
@@ -49,11 +49,11 @@ __all__ = [
 STORYTELLER: Final = Path(__file__).parent / "storyteller"
 """The folder of the small trained model that ships with the package."""
 
-_Result = TypeVar("_Result")
 
 DEFAULT_PROMPT: Final = "ROMEO:"
 DEFAULT_MAX_POSITIONS: Final = 512
 _MOST_THREADS: Final = 1024
+_NO_HELP: Final = "rebuilding the file did not help: remove it, or name another with --weight-cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ def _open_sound(request: EngineRequest, reason: str | None = None, *, in_memory:
         return open_engine(request, reason)
     except DamagedWeightsError as error:
         if reason is not None:
-            raise
+            raise DamagedWeightsError(error.reason, _NO_HELP) from None
         return open_engine(request, error.reason)
 
 
@@ -321,28 +321,28 @@ class Session:
         """Return the logits `[V]` after the last token, or after the prompt if there is no token yet."""
         if last:
             try:
-                logits: Float32Array = self._transformer.decode(last)[0]
+                return self._finite(self._transformer.decode(last)[0])
             except DamagedWeightsError:
                 self._engine.now().discard()  # what was shown stays wrong, but the next start rebuilds the file
                 raise
-        else:
-            logits = self._mend(lambda transformer: _prefill(transformer, prompt_ids))
-        self._require_finite(logits)
-        return logits
+        return self._mend(lambda transformer: _prefill(transformer, prompt_ids))
 
-    def _mend(self, compute: Callable[[Transformer], _Result]) -> _Result:
+    def _mend(self, compute: Callable[[Transformer], Float32Array]) -> Float32Array:
         """Compute; if packed weights are found damaged, rebuild them once and start over.
 
         A damaged file that cannot be removed is left where it is, and the weights are packed into memory.
         """
         try:
-            return compute(self._transformer)
+            return self._finite(compute(self._transformer))
         except DamagedWeightsError as error:
             reason = error.reason
         removed, kv_cache = self._engine.now().discard(), self._transformer.kv_cache
         self._engine.renew(lambda: _open_sound(self._request, reason, in_memory=not removed))
         self._transformer.kv_cache = kv_cache  # a text that was begun goes on with the same weights
-        return compute(self._transformer)
+        try:
+            return self._finite(compute(self._transformer))
+        except DamagedWeightsError as error:
+            raise DamagedWeightsError(error.reason, _NO_HELP) from None
 
     def logits(self, token_ids: Sequence[int] | IntArray) -> Float32Array:
         """Return the logits `[T, V]` after each of `token_ids`; does not disturb a generation under way.
@@ -356,14 +356,16 @@ class Session:
         if len(ids) > self.model.config.longest_request:
             raise RequestError(f"{len(ids)} tokens are more than this model's {self.model.config.longest_request}")
         with self._computing():
-            logits = self._mend(lambda transformer: Transformer(transformer.source, max(1, len(ids))).decode(ids))
-            self._require_finite(logits)
-        return logits
+            return self._mend(lambda transformer: Transformer(transformer.source, max(1, len(ids))).decode(ids))
 
-    def _require_finite(self, logits: Float32Array) -> None:
+    def _finite(self, logits: Float32Array) -> Float32Array:
         if np.isfinite(logits).all():
-            return
+            return logits
         require_finite_weights(open_checkpoint(self.model.path))
+        if self.weight_cache.state == "loaded":
+            raise DamagedWeightsError(
+                f"{self.weight_cache.path}: its logits are not finite, although all weights of the model are"
+            )
         raise GenerationError("the logits are not finite although every weight is: the activations have overflowed")
 
     @contextmanager

@@ -1,7 +1,7 @@
-"""Sizes as people write and read them.
+"""Sizes and numbers as people write and read them, and long values as messages show them.
 
 Leaves to others: everything that has a size.
-Read more: tutorial 00; clauses UNIT-1, UNIT-2.
+Read more: tutorial 00; clauses UNIT-1 to UNIT-3, INPUT-3.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["format_nbytes", "parse_nbytes"]
+__all__ = ["format_nbytes", "parse_integer", "parse_nbytes", "parse_number", "shortened", "shown"]
 
 _UNITS: Final = {
     "": 1, "B": 1,
@@ -17,6 +17,10 @@ _UNITS: Final = {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 _MOST_BYTES: Final = 2.0**63
+_MOST_SHOWN: Final = 80
+# Python's own `int` and `float` also read the digits of other scripts, underscores, "nan" and "inf".
+_INTEGER: Final = re.compile(r"[+-]?[0-9]{1,4000}")
+_NUMBER: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def format_nbytes(nbytes: float) -> str:
@@ -43,10 +47,60 @@ def parse_nbytes(text: str) -> int:
         >>> parse_nbytes("1.5KiB"), parse_nbytes("300 MB")
         (1536, 300000000)
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is not a size such as 300MB or 1.5GiB")
+        raise ValueError(f"{shown(text)} is not a size such as 300MB or 1.5GiB")
     value = float(match[1]) * _UNITS[match[2].upper()]
     if not 1 <= value < _MOST_BYTES:
-        raise ValueError(f"must be at least one byte and less than 2^63, not {text!r}")
+        raise ValueError(f"must be at least one byte and less than 2^63, not {shown(text)}")
     return int(value)
+
+
+def parse_integer(text: str) -> int:
+    """Return a whole number, written with the digits 0 to 9 and perhaps a sign.
+
+    Raises:
+        ValueError: it is not such a number.
+
+    Examples:
+        >>> parse_integer(" -12 ")
+        -12
+    """
+    if not _INTEGER.fullmatch(text.strip()):
+        raise ValueError(f"{shown(text)} is not a whole number")
+    return int(text)
+
+
+def parse_number(text: str) -> float:
+    """Return a number, written with the digits 0 to 9 and perhaps a sign, a point and an exponent.
+
+    Raises:
+        ValueError: it is not such a number.
+
+    Examples:
+        >>> parse_number("1.5e3")
+        1500.0
+    """
+    if not _NUMBER.fullmatch(text.strip()):
+        raise ValueError(f"{shown(text)} is not a number")
+    return float(text)
+
+
+def shown(value: object, most: int = _MOST_SHOWN) -> str:
+    """Return a value as a message repeats it: its `repr`, without the middle if it has more than `most` characters.
+
+    Examples:
+        >>> shown("short"), shown("x" * 100_000, 11)
+        ("'short'", "'xxx...xxx'")
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or lists within lists within lists
+        text = f"a value of type {type(value).__name__} that is too long to show"
+    return shortened(text, most)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text without the middle if it has more than `most` characters."""
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refinfer.units import format_nbytes, parse_nbytes
+from refinfer.units import format_nbytes, parse_integer, parse_nbytes, parse_number, shortened, shown
 
 UNITS = {"": 1, "B": 1} | {
     f"{letter}{suffix}": base**power
@@ -82,3 +82,71 @@ def test_a_size_that_is_shown_is_right_to_one_in_twenty(nbytes: int) -> None:
     shown = format_nbytes(nbytes)
     number, unit = shown.split()
     assert abs(float(number) * {"bytes": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}[unit] - nbytes) <= nbytes / 19
+
+
+OTHER_DIGITS = ["٣", "१०", "５０", "1_0", "", " ", "+", "-", "--1", "1 0", "x", "0x10", "1,5", "²", "Ⅷ"]
+
+
+@pytest.mark.spec("UNIT-3")
+@pytest.mark.parametrize("text", ["٣MB", "５０MB", "1٫5GB", "1_000", "१KB", "3ＭB"])
+def test_a_size_in_other_digits_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size such as"):
+        parse_nbytes(text)
+
+
+@pytest.mark.spec("UNIT-3")
+@given(st.integers(), st.sampled_from(["{}", " {}", "{}\n"]))
+def test_a_whole_number_is_read_back(n: int, form: str) -> None:
+    assert parse_integer(form.format(n)) == n
+    assert parse_integer(f"+{abs(n)}") == abs(n)
+
+
+@pytest.mark.spec("UNIT-3")
+@pytest.mark.parametrize("text", [*OTHER_DIGITS, "1.0", "1e3", "nan", "9" * 5000])
+def test_what_is_no_whole_number_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a whole number"):
+        parse_integer(text)
+
+
+@pytest.mark.spec("UNIT-3")
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_number_is_read_back(x: float) -> None:
+    assert parse_number(repr(x)) == x
+    assert parse_number(f"{x:e}") == float(f"{x:e}")
+
+
+@pytest.mark.spec("UNIT-3")
+@pytest.mark.parametrize("text", [".5", "5.", "-.5e-3", "+1E5", "007"])
+def test_every_usual_way_to_write_a_number_is_read(text: str) -> None:
+    assert parse_number(text) == float(text)
+
+
+@pytest.mark.spec("UNIT-3")
+@pytest.mark.parametrize("text", [*OTHER_DIGITS, "nan", "-NaN", "inf", "Infinity", ".", "1e", "e5", "1.2.3", "٠.٥"])
+def test_what_is_no_number_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a number"):
+        parse_number(text)
+
+
+@pytest.mark.spec("INPUT-3")
+@given(st.text() | st.lists(st.integers()) | st.binary(), st.integers(10, 100))
+def test_a_value_is_shown_whole_if_it_is_short_and_else_with_its_ends(value: object, most: int) -> None:
+    text, whole = shown(value, most), repr(value)
+    if len(whole) <= most:
+        assert text == whole
+    else:
+        start, _, end = text.partition("...")
+        assert len(text) <= most
+        assert whole.startswith(start)
+        assert whole.endswith(end)
+
+
+@pytest.mark.spec("INPUT-3")
+def test_values_that_python_cannot_write_down_are_shown_too() -> None:
+    nested: list[object] = []
+    for _ in range(10_000):
+        nested = [nested]
+    assert shown(10**5000) == "a value of type int that is too long to show"
+    assert shown(nested) == "a value of type list that is too long to show"
+    assert len(shown("x" * 70_000)) <= 80
+    assert shortened("abc", 3) == "abc"

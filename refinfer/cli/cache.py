@@ -17,7 +17,7 @@ from typing import Any, Final
 from refinfer.cli.options import add_json, add_weights
 from refinfer.cli.show import cache_line, listening
 from refinfer.cli.table import Cell, print_table
-from refinfer.cli.terminal import say, words_of
+from refinfer.cli.terminal import native_code_unheard, say, words_of
 from refinfer.clock import RealClock
 from refinfer.errors import CacheFileError, InputError, WeightCacheError
 from refinfer.generate import STORYTELLER
@@ -55,8 +55,8 @@ def run_pack(args: argparse.Namespace) -> None:
     """Run `refinfer pack`."""
     if args.output == IN_MEMORY:
         raise InputError(f"--output {IN_MEMORY} is not a file; give a file name")
-    model = open_folder(args.folder)
-    with readable(args.folder):
+    with native_code_unheard(), readable(args.folder):
+        model = open_folder(args.folder)
         checkpoint = open_checkpoint(args.folder)
     inventory = Inventory(model.config, choose_format(checkpoint, args.weights))
     with listening() as listener:

@@ -16,7 +16,7 @@ from pathlib import Path
 from refinfer.cli.options import add_json, add_prefetch, add_weights, integer, number, rate, token_ids
 from refinfer.cli.pictures import CHROME_BEGINS, to_chrome
 from refinfer.cli.show import cache_line, format_seconds, listening, require_writable, write_file
-from refinfer.cli.terminal import say
+from refinfer.cli.terminal import native_code_unheard, say
 from refinfer.clock import Clock, RealClock
 from refinfer.errors import RequestError
 from refinfer.generate import DEFAULT_PROMPT, STORYTELLER, GenerationStats, Session, load
@@ -109,9 +109,10 @@ def run_generate(args: argparse.Namespace) -> None:
     clock = RealClock()
     started = clock.now()
     _require_consistent(args)
-    model = open_folder(Path(args.model or STORYTELLER))
     prompt = DEFAULT_PROMPT if args.prompt is None and args.token_ids is None else args.prompt
-    ids = args.token_ids if prompt is None else model.encode(prompt)
+    with native_code_unheard():
+        model = open_folder(Path(args.model or STORYTELLER))
+        ids = args.token_ids if prompt is None else model.encode(prompt)
     max_tokens = model.plan_request(ids, args.max_tokens)
     with _load(args, model, len(ids) + max_tokens, clock, started) as session:
         _generate(session, args, ids, max_tokens, prompt or "")

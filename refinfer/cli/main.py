@@ -20,6 +20,7 @@ from typing import Any, Final, NoReturn
 from refinfer import __version__
 from refinfer.cli.terminal import hanging, words_of, wrap
 from refinfer.errors import InputError, RefinferError
+from refinfer.units import shortened
 
 __all__ = ["COMMANDS", "Parser", "main", "make_parser"]
 
@@ -66,8 +67,11 @@ def _mend_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
+_LONGEST_LINE: Final = 600  # argparse repeats a wrong argument whole
+
+
 def _complain(message: str, status: int) -> int:
-    one_line = re.sub(r"\s+", " ", message)
+    one_line = shortened(re.sub(r"\s+", " ", message), _LONGEST_LINE)
     with contextlib.suppress(OSError):
         sys.stderr.write(f"refinfer: {one_line}\n")
     return status

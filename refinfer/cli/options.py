@@ -12,7 +12,7 @@ from collections.abc import Callable
 from refinfer.packing.formats import FORMATS
 from refinfer.planning.cost import PREFETCH_THREADS
 from refinfer.planning.plan import MOST_PREFETCH_THREADS
-from refinfer.units import parse_nbytes
+from refinfer.units import parse_integer, parse_nbytes, parse_number, shown
 
 __all__ = ["add_json", "add_prefetch", "add_weights", "integer", "nbytes", "number", "rate", "token_ids"]
 
@@ -51,13 +51,13 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+            value = parse_integer(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
         if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {shown(value)}")
         if most is not None and value > most:
-            raise argparse.ArgumentTypeError(f"must be at most {most}, not {text[:20]}")
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {shown(value)}")
         return value
 
     return parse
@@ -66,17 +66,17 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
 def number(text: str) -> float:
     """Read a number."""
     try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        return parse_number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def token_ids(text: str) -> list[int]:
     """Read token ids such as `1,2,3`."""
     try:
-        return [int(part) for part in text.split(",")]
+        return [parse_integer(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 1,2,3") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a list of token ids such as 1,2,3") from None
 
 
 def nbytes(text: str) -> int:

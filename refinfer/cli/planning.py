@@ -14,6 +14,7 @@ from typing import Any, Final
 from refinfer.cli.options import add_json, add_prefetch, add_weights, integer
 from refinfer.cli.pictures import SVG_BEGINS
 from refinfer.cli.show import require_writable
+from refinfer.cli.terminal import native_code_unheard
 from refinfer.errors import RequestError
 from refinfer.inventory import Inventory
 from refinfer.model.checkpoint import open_checkpoint
@@ -158,7 +159,8 @@ def _inventory(args: argparse.Namespace) -> tuple[str, Inventory]:
         weights = "bf16" if args.weights == "auto" else args.weights  # what such models are published in
         return args.shape, Inventory(SHAPES[args.shape], weights)
     folder = Path(args.model)
-    config = open_folder(folder).config
+    with native_code_unheard():
+        config = open_folder(folder).config
     if args.weights in FORMATS:
         return str(folder), Inventory(config, args.weights)
     with readable(folder):

@@ -7,13 +7,25 @@ Read more: tutorial 00; clause CLI-20.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, TextIO
 
-__all__ = ["PIPE_COLUMNS", "columns_of", "display_width", "hanging", "say", "say_terms", "terms", "words_of", "wrap"]
+__all__ = [
+    "PIPE_COLUMNS",
+    "columns_of",
+    "display_width",
+    "hanging",
+    "native_code_unheard",
+    "say",
+    "say_terms",
+    "terms",
+    "words_of",
+    "wrap",
+]
 
 PIPE_COLUMNS: Final = 120
 """How wide tables and charts may be in a pipe, unless `COLUMNS` is set."""
@@ -34,6 +46,23 @@ def columns_of(stream: TextIO) -> int | None:
         return os.get_terminal_size(stream.fileno()).columns or _USUAL_COLUMNS
     except (OSError, ValueError):
         return _USUAL_COLUMNS
+
+
+@contextlib.contextmanager
+def native_code_unheard() -> Iterator[None]:
+    """Drop what code in other languages writes to standard error: Rust reports an error there before it is raised."""
+    try:
+        shown_by, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no standard error
+        yield
+        return
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(shown_by, 2)
+        os.close(shown_by)
+        os.close(nowhere)
 
 
 def display_width(text: str) -> int:

@@ -7,7 +7,6 @@ Read more: tutorial 05; clauses TENSOR-8 to TENSOR-11.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,13 +18,17 @@ import numpy.typing as npt
 from refinfer.arrays import Float32Array, stored_to_f32
 from refinfer.errors import SafetensorsError, WeightsError
 from refinfer.model.safetensors import SafetensorsFile, TensorInfo
+from refinfer.units import shown
+from refinfer.whole_file import read_json
 
 __all__ = ["FLOAT_DTYPES", "INDEX_NAME", "SINGLE_NAME", "Checkpoint", "open_checkpoint"]
 
 SINGLE_NAME: Final = "model.safetensors"
 INDEX_NAME: Final = "model.safetensors.index.json"
 FLOAT_DTYPES: Final = ("F32", "F16", "BF16")
-_PLAIN_NAME: Final = re.compile(r"[^/\\\x00\ud800-\udfff]+")
+LARGEST_INDEX_BYTES: Final = 16_000_000
+# A tensor takes about 100 bytes. The largest published indexes have some 100,000 tensors, for hundreds of experts.
+_PLAIN_NAME: Final = re.compile(r"[^/\\\x00\ud800-\udfff]{1,255}")
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
@@ -68,16 +71,17 @@ class Checkpoint(Mapping[str, TensorInfo]):
             WeightsError: the tensor is missing, does not have the shape `shape`, or is not of a floating-point type.
         """
         if name not in self._file_of:
-            raise WeightsError(f"{self.folder} has no tensor {name!r}, which its config.json asks for")
+            raise WeightsError(f"{self.folder} has no tensor {shown(name)}, which its config.json asks for")
         tensor = self[name]
         if tensor.shape != shape:
             raise WeightsError(
-                f"{self.path_of(name)}: {name!r} has the shape {list(tensor.shape)}, "
+                f"{self.path_of(name)}: {shown(name)} has the shape {shown(list(tensor.shape))}, "
                 f"but config.json asks for {list(shape)}"
             )
         if tensor.dtype not in FLOAT_DTYPES:
             raise WeightsError(
-                f"{self.path_of(name)}: {name!r} is stored as {tensor.dtype}; supported are {', '.join(FLOAT_DTYPES)}"
+                f"{self.path_of(name)}: {shown(name)} is stored as {tensor.dtype}; "
+                f"supported are {', '.join(FLOAT_DTYPES)}"
             )
         return self._file_of[name].view(name)
 
@@ -115,16 +119,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     shards = {name: SafetensorsFile(folder / name) for name in sorted(set(weight_map.values()))}
     for tensor, shard in weight_map.items():
         if tensor not in shards[shard]:
-            raise SafetensorsError(f"{index} says that {tensor!r} is in {shard}, but it is not")
+            raise SafetensorsError(f"{index} says that {shown(tensor)} is in {shard}, but it is not")
     return Checkpoint(folder, {tensor: shards[shard] for tensor, shard in weight_map.items()})
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     try:
-        raw = json.loads(index.read_text(encoding="utf-8"))
+        raw = read_json(index, LARGEST_INDEX_BYTES)
     except OSError as error:
         raise SafetensorsError(f"{index} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise SafetensorsError(f"{index} is not valid JSON: {error}") from None
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -132,5 +136,5 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     for tensor, shard in weight_map.items():
         # A plain file name only: an index must not be able to point outside its folder.
         if not isinstance(shard, str) or shard in {".", ".."} or not _PLAIN_NAME.fullmatch(shard):
-            raise SafetensorsError(f"{index} gives {tensor!r} the impossible file name {shard!r}")
+            raise SafetensorsError(f"{index} gives {shown(tensor)} the impossible file name {shown(shard)}")
     return weight_map

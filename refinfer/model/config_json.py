@@ -7,7 +7,7 @@ Read more: tutorial 07; clauses CONFIG-3 to CONFIG-9.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +16,12 @@ from typing import Any, Final
 
 from refinfer.errors import ConfigError
 from refinfer.model.config import Llama3RopeScaling, ModelConfig
+from refinfer.units import shown
+from refinfer.whole_file import read_json
 
 __all__ = ["load_config", "parse_config", "to_json"]
 
+_LARGEST_FILE_BYTES: Final = 1_000_000  # published ones have some thousand bytes
 _LARGEST_SIZE: Final = 1 << 31
 _SMALLEST_NUMBER: Final = 1e-30
 _LARGEST_NUMBER: Final = 1e30
@@ -75,7 +78,7 @@ class _Keys:
         if value is None:
             raise self.error(key, "is missing")
         if type(value) is not int or not least <= value < _LARGEST_SIZE:
-            raise self.error(key, f"must be a whole number from {least} to {_LARGEST_SIZE - 1}, not {value!r}")
+            raise self.error(key, f"must be a whole number from {least} to {_LARGEST_SIZE - 1}, not {shown(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -86,14 +89,14 @@ class _Keys:
         # The bounds also exclude numbers that float32 cannot hold.
         if type(value) not in (int, float) or not _SMALLEST_NUMBER < value < _LARGEST_NUMBER:
             limits = f"{_SMALLEST_NUMBER:.0e} and {_LARGEST_NUMBER:.0e}"
-            raise self.error(key, f"must be a positive number between {limits}, not {value!r}")
+            raise self.error(key, f"must be a positive number between {limits}, not {shown(value)}")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.raw.get(key)
         value = default if value is None else value
         if type(value) is not bool:
-            raise self.error(key, f"must be true or false, not {value!r}")
+            raise self.error(key, f"must be true or false, not {shown(value)}")
         return value
 
 
@@ -111,7 +114,7 @@ def load_config(folder: Path) -> ModelConfig:
         raise ConfigError(f"{folder} is not a folder; --model takes a folder with config.json and safetensors files")
     config = parse_config(_read_json(folder / "config.json"), str(folder / "config.json"))
     generation = folder / "generation_config.json"
-    if generation.is_file() and (raw := _read_json(generation)).get("eos_token_id") is not None:
+    if os.path.lexists(generation) and (raw := _read_json(generation)).get("eos_token_id") is not None:
         # transformers' generate() takes its end-of-text ids from here when they are given.
         config = replace(config, eos_token_ids=_eos_token_ids(_Keys(raw, str(generation)), None))
     return config
@@ -119,12 +122,12 @@ def load_config(folder: Path) -> ModelConfig:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, _LARGEST_FILE_BYTES)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; a model folder holds config.json and safetensors files") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a JSON object, not {type(raw).__name__}")
@@ -149,7 +152,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         supported = ", ".join(_FAMILIES)
-        raise keys.error("model_type", f"is {model_type!r}, which is not supported; supported are {supported}")
+        raise keys.error("model_type", f"is {shown(model_type)}, which is not supported; supported are {supported}")
     family = _FAMILIES[model_type]
     _refuse_what_is_not_implemented(keys)
 
@@ -170,7 +173,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     vocab_size = keys.integer("vocab_size")
     dtype = next((raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) is not None), "float32")
     if dtype not in _DTYPES:
-        raise keys.error("dtype", f"is {dtype!r}; supported are {', '.join(_DTYPES)}")
+        raise keys.error("dtype", f"is {shown(dtype)}; supported are {', '.join(_DTYPES)}")
     return ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -197,14 +200,15 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
 
 def _refuse_what_is_not_implemented(keys: _Keys) -> None:
     if (act := keys.raw.get("hidden_act")) not in (None, "silu", "swish"):
-        raise keys.error("hidden_act", f"is {act!r}; only silu is implemented")
+        raise keys.error("hidden_act", f"is {shown(act)}; only silu is implemented")
     if keys.raw.get("quantization_config") is not None:
         raise keys.error("quantization_config", "is set; give the model's unquantised checkpoint instead")
-    kinds = keys.raw.get("layer_types") or []
+    kinds = keys.raw.get("layer_types")
+    kinds = [] if kinds is None else kinds
     if not isinstance(kinds, list) or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
         raise keys.error("layer_types", "must be a list of full_attention and sliding_attention")
     if (share := keys.raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise keys.error("partial_rotary_factor", f"is {share!r}; only 1 is implemented")
+        raise keys.error("partial_rotary_factor", f"is {shown(share)}; only 1 is implemented")
 
 
 def _rope(keys: _Keys, max_position_embeddings: int) -> tuple[float, Llama3RopeScaling | None]:
@@ -214,16 +218,16 @@ def _rope(keys: _Keys, max_position_embeddings: int) -> tuple[float, Llama3RopeS
     if raw is None:
         return keys.number("rope_theta", 10000.0), None
     if not isinstance(raw, dict):
-        raise keys.error(name, f"must be an object, not {raw!r}")
+        raise keys.error(name, f"must be an object, not {shown(raw)}")
     rope = _Keys(raw, f"{keys.where}: {name}")
     theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0))
     kind = raw.get("rope_type", raw.get("type", "default"))
     if (share := raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise rope.error("partial_rotary_factor", f"is {share!r}; only 1 is implemented")
+        raise rope.error("partial_rotary_factor", f"is {shown(share)}; only 1 is implemented")
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise rope.error("rope_type", f"is {kind!r}; supported are default and llama3")
+        raise rope.error("rope_type", f"is {shown(kind)}; supported are default and llama3")
     scaling = Llama3RopeScaling(
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),
@@ -259,7 +263,7 @@ def _eos_token_ids(keys: _Keys, default: int | None) -> tuple[int, ...]:
     value = keys.raw.get("eos_token_id", default)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(type(i) is not int or i < 0 for i in ids):
-        raise keys.error("eos_token_id", f"must be a token id or a list of them, not {value!r}")
+        raise keys.error("eos_token_id", f"must be a token id or a list of them, not {shown(value)}")
     return tuple(ids)
 
 

@@ -16,6 +16,7 @@ from refinfer.errors import InputError, RequestError, TokenizerError, TokenizerP
 from refinfer.model.config import ModelConfig
 from refinfer.model.config_json import load_config
 from refinfer.model.tokenizer import Tokenizer, load_tokenizer
+from refinfer.units import shown
 
 __all__ = ["DEFAULT_MAX_TOKENS", "ModelFolder", "open_folder", "readable"]
 
@@ -60,14 +61,14 @@ class ModelFolder:
         if n == 0:
             raise RequestError("the prompt is empty; give at least one token")
         if outside := [i for i in prompt_token_ids if not 0 <= i < config.vocab_size]:
-            raise RequestError(f"token id {outside[0]} is not in the vocabulary of 0 to {config.vocab_size - 1}")
+            raise RequestError(f"token id {shown(outside[0])} is not in the vocabulary of 0 to {config.vocab_size - 1}")
         if max_tokens is not None and max_tokens < 1:
-            raise RequestError(f"max-tokens must be at least 1, not {max_tokens}")
+            raise RequestError(f"max-tokens must be at least 1, not {shown(max_tokens)}")
         room = config.longest_request - n
         if room < (max_tokens or 1):
             limit = "sliding window" if config.longest_request < config.max_position_embeddings else "context"
             raise RequestError(
-                f"a prompt of {n} tokens and {max_tokens or 1} more do not fit this model's {limit} of "
+                f"a prompt of {n} tokens and {shown(max_tokens or 1)} more do not fit this model's {limit} of "
                 f"{config.longest_request} positions"
             )
         return max_tokens if max_tokens is not None else min(DEFAULT_MAX_TOKENS, room)

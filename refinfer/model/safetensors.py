@@ -1,7 +1,7 @@
 """The safetensors format: a reader that trusts nothing, and a writer that streams.
 
 Finds the place of each tensor in one file. Leaves to others: models, several files at once.
-Read more: tutorial 05; clauses TENSOR-1 to TENSOR-7.
+Read more: tutorial 05; clauses TENSOR-1 to TENSOR-7, TENSOR-12.
 
     0        8                8 + n                            end of file
     +--------+----------------+----------------------------------+
@@ -30,6 +30,8 @@ import numpy as np
 import numpy.typing as npt
 
 from refinfer.errors import SafetensorsError
+from refinfer.units import shown
+from refinfer.whole_file import open_regular, parse_json
 
 __all__ = ["DTYPES", "SafetensorsFile", "TensorInfo", "TensorSpec", "parse_header", "write_safetensors"]
 
@@ -50,7 +52,9 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
 }
 """The format's element types, and the numpy type that holds each."""
 
-LARGEST_HEADER_BYTES: Final = 100_000_000
+LARGEST_HEADER_BYTES: Final = 8_000_000
+# The format allows 100 MB, which Python would need gigabytes and a quarter of a minute to read. A tensor takes about
+# 100 bytes of header, so 8 MB name 80,000 tensors in one file; the published models have a few thousand in a file.
 _LARGEST_ELEMENTS: Final = 1 << 60
 _LENGTH: Final = struct.Struct("<Q")
 
@@ -86,15 +90,15 @@ def parse_header(header: bytes, data_bytes: int, where: str) -> tuple[dict[str, 
         names: dict[str, Any] = {}
         for name, value in pairs:
             if name in names:
-                raise refuse(f"{name!r} is there twice in the header")
+                raise refuse(f"{shown(name)} is there twice in the header")
             names[name] = value
         return names
 
     if not header.startswith(b"{"):
         raise refuse("the header does not begin with '{'")
     try:
-        raw = json.loads(header.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
+        raw = parse_json(header, no_duplicates)
+    except ValueError as error:
         raise refuse(f"the header is not JSON in UTF-8 ({error})") from None
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -114,7 +118,7 @@ def _check_no_byte_is_shared_or_spare(
     for tensor in tensors:
         if tensor.offset != end:
             problem = "overlaps the tensor before it" if tensor.offset < end else "leaves a hole before it"
-            raise refuse(f"{tensor.name!r} {problem}")
+            raise refuse(f"{shown(tensor.name)} {problem}")
         end += tensor.nbytes
     if end != file_end:
         problem = "is cut short" if end > file_end else "has bytes that belong to no tensor"
@@ -123,20 +127,20 @@ def _check_no_byte_is_shared_or_spare(
 
 def _parse_tensor(name: str, entry: object, base: int, refuse: Callable[[str], SafetensorsError]) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise refuse(f"{name!r} must have exactly dtype, shape and data_offsets")
+        raise refuse(f"{shown(name)} must have exactly dtype, shape and data_offsets")
     if not _is_text(name):
-        raise refuse(f"{name!r} is not a name that UTF-8 can express")
+        raise refuse(f"{shown(name)} is not a name that UTF-8 can express")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise refuse(f"{name!r} has the unknown type {dtype!r}")
+        raise refuse(f"{shown(name)} has the unknown type {shown(dtype)}")
     # Zeros are left out of the product, so that an empty tensor of vast dimensions is refused; numpy cannot hold it.
     if not _are_sizes(shape) or math.prod(n for n in shape if n) >= _LARGEST_ELEMENTS:
-        raise refuse(f"{name!r} has the impossible shape {shape!r}")
+        raise refuse(f"{shown(name)} has the impossible shape {shown(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise refuse(f"{name!r} has the impossible data_offsets {offsets!r}")
+        raise refuse(f"{shown(name)} has the impossible data_offsets {shown(offsets)}")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if nbytes != offsets[1] - offsets[0]:
-        raise refuse(f"{name!r} takes {offsets[1] - offsets[0]} bytes, but {dtype} {shape} needs {nbytes}")
+        raise refuse(f"{shown(name)} takes {offsets[1] - offsets[0]} bytes, but {dtype} {shown(shape)} needs {nbytes}")
     return TensorInfo(name, dtype, tuple(shape), base + offsets[0], nbytes)
 
 
@@ -166,7 +170,7 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 size = file.seek(0, 2)
                 file.seek(0)
                 header = _read_header(file, size, str(path))
@@ -174,6 +178,8 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
                 self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise SafetensorsError(f"{path} cannot be read: {error.strerror}") from None
+        except ValueError:  # raised by mmap
+            raise SafetensorsError(f"{path} was cut short while it was opened") from None
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]
@@ -202,7 +208,9 @@ def _read_header(file: BinaryIO, size: int, where: str) -> bytes:
     if len(length_bytes) < _LENGTH.size:
         raise SafetensorsError(f"{where} is not a valid safetensors file: it has only {size} bytes")
     (length,) = _LENGTH.unpack(length_bytes)
-    if length > min(size - _LENGTH.size, LARGEST_HEADER_BYTES):
+    if LARGEST_HEADER_BYTES < length <= size - _LENGTH.size:
+        raise SafetensorsError(f"{where} has a header of {length} bytes; at most {LARGEST_HEADER_BYTES} are supported")
+    if length > size - _LENGTH.size:
         raise SafetensorsError(
             f"{where} is not a valid safetensors file: it announces a header of {length} bytes, but has {size} bytes"
         )

@@ -8,12 +8,15 @@ Read more: tutorial 07; clauses TOKEN-1 to TOKEN-6.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from refinfer.errors import TokenizerError, TokenizerPackageMissingError
+from refinfer.units import shortened, shown
+from refinfer.whole_file import parse_json, read_whole
 
 __all__ = [
     "ByteTokenizer",
@@ -26,6 +29,8 @@ __all__ = [
 ]
 
 TOKENIZER_NAME: Final = "tokenizer.json"
+LARGEST_TOKENIZER_BYTES: Final = 64_000_000  # the largest published ones have 35 MB
+_LARGEST_OWN_BYTES: Final = 4_000_000
 _REPLACEMENT: Final = "\ufffd"
 
 
@@ -65,7 +70,7 @@ class CharacterTokenizer:
         except KeyError as error:
             alphabet = "".join(sorted(self._ids))
             raise TokenizerError(
-                f"this model has no token for the character {error.args[0]!r}; it knows only {alphabet!r}"
+                f"this model has no token for the character {error.args[0]!r}; it knows only {shown(alphabet)}"
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -97,17 +102,15 @@ class ByteTokenizer:
 class _PackageTokenizer:
     """A `tokenizer.json` of any kind, through the `tokenizers` package."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, data: bytes, path: Path) -> None:
         try:
             import tokenizers
         except ImportError:
             raise TokenizerPackageMissingError(
                 f"{path} needs the tokenizers package: pip install 'refinfer[hf]', or give the prompt as --token-ids"
             ) from None
-        try:
-            self._inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises plain Exception
-            raise TokenizerError(f"{path} is not a usable tokenizer: {error}") from None
+        with _in_the_package(f"{path} is not a usable tokenizer"):
+            self._inner = tokenizers.Tokenizer.from_buffer(data)
         # Settings of training that would cut or lengthen a prompt; `transformers` does not apply them either.
         self._inner.no_truncation()
         self._inner.no_padding()
@@ -115,18 +118,28 @@ class _PackageTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, with the special tokens the file asks for; raises TokenizerError."""
         text = _utf8(text).decode()
-        try:
+        with _in_the_package("the text cannot be encoded"):
             ids: list[int] = self._inner.encode(text).ids
-        except Exception as error:  # the package raises plain Exception
-            raise TokenizerError(f"the text cannot be encoded: {error}") from None
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens."""
         # An id beyond the vocabulary, as a model with a padded table may give, means no text.
         known = [i for i in ids if self._inner.id_to_token(i) is not None]
-        text: str = self._inner.decode(known)
+        with _in_the_package("the tokens cannot be decoded"):
+            text: str = self._inner.decode(known)
         return text
+
+
+@contextmanager
+def _in_the_package(problem: str) -> Iterator[None]:
+    """Turn what the package raises into a `TokenizerError`: plain `Exception`, or a panic, which is not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{problem}: {shortened(str(error), 200)}") from None
 
 
 def _utf8(text: str) -> bytes:
@@ -134,6 +147,10 @@ def _utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise TokenizerError(f"the text has a character that UTF-8 cannot express: {error.reason}") from None
+
+
+def _is_character(token: str) -> bool:
+    return len(token) == 1 and not "\ud800" <= token <= "\udfff"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:
@@ -144,20 +161,21 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         TokenizerPackageMissingError: it needs the `tokenizers` package, and that is not installed.
     """
     path = folder / TOKENIZER_NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        data = read_whole(path, LARGEST_TOKENIZER_BYTES)
+        raw = parse_json(data) if len(data) <= _LARGEST_OWN_BYTES else None
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise TokenizerError(f"{path} is not valid JSON: {error}") from None
     vocab = _vocab_of(raw)
-    if vocab is not None and raw == _character_form(vocab) and all(len(token) == 1 for token in vocab):
+    if vocab is not None and raw == _character_form(vocab) and all(map(_is_character, vocab)):
         return CharacterTokenizer(vocab)
     if vocab is not None and raw == _byte_form(vocab) and set(vocab) == set(_byte_alphabet().values()):
         return ByteTokenizer({byte: vocab[c] for byte, c in _byte_alphabet().items()})
-    return _PackageTokenizer(path)
+    return _PackageTokenizer(data, path)
 
 
 def _vocab_of(raw: object) -> dict[str, int] | None:

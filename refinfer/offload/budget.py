@@ -14,7 +14,7 @@ from typing import Final
 
 from refinfer.errors import BudgetError
 from refinfer.process import available_bytes
-from refinfer.units import format_nbytes, parse_nbytes
+from refinfer.units import format_nbytes, parse_nbytes, shown
 
 __all__ = ["Budget", "parse_budget"]
 
@@ -93,10 +93,10 @@ def parse_budget(text: str, streamable_nbytes: int) -> int:
         if available is None:
             raise BudgetError("this system does not report how much memory is left; give the budget as a size")
         return int(available * _AUTO_SHARE)
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip()):
+    if match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", text.strip()):
         share = float(match[1]) / 100
         if not 1 <= share * streamable_nbytes < _MOST_BYTES:
-            raise BudgetError(f"a budget must be at least one byte and less than 2^63, not {text!r}")
+            raise BudgetError(f"a budget must be at least one byte and less than 2^63, not {shown(text)}")
         return int(share * streamable_nbytes)
     try:
         return parse_nbytes(text)

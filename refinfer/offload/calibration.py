@@ -13,8 +13,6 @@ Read more: tutorial 11; clauses CAL-1 to CAL-6.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,7 +29,9 @@ from refinfer.packing.layout import Tiles
 from refinfer.packing.matmul import matmul
 from refinfer.planning.cost import HERE, Calibration, Device, Processor, calibration_of
 from refinfer.sources.matrices import Scratch
+from refinfer.units import parse_integer
 from refinfer.weight_cache.directory import cache_directory
+from refinfer.whole_file import read_json as read_json_file
 
 __all__ = [
     "CALIBRATION_FILE",
@@ -49,6 +49,9 @@ __all__ = [
 CALIBRATION_FILE: Final = "calibration.json"
 CALIBRATION_VERSION: Final = 1
 _MEASURE_S: Final = 0.1
+_LARGEST_FILE_BYTES: Final = 1_000_000  # an entry takes about 1000
+_RATES: Final = 1.0, 1e15  # bytes per second, from the slowest to the fastest that is believed
+_LONGEST_S: Final = 60.0
 
 
 def calibration_file() -> Path | None:
@@ -82,7 +85,7 @@ def read_json(file: Path | None) -> dict[str, Any] | None:
     if file is None:
         return None
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = read_json_file(file, _LARGEST_FILE_BYTES)
     except (OSError, ValueError):
         return None
     return raw if isinstance(raw, dict) else None
@@ -108,19 +111,20 @@ def known_calibration(file: Path | None, place: Path, device: str | None = None)
     )
 
 
-def _positive(value: object) -> float:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{value} is not above zero and finite")
-    return float(value)
+def _between(least: float, value: object, most: float) -> float:
+    if type(value) not in (int, float) or not least <= value <= most:  # type: ignore[operator]
+        raise ValueError("it is not a number, or cannot be true")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _device_of(raw: Mapping[str, Any], file: Path | None, place: Path) -> Device | None:
     try:
         number = device_number(place)
         entry = raw["devices"][number]
-        bandwidth = {int(n): _positive(rate) for n, rate in entry["bandwidth"].items()}
-        latency_s = float(entry["latency_s"])
-        if not bandwidth or min(bandwidth) < 1 or not 0 <= latency_s < math.inf:
+        slowest, fastest = _RATES
+        bandwidth = {parse_integer(n): _between(slowest, rate, fastest) for n, rate in entry["bandwidth"].items()}
+        latency_s = _between(0, entry["latency_s"], _LONGEST_S)
+        if not bandwidth or min(bandwidth) < 1:
             return None
     except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return None
@@ -130,12 +134,14 @@ def _device_of(raw: Mapping[str, Any], file: Path | None, place: Path) -> Device
 def _processor_of(raw: Mapping[str, Any], file: Path | None) -> Processor | None:
     try:
         entry = raw["processors"][blas_name()]
+        slowest, fastest = _RATES
+        measured = {name: entry["seconds_per_byte"][name] for name in HERE.processor.seconds_per_byte}
         seconds = {
-            name: {int(M): _positive(entry["seconds_per_byte"][name][M]) for M in entry["seconds_per_byte"][name]}
-            for name in HERE.processor.seconds_per_byte
+            name: {parse_integer(M): _between(1 / fastest, s, 1 / slowest) for M, s in points.items()}
+            for name, points in measured.items()
         }
-        call_s = float(entry["call_s"])
-        if not all(1 in points for points in seconds.values()) or not 0 <= call_s < math.inf:
+        call_s = _between(0, entry["call_s"], _LONGEST_S)
+        if {min(points, default=0) for points in seconds.values()} != {1}:
             return None
     except (KeyError, TypeError, ValueError, AttributeError):
         return None

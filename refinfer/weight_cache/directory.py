@@ -19,9 +19,9 @@ from refinfer.packing.formats import FORMATS
 from refinfer.weight_cache.format import FORMAT_VERSION, MAGIC
 from refinfer.weight_cache.identity import SIDE_FILE_BEGINS, SideFile, side_path
 from refinfer.weight_cache.mapped_file import read_file
-from refinfer.weight_cache.ownership import open_for_reading
 from refinfer.weight_cache.packers import packer_fingerprint
 from refinfer.weight_cache.publish import draft_path, remove_dead_draft
+from refinfer.whole_file import open_regular
 
 __all__ = [
     "SUFFIX",
@@ -115,8 +115,8 @@ def is_cache_file(path: Path) -> bool:
 
 def _begins(path: Path, begin: bytes) -> bool:
     try:
-        with open_for_reading(path) as file:
-            return path.is_file() and file.read(len(begin)) == begin
+        with open_regular(path) as file:
+            return file.read(len(begin)) == begin
     except OSError:
         return False
 

@@ -26,6 +26,7 @@ from typing import Any, Final, Self
 
 from refinfer.errors import WeightsError
 from refinfer.weight_cache.format import SourceFile
+from refinfer.whole_file import open_regular, read_json
 
 __all__ = ["SIDE_FILE_BEGINS", "Record", "SideFile", "believed", "identify", "side_path", "tick_ns", "unchanged"]
 
@@ -35,6 +36,8 @@ SIDE_FILE_BEGINS: Final = b'{\n "records": ['
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _HEAD_BYTES: Final = 64 << 10
 _BLOCK_BYTES: Final = 1 << 20
+_LARGEST_SIDE_FILE_BYTES: Final = 1_000_000  # a record takes about 400
+_LONGEST_S: Final = 1e9
 _TICK_NS: Final = 100_000_000
 _COARSE_TICK_NS: Final = 2_000_000_000
 
@@ -57,7 +60,7 @@ class Stat:
             WeightsError: it cannot be read.
         """
         try:
-            with path.open("rb", buffering=0) as file:
+            with open_regular(path, buffering=0) as file:
                 head = hashlib.sha256(file.read(_HEAD_BYTES)).hexdigest()
             stat = path.stat()
         except OSError as error:
@@ -95,10 +98,10 @@ class SideFile:
     def read(cls, path: Path) -> Self:
         """Read it; a side file that is missing or malformed counts as empty."""
         try:
-            raw: dict[str, Any] = json.loads(path.read_bytes())
+            raw: dict[str, Any] = read_json(path, _LARGEST_SIDE_FILE_BYTES)
             records = tuple(Record(**{**r, "stat": Stat(**r["stat"])}) for r in raw["records"])
             side = cls(records, raw["packing_s"])
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError):
             return cls(())
         return side if side._is_sound() else cls(())
 
@@ -106,7 +109,7 @@ class SideFile:
         """Return whether every field has its type."""
         stats = [record.stat for record in self.records]
         return (
-            (self.packing_s is None or type(self.packing_s) in (int, float))
+            (self.packing_s is None or (type(self.packing_s) in (int, float) and 0 <= self.packing_s < _LONGEST_S))
             and all(type(n) is int for stat in stats for n in (stat.size, stat.mtime_ns, stat.ctime_ns, stat.inode))
             and all(isinstance(text, str) for r in self.records for text in (r.name, r.digest, r.stat.head))
             and all(_DIGEST.fullmatch(r.digest) and isinstance(r.at_rest, bool) for r in self.records)
@@ -182,7 +185,7 @@ def tick_ns(time_ns: int) -> int:
 def _digest(path: Path, progress: Callable[[int], None]) -> str:
     digest = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path, buffering=0) as file:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)
                 progress(len(block))

@@ -13,7 +13,6 @@ import ctypes
 import hashlib
 import mmap
 import os
-import stat
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -30,7 +29,8 @@ from refinfer.errors import CacheFileError, DamagedWeightsError, WeightCacheErro
 from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.format import Header, Index, StoredChunk, decode_header, decode_index, encode_header
 from refinfer.weight_cache.identity import tick_ns
-from refinfer.weight_cache.ownership import open_for_reading
+from refinfer.weight_cache.packers import first_wrong_row
+from refinfer.whole_file import open_regular
 
 __all__ = ["NO_FILE", "MappedFile", "read_file"]
 
@@ -51,7 +51,7 @@ def read_file(path: Path) -> tuple[Header, Index]:
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
     try:
-        with open_for_reading(path) as file:
+        with open_regular(path) as file:
             yield file
     except FileNotFoundError:
         raise CacheFileError(NO_FILE) from None
@@ -60,10 +60,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _read(file: IO[bytes]) -> tuple[Header, Index]:
-    found = os.fstat(file.fileno())
-    if not stat.S_ISREG(found.st_mode):
-        raise CacheFileError("it is not a regular file")
-    header = decode_header(file.read(PAGE_BYTES), found.st_size)
+    header = decode_header(file.read(PAGE_BYTES), os.fstat(file.fileno()).st_size)
     file.seek(header.index_offset)
     return header, decode_index(header, file.read(header.index_nbytes))
 
@@ -163,5 +160,8 @@ class MappedFile:
             for number, chunk in enumerate(entry.chunks):
                 if not self.is_sound(chunk):
                     yield f"{entry.key.name}: chunk {number} does not agree with its checksum"
-            if hashlib.sha256(self.bytes(entry.offset, entry.padded_nbytes).data).digest() != entry.digest:
+            buffer = self.bytes(entry.offset, entry.padded_nbytes)
+            if hashlib.sha256(buffer.data).digest() != entry.digest:
                 yield f"{entry.key.name}: the buffer does not agree with its SHA-256"
+            elif (row := first_wrong_row(buffer, entry.key)) is not None:
+                yield f"{entry.key.name}: row {row} does not agree with its checksum"

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from refinfer.errors import RequestError
+from refinfer.whole_file import open_regular
 
 __all__ = [
     "READ_ONLY",
@@ -33,7 +34,6 @@ __all__ = [
     "make_folder",
     "mode_like",
     "open_draft",
-    "open_for_reading",
     "open_other_draft",
     "require_replaceable",
     "taken_by",
@@ -66,9 +66,8 @@ def require_replaceable(path: Path, begin: bytes, what: str) -> None:
         RequestError: another file lies there, or one that cannot be read; `what` says what it is not.
     """
     try:
-        with open_for_reading(path) as file:
-            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            ours = is_file and file.read(len(begin)) in (begin, b"")
+        with open_regular(path) as file:
+            ours = file.read(len(begin)) in (begin, b"")
     except (FileNotFoundError, NotADirectoryError):
         ours = True
     except OSError as error:
@@ -115,12 +114,6 @@ def open_other_draft(path: Path) -> IO[bytes]:
     """
     _require_plain(path)
     return os.fdopen(os.open(path, os.O_RDONLY | _CAREFUL), "rb", 0)
-
-
-def open_for_reading(path: Path) -> IO[bytes]:
-    """Open a file for reading, links followed; a pipe is not waited for."""
-    careful = _CAREFUL & ~getattr(os, "O_NOFOLLOW", 0)
-    return os.fdopen(os.open(path, os.O_RDONLY | careful), "rb", 0)
 
 
 def _require_plain(path: Path) -> None:

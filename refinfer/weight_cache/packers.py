@@ -40,6 +40,7 @@ __all__ = [
     "Packer",
     "chunks_of",
     "count_of",
+    "first_wrong_row",
     "layout_of_key",
     "matrix_key",
     "pack_into",
@@ -233,6 +234,18 @@ def row_of_record(record: Bytes, key: PackKey, row: int) -> npt.NDArray[Any] | N
     if _row_checksum(record, row) != record[:start].view(_CHECKSUM)[0]:
         return None
     return record[start : start + key.shape[1] * stored.itemsize].view(stored)
+
+
+def first_wrong_row(buffer: Bytes, key: PackKey) -> int | None:
+    """Return the first row of a table whose checksum does not agree, or None; other buffers have no such checksums."""
+    if key.packer != "rows":
+        return None
+    for chunk in chunks_of(key):
+        records = buffer[chunk.offset : chunk.offset + chunk.nbytes].reshape(chunk.n_rows, -1)
+        for row, record in enumerate(records, chunk.first_row):
+            if row_of_record(record, key, row) is None:
+                return row
+    return None
 
 
 _SAMPLES: Final = ((1, 1), (37, 65), (64, 96), (529, 40))

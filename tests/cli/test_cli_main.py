@@ -16,7 +16,7 @@ import pytest
 from refinfer.cli.main import COMMANDS, main, make_parser
 
 sys.path.insert(0, str(Path(__file__).parent))
-from command_line import program, run
+from command_line import program, refused, run
 
 
 def generate_into(stdout: IO[str] | int) -> subprocess.CompletedProcess[bytes]:
@@ -70,6 +70,37 @@ def test_a_complaint_names_the_help_of_its_own_command(argv: list[str], command:
     assert err.endswith(f" (see {command} --help)\n")
 
 
+MISUSED = [
+    "--budget", "--max-tokens", "--seed", "--temperature", "--top-k", "--top-p", "--threads", "--token-ids",
+    "--weights", "--plan", "--prefetch-threads", "--prefetch-ring", "--disk-bandwidth", "--model", "--nonsense",
+]  # fmt: skip
+
+
+@pytest.mark.spec("CLI-4", "INPUT-3", "UNIT-3")
+@pytest.mark.parametrize("option", MISUSED)
+@pytest.mark.parametrize(
+    "value",
+    ["a\nb\r\n\tc", "x" * 70_000, "٣", "1_0", "nan", "1\n2"],
+    ids=["lines", "long", "arabic", "_", "nan", "1 2"],
+)
+def test_any_misuse_of_an_option_ends_in_one_short_line(option: str, value: str) -> None:
+    status, out, err = run("generate", option, value)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1
+    assert len(err.splitlines()) == 1
+    assert err.startswith("refinfer: ")
+    assert err.endswith("\n")
+    assert len(err) <= len("refinfer: ") + 600 + 1
+
+
+@pytest.mark.spec("CLI-4", "INPUT-3")
+@pytest.mark.parametrize("argv", [["x" * 70_000], ["generate", "a", "b\n" * 9_000], ["cache", "info", "x" * 70_000]])
+def test_a_long_wrong_argument_ends_in_one_short_line(argv: list[str]) -> None:
+    line = refused(*argv)
+    assert len(line) <= len("refinfer: ") + 600
+    assert "..." in line
+
+
 @pytest.mark.spec("CLI-4", "ERR-2")
 @pytest.mark.parametrize(
     ("argv", "why"),
@@ -81,7 +112,7 @@ def test_a_complaint_names_the_help_of_its_own_command(argv: list[str], command:
         (["generate", "--max-tokens", "-3"], "must be at least 1, not -3"),
         (["generate", "--max-tokens", "many"], "'many' is not a whole number"),
         (["generate", "--max-tokens", "100000"], "do not fit"),
-        (["generate", "--temperature", "nan"], "temperature must be a number"),
+        (["generate", "--temperature", "nan"], "'nan' is not a number"),
         (["generate", "--temperature", "-1"], "temperature must be a number"),
         (["generate", "--temperature", "warm"], "'warm' is not a number"),
         (["generate", "--top-p", "2"], "top-p must be above 0 and at most 1"),

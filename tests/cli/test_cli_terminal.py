@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refinfer.cli.terminal import columns_of, hanging, say, say_terms, terms, words_of, wrap
+from refinfer.cli.terminal import columns_of, hanging, native_code_unheard, say, say_terms, terms, words_of, wrap
 
 sys.path.insert(0, str(Path(__file__).parent))
 from command_line import on_terminal
@@ -99,3 +100,18 @@ def test_what_a_term_means_is_indented_under_its_beginning(
     monkeypatch.setenv("COLUMNS", "24")
     say_terms(explained)
     assert capsys.readouterr().out == "mmap  a page cache of\n      the same size\na b   c\n"
+
+
+@pytest.mark.spec("ERR-2")
+def test_what_native_code_reports_is_dropped_and_standard_error_is_there_again(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        with native_code_unheard():
+            os.write(2, b"thread panicked")
+            raise ValueError("its error")
+
+    with pytest.raises(ValueError, match="its error"):
+        fail()
+    os.write(2, b"seen")
+    assert capfd.readouterr().err == "seen"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +24,9 @@ from refinfer.model.synth import write_checkpoint
 from refinfer.model.weights import Weights
 from refinfer.offload.store import FileStore
 from refinfer.sources.packed import PackedSource
+from refinfer.weight_cache.format import encode_file
 from refinfer.weight_cache.identity import side_path
-from refinfer.weight_cache.mapped_file import MappedFile
+from refinfer.weight_cache.mapped_file import MappedFile, read_file
 from refinfer.weight_cache.packers import record_nbytes
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -50,6 +53,25 @@ everyones = engine_runs.everyones
 read_only = engine_runs.read_only
 expected = engine_runs.expected
 built = engine_runs.built
+
+
+def fill_table_with_nan(cache: Path) -> None:
+    """Make every number of the embedding table NaN, and every checksum and digest right again."""
+    header, index = read_file(cache)
+    data, entries = bytearray(cache.read_bytes()), []
+    for entry in index.entries:
+        if entry.key.packer == "rows":
+            nbytes = record_nbytes(entry.key)
+            for row in range(entry.key.shape[0]):
+                start = entry.offset + row * nbytes
+                data[start + 4 : start + nbytes] = b"\xff" * (nbytes - 4)
+                data[start : start + 4] = zlib.crc32(data[start + 4 : start + nbytes], row).to_bytes(4, "little")
+        chunks = [replace(c, checksum=zlib.crc32(data[c.offset : c.offset + c.nbytes])) for c in entry.chunks]
+        digest = hashlib.sha256(data[entry.offset : entry.offset + entry.padded_nbytes]).digest()
+        entries.append(replace(entry, chunks=tuple(chunks), digest=digest))
+    encoded, page = encode_file(replace(index, entries=tuple(entries)), header.index_offset)
+    cache.write_bytes(page + data[len(page) : header.index_offset] + encoded)
+
 
 REASONS = {
     "header": "its header is damaged",
@@ -166,6 +188,33 @@ def test_damage_that_cannot_be_removed_is_one_error_under_a_budget(budget: str, 
         return str(error.value)
 
     assert "does not agree with its checksum" in in_a_child(work, unprivileged=True)
+
+
+@pytest.mark.spec("GEN-16", "GEN-5")
+@pytest.mark.parametrize("budget", [None, "1GB"])
+def test_packed_weights_that_are_not_finite_are_damage_if_those_of_the_model_are(
+    budget: str | None, folder: Path, built: Path, expected: tuple[int, ...]
+) -> None:
+    fill_table_with_nan(built)
+    assert not list(MappedFile(built).problems())
+    tokens, stats = start(folder, built, budget=budget)
+    assert (tokens, stats.state) == (expected, "built")
+    assert stats.reason is not None
+    assert "its logits are not finite, although all weights of the model are" in stats.reason
+    assert start(folder, built, budget=budget)[1].state == "loaded"
+
+
+@pytest.mark.spec("ERR-4", "GEN-16")
+@pytest.mark.parametrize("budget", [None, "1GB"])
+def test_damage_that_rebuilding_does_not_mend_says_what_else_helps(
+    budget: str | None, folder: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refinfer.sources.matrices.row_of_record", lambda *_: None)  # as on a failing disk
+    with opened(folder, built, budget=budget) as session, pytest.raises(DamagedWeightsError) as caught:
+        tokens_of(session)
+    message = str(caught.value)
+    assert message.endswith("; rebuilding the file did not help: remove it, or name another with --weight-cache")
+    assert "start again" not in message
 
 
 # GEN-17: damage later on ends the run, and the next start builds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -121,7 +122,7 @@ BAD_INDEXES = {
     "empty name": ({"weight_map": {"a": ""}}, "gives 'a' the impossible file name ''"),
     "NUL": ({"weight_map": {"a": "one\0"}}, "gives 'a' the impossible file name 'one\\x00'"),
     "surrogate": ({"weight_map": {"a": "\ud800"}}, "'\\ud800'"),
-    "long name": ({"weight_map": {"a": "x" * 300}}, "cannot be read: File name too long"),
+    "long name": ({"weight_map": {"a": "x" * 300}}, "gives 'a' the impossible file name 'xxx"),
     "number": ({"weight_map": {"a": 1}}, "gives 'a' the impossible file name 1"),
     "null": ({"weight_map": {"a": None}}, "gives 'a' the impossible file name None"),
     "list of shards": ({"weight_map": {"a": ["one"]}}, "gives 'a' the impossible file name ['one']"),
@@ -182,3 +183,24 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(tmp_path: Path, name: str
     for read in (checkpoint.stored, checkpoint.float32):
         with pytest.raises(WeightsError, match=re.escape(why)):
             read(name, (2, 3))
+
+
+@pytest.mark.spec("INPUT-1")
+def test_an_index_that_is_no_regular_file_or_too_large_is_refused_by_name(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    os.mkfifo(index)
+    with pytest.raises(SafetensorsError, match=r"index\.json cannot be read: it is not a regular file"):
+        open_checkpoint(tmp_path)
+    index.unlink()
+    index.touch()
+    os.truncate(index, 16_000_001)
+    with pytest.raises(SafetensorsError, match=r"index\.json cannot be read: it is larger than the 16 MB"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.spec("INPUT-3")
+def test_only_a_part_of_the_long_names_of_an_index_is_repeated(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x" * 70_000: "y" * 70_000}}))
+    with pytest.raises(SafetensorsError, match=r"gives 'x+\.\.\.x+' the impossible file name 'y+\.\.\.y+'"):
+        open_checkpoint(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -256,17 +257,50 @@ def test_an_impossible_value_is_refused_naming_the_key(keys: dict[str, Any], why
         parse_config(raw_config(**keys))
 
 
-@pytest.mark.spec("CONFIG-7", "ERR-1")
+@pytest.mark.spec("CONFIG-7")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("value", [0, 1, "", "full_attention", False, True, {}, [0], [[]], ["other"]], ids=repr)
+def test_layer_types_that_are_no_list_of_the_two_kinds_are_refused(family: str, value: object) -> None:
+    with pytest.raises(ConfigError, match="layer_types must be a list of full_attention and sliding_attention"):
+        parse_config(raw_config(model_type=family, layer_types=value, num_key_value_heads=8))
+
+
+@pytest.mark.spec("INPUT-3")
+@pytest.mark.parametrize("value", ["x" * 70_000, ["x"] * 70_000, 10**4000], ids=["text", "list", "number"])
+@pytest.mark.parametrize("key", ["model_type", "vocab_size", "rms_norm_eps", "dtype", "rope_scaling", "hidden_act"])
+def test_only_a_part_of_a_long_value_is_repeated(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=re.escape(key)) as refused:
+        parse_config(raw_config(**{key: value}))
+    assert len(str(refused.value)) < 250
+
+
+@pytest.mark.spec("INPUT-1")
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_config_that_is_no_regular_file_or_too_large_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw_config()))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"/{name} cannot be read: it is not a regular file"):
+        load_config(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(b" " * 1_000_001)
+    with pytest.raises(ConfigError, match=rf"/{name} cannot be read: it is larger than the 1 MB"):
+        load_config(tmp_path)
+
+
+@pytest.mark.spec("CONFIG-7", "ERR-1", "INPUT-2")
 @pytest.mark.parametrize(
     ("content", "why"),
     [
+        (b"\xef\xbb\xbf{}", "is not valid JSON"),
+        (b"1" * 5000, "is not valid JSON"),
         (b"{", "is not valid JSON"),
         (b'{"model_type": "\xff"}', "is not valid JSON"),
         (b"[" * 100_000, "is not valid JSON"),
         (b"[]", "must hold a JSON object, not list"),
         (b"null", "must hold a JSON object, not NoneType"),
     ],
-    ids=["cut short", "not UTF-8", "too deep", "array", "null"],
+    ids=["byte order mark", "long number", "cut short", "not UTF-8", "too deep", "array", "null"],
 )
 def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
     (tmp_path / "config.json").write_bytes(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import re
 import struct
 import tempfile
@@ -279,13 +280,13 @@ def test_a_file_that_announces_too_much_is_refused_before_anything_is_allocated_
         open_bytes(tmp_path, raw)
 
 
-@pytest.mark.spec("TENSOR-5")
-def test_a_header_beyond_100_megabytes_is_refused_unread_even_if_the_file_is_that_long(tmp_path: Path) -> None:
+@pytest.mark.spec("TENSOR-5", "TENSOR-12")
+def test_a_header_beyond_8_megabytes_is_refused_unread_even_if_the_file_is_that_long(tmp_path: Path) -> None:
     path = tmp_path / "sparse.safetensors"
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", 100_000_001) + b"{")
-        file.truncate(8 + 100_000_001)
-    announced = pytest.raises(SafetensorsError, match="announces a header of 100000001 bytes")
+        file.write(struct.pack("<Q", 8_000_001) + b"{")
+        file.truncate(8 + 8_000_001)
+    announced = pytest.raises(SafetensorsError, match="has a header of 8000001 bytes; at most 8000000 are supported")
     with less_than_a_megabyte_allocated(), announced:
         SafetensorsFile(path)
 
@@ -391,3 +392,50 @@ def test_a_name_given_twice_among_very_many_is_found_at_once() -> None:
     header = "{" + ",".join(f'"{name}":{entry}' for name in names) + "}"
     with pytest.raises(SafetensorsError, match="'t7' is there twice"):
         parse_header(header.encode(), 0, "m.safetensors")
+
+
+@pytest.mark.spec("INPUT-1")
+@pytest.mark.parametrize("kind", ["FIFO", "device"])
+def test_weights_that_are_no_regular_file_are_refused_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "w.safetensors"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(SafetensorsError, match=r"w\.safetensors cannot be read: it is not a regular file"):
+        SafetensorsFile(path)
+
+
+@pytest.mark.spec("TENSOR-6")
+def test_a_file_that_is_cut_short_while_it_is_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, really_map = tmp_path / "w.safetensors", mmap.mmap
+    path.write_bytes(SOUND)
+
+    def cut(*arguments: Any, **options: Any) -> mmap.mmap:
+        os.truncate(path, 20)
+        return really_map(*arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", cut)
+    with pytest.raises(SafetensorsError, match=r"w\.safetensors was cut short while it was opened"):
+        SafetensorsFile(path)
+
+
+@pytest.mark.spec("INPUT-3")
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"x" * 70_000: 1},
+        {"x" * 70_000: entry("F32", [2], [0, 4])},
+        {"a": entry("x" * 70_000, [1], [0, 4])},
+        {"a": entry("F32", list(range(70_000)), [0, 4])},
+        {"a": entry("F32", [1], list(range(70_000)))},
+        {"a": entry("F32", [1], [0, 4]), "x" * 70_000: entry("F32", [1], [0, 4])},
+    ],
+    ids=["entry", "size", "type", "shape", "offsets", "place"],
+)
+def test_only_a_part_of_a_long_name_or_value_is_repeated(tmp_path: Path, header: dict[str, Any]) -> None:
+    with pytest.raises(SafetensorsError) as refused:
+        open_bytes(tmp_path, file_bytes(header, bytes(4)))
+    assert len(str(refused.value).removeprefix(str(tmp_path))) < 300

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +180,7 @@ import sys
 sys.modules["tokenizers"] = None  # an import now fails as if it were not installed
 from pathlib import Path
 from refinfer.errors import TokenizerError
+from refinfer.model import tokenizer as tokenizer_module
 from refinfer.model.tokenizer import load_tokenizer
 for folder in sys.argv[1:]:
     try:
@@ -309,6 +312,71 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes, 
 def test_a_tokenizer_with_a_malformed_part_is_refused(part: dict[str, Any]) -> None:
     with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a usable tokenizer"):
         load(FEW | part)
+
+
+def strip_decoder(start: int) -> dict[str, Any]:
+    return FEW | {"decoder": {"type": "Strip", "content": "a", "start": start, "stop": 3}}
+
+
+@pytest.mark.spec("TOKEN-6")
+def test_a_panic_of_the_package_is_one_named_error() -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a usable tokenizer: Precompiled"):
+        load(FEW | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "!"}})
+    template = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
+    for raw, text in ((strip_decoder(0), "ab"), (FEW | {"post_processor": template}, "ab")):
+        try:
+            tokenizer = load(raw)
+            tokenizer.decode([*tokenizer.encode(text), 0, 1, 2])
+            tokenizer.decode([])
+        except TokenizerError as error:
+            assert "\n" not in str(error)  # noqa: PT017  (some versions of the package do not mind)
+
+
+@pytest.mark.spec("TOKEN-6")
+def test_the_package_raises_what_ctrl_c_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: bytes) -> None:
+        raise KeyboardInterrupt
+
+    raw = merging_json()
+    monkeypatch.setattr(tokenizers, "Tokenizer", SimpleNamespace(from_buffer=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        load(raw)
+
+
+@pytest.mark.spec("TOKEN-2", "TOKEN-6")
+def test_half_of_a_surrogate_pair_in_the_alphabet_is_refused_as_the_package_does(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(character_tokenizer_json("ab\udc80")))
+    with pytest.raises(TokenizerError, match="is not a usable tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.spec("TOKEN-2", "TOKEN-3")
+def test_a_file_of_more_than_4_megabytes_goes_to_the_package(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    for spaces, kind in ((0, "CharacterTokenizer"), (4_000_000, "_PackageTokenizer")):
+        path.write_text(json.dumps(FEW) + " " * spaces)
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer is not None
+        assert (type(tokenizer).__name__, tokenizer.encode("abc")) == (kind, [0, 1, 3])
+
+
+@pytest.mark.spec("INPUT-1")
+def test_a_file_of_more_than_64_megabytes_is_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").touch()
+    os.truncate(tmp_path / "tokenizer.json", 64_000_001)
+    with pytest.raises(TokenizerError, match="cannot be read: it is larger than the 64 MB that such a file may have"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.spec("INPUT-3")
+def test_only_a_part_of_a_large_alphabet_is_shown() -> None:
+    with pytest.raises(TokenizerError, match=r"for the character 'a'; it knows only '.{30,40}\.\.\..{30,40}'$"):
+        load(character_tokenizer_json([chr(i) for i in range(0x4E00, 0x9000)])).encode("a")
 
 
 @pytest.mark.spec("TOKEN-6")

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from refinfer.bench.calibrate import CHUNK_SIZES, ROWS_OF_X, THREADS, calibrate, fit_device, processor_of, to_json
+from refinfer.bench.calibrate import (
+    CHUNK_SIZES,
+    ROWS_OF_X,
+    THREADS,
+    calibrate,
+    fit_device,
+    processor_of,
+    read_rows,
+    to_json,
+)
 from refinfer.cli.main import main
 from refinfer.clock import RealClock
 from refinfer.errors import RequestError
@@ -51,6 +63,32 @@ def test_a_calibration_has_a_row_for_every_way_to_read_and_every_product(measure
     products = [(row["format"], row["m"]) for row in result["rows"] if row["what"] == "product"]
     assert products == [(name, M) for name in FORMATS for M in ROWS_OF_X]
     assert all(row.get("gb_per_s", 1) > 0 and row.get("ns_per_byte", 1) > 0 for row in result["rows"])
+
+
+@pytest.mark.spec("CAL-1")
+def test_every_read_that_is_measured_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+
+    class Checking:
+        @staticmethod
+        def crc32(data: memoryview) -> int:
+            checked.append(data.nbytes)
+            return zlib.crc32(data)
+
+    class Endless:
+        def read(self, offset: int, into: object) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("refinfer.bench.calibrate.zlib", Checking)
+    nbytes = 8 << 20
+    rows = list(read_rows(Endless(), nbytes, RealClock(), 1))
+    expected = [size for size in CHUNK_SIZES for _ in THREADS for _ in range(nbytes // size)]
+    assert len(rows) == len(CHUNK_SIZES) * len(THREADS)
+    for size in CHUNK_SIZES:  # prefetch threads may have read further, into the next pass
+        assert checked.count(size) >= expected.count(size)
 
 
 @pytest.mark.spec("CAL-1", "CAL-3")
@@ -155,6 +193,15 @@ NONSENSE: list[object] = [
     {"seconds_per_byte": {name: {"8": 1e-9} for name in FORMATS}, "call_s": 0},
     {"seconds_per_byte": {name: {"1": 0} for name in FORMATS}, "call_s": 0},
     {"seconds_per_byte": {name: {"1": 1e-9} for name in FORMATS}, "call_s": "none"},
+    {"bandwidth": {"1": 10**400}, "latency_s": 0}, {"bandwidth": {"1": 1e9}, "latency_s": 10**400},
+    {"bandwidth": {"1": 1e-300}, "latency_s": 0}, {"bandwidth": {"1": 1e300}, "latency_s": 0},
+    {"bandwidth": {"1": True}, "latency_s": 0}, {"bandwidth": {"1": 1e9}, "latency_s": "0"},
+    {"bandwidth": {"1": 1e9}, "latency_s": 1e300}, {"bandwidth": {"1": 1e9}, "latency_s": math.nan},
+    {"bandwidth": {"٣": 1e9}, "latency_s": 0}, {"bandwidth": {"1": 1e9, "-1": 1e9}, "latency_s": 0},
+    {"seconds_per_byte": {name: {"1": 1e-300} for name in FORMATS}, "call_s": 0},
+    {"seconds_per_byte": {name: {"1": 1e300} for name in FORMATS}, "call_s": 0},
+    {"seconds_per_byte": {name: {"1": 1e-9, "0": 1e-9} for name in FORMATS}, "call_s": 0},
+    {"seconds_per_byte": {name: {"1": 1e-9} for name in FORMATS}, "call_s": 10**400},
 ]  # fmt: skip
 
 
@@ -165,15 +212,35 @@ def test_invalid_entries_of_the_file_count_as_not_measured(entry: object, tmp_pa
     assert known_calibration(file, tmp_path) == HERE
 
 
-@pytest.mark.spec("CAL-3")
+@pytest.mark.spec("CAL-3", "INPUT-2")
 @pytest.mark.parametrize(
-    "content", [None, b"", b"{", b"[1]", b"\xff\xfe", b"null", b'{"devices": 3, "processors": []}']
+    "content",
+    [
+        None,
+        b"",
+        b"{",
+        b"[1]",
+        b"\xff\xfe",
+        b"null",
+        b'{"devices": 3, "processors": []}',
+        b"[" * 100_000,
+        b'{"version":' * 100_000,
+        b"1" * 5000,
+        b" " * 1_000_001,
+    ],
+    ids=range(11),
 )
 def test_a_file_that_is_missing_or_cannot_be_read_is_no_error(content: bytes | None, tmp_path: Path) -> None:
     file = tmp_path / CALIBRATION_FILE
     if content is not None:
         file.write_bytes(content)
     assert known_calibration(file, tmp_path) == HERE
+
+
+@pytest.mark.spec("CAL-3", "INPUT-1")
+def test_a_fifo_in_place_of_the_file_is_no_error_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / CALIBRATION_FILE)
+    assert known_calibration(tmp_path / CALIBRATION_FILE, tmp_path) == HERE
 
 
 @pytest.mark.spec("CAL-3")
@@ -230,6 +297,32 @@ def test_the_commands_use_what_was_calibrated_and_name_it(
     assert "ideal" in (line := capsys.readouterr().err.splitlines()[-1])
     assert "predicted" in line
     assert "as measured here" in line
+
+
+@pytest.mark.spec("CAL-5")
+@pytest.mark.parametrize(("bytes_per_s", "seconds_per_byte"), [(None, None), (1e9, None), (None, 1e-9), (1e9, 1e-9)])
+def test_a_start_counts_as_measured_only_if_it_showed_both_the_disk_and_the_processor(
+    bytes_per_s: float | None, seconds_per_byte: float | None
+) -> None:
+    assumed = Calibration(FAST, EVEN)
+    found = observed_calibration(assumed, "f32", 1, bytes_per_s, seconds_per_byte)
+    assert found.measured == (bytes_per_s is not None and seconds_per_byte is not None)
+    assert (found.device is FAST) == (bytes_per_s is None)
+    assert (found.processor is EVEN) == (seconds_per_byte is None)
+
+
+@pytest.mark.spec("CAL-5")
+def test_products_that_took_no_time_or_were_none_show_nothing() -> None:
+    inventory = Inventory(SHAPES["tiny"], "f32")
+
+    class Still(RealClock):
+        def now(self) -> float:
+            return 1.0
+
+    layout = inventory.matrices[inventory.cycle[0].matrix].layout
+    tiles = pack_matrix(np.ones((layout.N, layout.K), np.float32), "f32").tiles
+    assert product_seconds_per_byte(inventory, {0: tiles[0]}, Scratch(inventory, 1), Still()) is None
+    assert product_seconds_per_byte(inventory, {}, Scratch(inventory, 1), RealClock()) is None
 
 
 @pytest.mark.spec("CAL-5")

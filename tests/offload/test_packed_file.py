@@ -19,6 +19,7 @@ from refinfer.offload.packed_file import PackedFile, pages
 from refinfer.offload.store import FileStore
 from refinfer.packing.formats import FORMATS
 from refinfer.packing.layout import Bytes
+from refinfer.weight_cache.key import WeightId
 
 sys.path.insert(0, str(Path(__file__).parent))
 from packed_model import PackedModel, change
@@ -90,6 +91,17 @@ def test_a_damaged_chunk_is_named_with_its_file_its_matrix_and_its_number(one: P
         change(one.built, place)
         assert file.read(number, pages(chunk.padded_nbytes)).size == chunk.nbytes
     file.close()
+
+
+@pytest.mark.spec("OFFLOAD-9")
+def test_a_file_that_lacks_one_of_the_keys_has_taken_the_place_of_another(one: PackedModel) -> None:
+    name = one.inventory.matrices[0].name
+    other = replace(one.keys[name], weights=WeightId(bytes(32), name))
+    with FileStore(one.built) as store:
+        with pytest.raises(DamagedWeightsError) as caught:
+            PackedFile(one.built, one.inventory, {**one.keys, name: other}, store)
+        assert caught.value.reason == f"{one.built} was replaced while it was opened"
+        PackedFile(one.built, one.inventory, one.keys, store)
 
 
 @pytest.mark.spec("OFFLOAD-7")

@@ -157,6 +157,20 @@ def test_a_file_that_takes_the_place_of_the_damaged_one_meanwhile_is_not_removed
     opened(model, planned(model, threads)).source.close()
 
 
+@pytest.mark.spec("GEN-18", "COST-3")
+@every_number_of_threads
+def test_the_speeds_of_a_run_are_tokens_per_second_and_the_ideal_is_the_fastest(
+    threads: int, model: PackedModel
+) -> None:
+    run = opened(model, planned(model, threads))
+    stats, prediction = run.stats(2.0, 0.0), run.prediction
+    run.source.close()
+    assert stats.predicted_tokens_per_s * prediction.token_s == pytest.approx(1)
+    assert stats.ideal_tokens_per_s * prediction.ideal_token_s == pytest.approx(1)
+    assert stats.ideal_tokens_per_s >= stats.predicted_tokens_per_s
+    assert (stats.wait_s, stats.compute_s) == (0.0, 2.0)
+
+
 @pytest.mark.spec("OFFLOAD-9", "OPEN-7")
 def test_a_file_of_another_format_that_is_put_there_while_it_is_opened_is_not_removed(
     model: PackedModel, monkeypatch: pytest.MonkeyPatch

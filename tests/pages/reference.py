@@ -50,6 +50,7 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
         "process": "refinfer itself; the peak resident set is one of the article's three measures",
         "blas_threads": OWN,
         "one_user": OWN,
+        "whole_file": OWN,
     },
     "The model room": {
         "model.config": "neither original; the published configs of Llama, Mistral, Qwen2 and Qwen3",

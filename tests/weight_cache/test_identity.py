@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -137,6 +138,46 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, kind: str) -> Non
     ):
         with pytest.raises(WeightsError, match="w cannot be read: "):
             look()
+
+
+class Failing:
+    """A file that cannot be read beyond its first 64 KiB."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.at = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read(self, nbytes: int) -> bytes:
+        if nbytes > HEAD_BYTES:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return bytes(nbytes)
+
+
+@pytest.mark.spec("IDENT-1")
+def test_a_disk_that_fails_while_a_digest_is_taken_is_an_error_and_no_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "w"
+    write(path, 3 * BLOCK_BYTES)
+    restless = [replace(record, at_rest=False) for record in identify([path], SideFile(()), 0, nothing)]
+    monkeypatch.setattr("refinfer.weight_cache.identity.open_regular", Failing)
+    with pytest.raises(WeightsError, match="w cannot be read: Input/output error"):
+        identify([path], SideFile(()), FAR_FUTURE_NS, nothing)
+    seen = [replace(record, stat=Stat.of(path)) for record in restless]
+    with pytest.raises(WeightsError, match="w cannot be read: Input/output error"):
+        unchanged([path], seen)
+
+
+@pytest.mark.spec("INPUT-1", "IDENT-1")
+def test_a_fifo_in_place_of_a_source_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "w")
+    with pytest.raises(WeightsError, match="w cannot be read: it is not a regular file"):
+        identify([tmp_path / "w"], SideFile(()), FAR_FUTURE_NS, nothing)
 
 
 # What is believed.

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -422,6 +423,29 @@ def test_problems_finds_changes_in_buffers_of_every_kind_and_names_them(path: Pa
             assert problems[-1] == f"{entry.key.name}: the buffer does not agree with its SHA-256"
             in_pad = place >= entry.offset + entry.chunks[0].nbytes
             assert problems[:-1] == ([] if in_pad else [f"{entry.key.name}: chunk 0 does not agree with its checksum"])
+
+
+@pytest.mark.spec("FILE-13")
+@pytest.mark.parametrize("row", [0, 17, 36])
+def test_problems_finds_a_row_that_is_wrong_although_its_chunk_and_its_buffer_agree(
+    path: Path, whole: bytes, row: int
+) -> None:
+    header, index = read_file(path)
+    data, entries = bytearray(whole), []
+    for entry in index.entries:
+        if entry.key.packer == "rows":
+            data[entry.offset + row * record_nbytes(entry.key)] ^= 1
+        (chunk,) = entry.chunks
+        checksum = zlib.crc32(data[chunk.offset : chunk.offset + chunk.nbytes])
+        digest = hashlib.sha256(data[entry.offset : entry.offset + entry.padded_nbytes]).digest()
+        entries.append(replace(entry, chunks=(replace(chunk, checksum=checksum),), digest=digest))
+    encoded, page = encode_file(replace(index, entries=tuple(entries)), header.index_offset)
+    path.write_bytes(page + data[PAGE : header.index_offset] + encoded)
+    tables = [entry.key.name for entry in entries if entry.key.packer == "rows"]
+    assert list(MappedFile(path).problems()) == [
+        f"{name}: row {row} does not agree with its checksum" for name in tables
+    ]
+    assert len(tables) == 3
 
 
 @pytest.mark.spec("FILE-13")

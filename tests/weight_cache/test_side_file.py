@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,12 @@ MALFORMED: dict[str, Callable[[bytes], bytes]] = {
     "name is an object": in_record("name", {"a": 1}),
     "size is a fraction": in_record("size", float(NBYTES)),
     "packing time is a string": lambda data: edited(data, lambda raw: raw.update(packing_s="long")),
+    "packing time is endless": lambda data: edited(data, lambda raw: raw.update(packing_s=float("inf"))),
+    "packing time is no number": lambda data: edited(data, lambda raw: raw.update(packing_s=float("nan"))),
+    "packing time is negative": lambda data: edited(data, lambda raw: raw.update(packing_s=-1)),
+    "packing time is vast": lambda data: edited(data, lambda raw: raw.update(packing_s=10**400)),
+    "too large": lambda data: data + b" " * 1_000_000,
+    "UTF-16": lambda data: data.decode().encode("utf-16"),
     "packing time is a list": lambda data: edited(data, lambda raw: raw.update(packing_s=[1.0], records=[])),
 }
 
@@ -128,6 +135,20 @@ def test_a_missing_side_file_costs_one_hashing_and_nothing_else(model_at_rest: S
         prepared = model.open_checked()
         assert (prepared.outcome.reason, prepared.outcome.packed_buffers, model.packed) == (None, 0, [])
         assert model.hashed == hashed
+
+
+@pytest.mark.spec("IDENT-6", "INPUT-1")
+@pytest.mark.parametrize("kind", ["FIFO", "endless"])
+def test_a_side_file_that_is_no_regular_file_counts_as_missing(model_at_rest: Site, kind: str) -> None:
+    side = side_path(model_at_rest.cache)
+    side.unlink()
+    if kind == "FIFO":
+        os.mkfifo(side)
+    else:
+        side.symlink_to("/dev/zero")
+    prepared = model_at_rest.open_checked()
+    assert (prepared.outcome.reason, prepared.outcome.packed_buffers, prepared.outcome.packing_s) == (None, 0, None)
+    assert model_at_rest.hashed == NBYTES
 
 
 @pytest.mark.spec("IDENT-6")
