@@ -22,8 +22,7 @@ from refinfer.model.checkpoint import Checkpoint, open_checkpoint
 from refinfer.model.folder import ModelFolder, readable
 from refinfer.model.transformer import Transformer, prefill_block
 from refinfer.model.weights import RowMajorSource
-from refinfer.offload.budget import Budget
-from refinfer.offload.run import BudgetedRun, Within, open_run, plan_run
+from refinfer.offload.run import BudgetedRun, PlannedRun, Within, open_run, plan_run
 from refinfer.offload.store import FileStore
 from refinfer.packing.formats import pack_matrix
 from refinfer.prepare import IN_MEMORY, OFF, cache_path, choose_format, prepare
@@ -32,12 +31,9 @@ from refinfer.trace import Trace
 from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.load_or_build import CacheOutcome, Listener, Prepared
 from refinfer.weight_cache.mapped_file import MappedFile
-from refinfer.weight_cache.packers import LARGEST_BLOCK_BYTES
 from refinfer.weight_cache.publish import discard
 
 __all__ = ["CacheOptions", "Engine", "EngineRequest", "open_engine", "require_finite_weights"]
-
-_SMALLEST_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +161,7 @@ def _within_budget(request: EngineRequest, within: Within, inventory: Inventory,
         raise RequestError("lock_memory cannot be used within a budget: there the plan decides what is locked")
     path = cache_path(checkpoint, inventory.format, request.cache.place)
     planned = plan_run(within, inventory, request.max_positions, path)
-    prepared = _prepare_within(planned.budget, request, inventory, checkpoint)
+    prepared = _prepare_within(planned, request, inventory, checkpoint)
     keys, outcome = prepared.keys, prepared.outcome
     prepared.provider.delete_cache()
     del prepared  # the mapping is released before anything is read
@@ -178,15 +174,15 @@ def _within_budget(request: EngineRequest, within: Within, inventory: Inventory,
     return Engine(transformer, outcome, run.store, run)
 
 
-def _prepare_within(budget: Budget, request: EngineRequest, inventory: Inventory, checkpoint: Checkpoint) -> Prepared:
-    """Prepare the cache file with packing blocks that fit the budget."""
-    block = min(budget.limit, max(_SMALLEST_BLOCK_BYTES, min(LARGEST_BLOCK_BYTES, budget.limit // 4)))
-    clock, listener = request.clock, request.listener
+def _prepare_within(
+    planned: PlannedRun, request: EngineRequest, inventory: Inventory, checkpoint: Checkpoint
+) -> Prepared:
+    """Prepare the cache file: what packing takes is given back before the run takes its own parts of the budget."""
+    budget, packing = planned.budget, planned.plan.account.fixed.packing
+    budget.acquire(packing, "packing")
     try:
-        prepared = prepare(inventory, checkpoint, request.cache.place, clock=clock, listener=listener, block=block)
+        return prepare(inventory, checkpoint, request.cache.place, clock=request.clock, listener=request.listener)
     except WeightCacheError as error:
         raise RequestError(f"{error}; a budget needs a cache file: name another place with --weight-cache") from None
-    if prepared.outcome.packed_buffers:  # only the block was in use
-        budget.acquire(block, "packing")
-        budget.release(block)
-    return prepared
+    finally:
+        budget.release(packing)

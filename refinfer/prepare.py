@@ -2,7 +2,7 @@
 
 Decides which tensor goes into which buffer, and where the file lies. Leaves to others: transformers, budgets,
 terminals.
-Read more: tutorial 06; clauses PREP-1 to PREP-7.
+Read more: tutorial 06; clauses PREP-1 to PREP-8.
 """
 
 from __future__ import annotations
@@ -30,14 +30,7 @@ from refinfer.weight_cache.key import PackKey, WeightId
 from refinfer.weight_cache.load_or_build import SILENT, CacheOutcome, Contents, Listener, Prepared, load_or_build
 from refinfer.weight_cache.memory import MemoryWeightCacheProvider
 from refinfer.weight_cache.ownership import require_replaceable
-from refinfer.weight_cache.packers import (
-    LARGEST_BLOCK_BYTES,
-    matrix_key,
-    pack_into,
-    packer_fingerprint,
-    rows_key,
-    vectors_key,
-)
+from refinfer.weight_cache.packers import matrix_key, pack_into, packer_fingerprint, rows_key, vectors_key
 from refinfer.weight_cache.provider import Pack
 
 __all__ = ["IN_MEMORY", "OFF", "cache_path", "choose_format", "contents_of", "prepare"]
@@ -83,16 +76,13 @@ def cache_path(checkpoint: Checkpoint, format: str, weight_cache: str | None) ->
     return path
 
 
-def contents_of(
-    inventory: Inventory, checkpoint: Checkpoint, sources: tuple[SourceFile, ...], block: int = LARGEST_BLOCK_BYTES
-) -> Contents:
+def contents_of(inventory: Inventory, checkpoint: Checkpoint, sources: tuple[SourceFile, ...]) -> Contents:
     """Return the contents of a model's cache file: each buffer, and how it is packed from the checkpoint.
 
     Args:
         inventory: what the model needs.
         checkpoint: its tensors.
         sources: the identities of the checkpoint's files.
-        block: number of bytes of weights, as float32, to pack at a time.
 
     Raises:
         WeightsError: a tensor is missing, or has another shape or type.
@@ -107,10 +97,10 @@ def contents_of(
         return WeightId(digests[checkpoint.path_of(name).name], name)
 
     def packing(name: str, key: PackKey) -> tuple[PackKey, Pack]:
-        return key, lambda buffer: _pack(checkpoint, checkpoint.stored(name, shapes[name]), key, buffer, block)
+        return key, lambda buffer: _pack(checkpoint, checkpoint.stored(name, shapes[name]), key, buffer)
 
     for name, shape in shapes.items():
-        checkpoint.stored(name, shape)  # every tensor is looked up before anything is packed
+        checkpoint.require(name, shape)  # every tensor is looked up before anything is packed
     block_key = vectors_key(sum(inventory.vectors.values()), WeightId(provenance.model_digest, inventory.vectors_name))
     packs: dict[PackKey, Pack] = {block_key: lambda buffer: _pack_vectors(inventory, checkpoint, block_key, buffer)}
     if inventory.table is not None:
@@ -124,8 +114,8 @@ def contents_of(
     return Contents(provenance, packs)
 
 
-def _pack(checkpoint: Checkpoint, stored: npt.NDArray[Any], key: PackKey, buffer: Bytes, block: int) -> Iterator[int]:
-    for done in pack_into(stored, key, buffer, block):
+def _pack(checkpoint: Checkpoint, stored: npt.NDArray[Any], key: PackKey, buffer: Bytes) -> Iterator[int]:
+    for done in pack_into(stored, key, buffer):
         checkpoint.drop_pages()
         yield done
 
@@ -142,7 +132,6 @@ def prepare(
     *,
     clock: Clock,
     listener: Listener = SILENT,
-    block: int = LARGEST_BLOCK_BYTES,
 ) -> Prepared:
     """Return a provider that holds every weight of a model.
 
@@ -152,7 +141,6 @@ def prepare(
         weight_cache: a file, `:memory`, or None for the file in the user's cache directory.
         clock: the clock that measures the packing.
         listener: callbacks for progress, waiting and warnings.
-        block: number of bytes of weights, as float32, to pack at a time.
 
     Raises:
         WeightCacheError: the file cannot be written.
@@ -167,7 +155,7 @@ def prepare(
     return load_or_build(
         path,
         checkpoint.paths,
-        lambda sources: contents_of(inventory, checkpoint, sources, block),
+        lambda sources: contents_of(inventory, checkpoint, sources),
         clock=clock,
         listener=listener,
         named=weight_cache is not None,

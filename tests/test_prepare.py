@@ -37,7 +37,7 @@ from refinfer.prepare import IN_MEMORY, choose_format, prepare
 from refinfer.sources.packed import PackedSource
 from refinfer.trace import Recorder
 from refinfer.weight_cache.key import PackKey
-from refinfer.weight_cache.load_or_build import Prepared
+from refinfer.weight_cache.load_or_build import Listener, Prepared
 from refinfer.weight_cache.mapped_file import NO_FILE, MappedFile, read_file
 from refinfer.weight_cache.packers import chunks_of, layout_of_key, padded_nbytes_of, record_nbytes
 from refinfer.weight_cache.provider import WeightCacheProvider
@@ -144,16 +144,14 @@ def test_a_checkpoint_in_shards_of_any_type_is_held_whole(
 @settings(max_examples=12)
 @given(
     tied=st.booleans(), biases=st.booleans(), V=st.integers(1, 70), D=st.integers(1, 40),
-    name=st.sampled_from(list(FORMATS)), block=st.sampled_from([1, 700, 16 << 20]),
-    chunk_nbytes=st.sampled_from([None, 1, 512, 5000]),
+    name=st.sampled_from(list(FORMATS)), chunk_nbytes=st.sampled_from([None, 1, 512, 5000]),
 )  # fmt: skip
-def test_any_model_is_held_whole_in_blocks_and_chunks_of_any_size(
+def test_any_model_is_held_whole_in_chunks_of_any_size(
     tied: bool,
     biases: bool,
     V: int,
     D: int,
     name: str,
-    block: int,
     chunk_nbytes: int | None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -164,7 +162,7 @@ def test_any_model_is_held_whole_in_blocks_and_chunks_of_any_size(
     write_checkpoint(folder, config, dtype="f32")
     inventory = Inventory(config, name, chunk_nbytes)
     for where in (IN_MEMORY, str(folder.with_name("cache"))):
-        found = prepare(inventory, open_checkpoint(folder), where, clock=RealClock(), block=block)
+        found = prepare(inventory, open_checkpoint(folder), where, clock=RealClock())
         check_contents(found.provider, folder, inventory)
 
 
@@ -561,3 +559,21 @@ def test_building_keeps_less_than_64_mb_in_private_memory(tmp_path: Path) -> Non
     assert measured["bytes"] > 130_000_000
     assert measured["looks"] > 50
     assert measured["growth"] < 64_000_000
+
+
+@pytest.mark.spec("PREP-8")
+@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("where", [IN_MEMORY, "file"])
+def test_progress_adds_up_to_what_is_hashed_and_packed(name: str, where: str, tmp_path: Path) -> None:
+    config = replace(SHAPES["tiny"], vocab_size=3000, hidden_size=512, tie_word_embeddings=False)
+    write_checkpoint(tmp_path / "m", config, dtype="f32")
+    checkpoint, progress = open_checkpoint(tmp_path / "m"), list[int]()
+    listener = Listener(progress=progress.append)
+    place = where if where == IN_MEMORY else str(tmp_path / "cache")
+    found = prepare(Inventory(config, name), checkpoint, place, clock=RealClock(), listener=listener)
+    hashed = 0 if where == IN_MEMORY else sum(path.stat().st_size for path in checkpoint.paths)
+    ends = [chunks_of(key)[-1] for key in found.keys.values()]
+    assert sum(progress) == hashed + sum(chunk.offset + chunk.nbytes for chunk in ends)
+    assert min(progress) > 0
+    assert max(progress) < 7 << 20
+    assert len(progress) > len(found.keys)

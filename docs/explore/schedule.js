@@ -225,6 +225,7 @@
     ["ring", "reads", "ring"],
     ["kvCache", "kv", "KV cache"],
     ["scratch", "scratch", "scratch"],
+    ["threads", "scratch", "prefetch threads"],
     ["resident", "resident", "norms and biases"],
     ["unused", "empty", "unused"],
   ];

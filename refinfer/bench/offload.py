@@ -99,7 +99,8 @@ class _Bench:
 
     def is_too_small(self, arm: Arm) -> bool:
         inventory = Inventory(self.config, arm.format)
-        return arm.arm != "mmap" and self.budget(arm) < smallest_budget(inventory, fixed_of(inventory, POSITIONS))
+        fixed = fixed_of(inventory, POSITIONS, arm.prefetch_threads)
+        return arm.arm != "mmap" and self.budget(arm) < smallest_budget(inventory, fixed)
 
     def limit(self, arm: Arm) -> int | None:
         """Return the bytes of the arm's control group, if it has one."""
@@ -233,7 +234,8 @@ def _planned(bench: _Bench, arm: Arm, runs: list[dict[str, Any]]) -> Row:
     """Return the fields that only a row within a budget has: how near it comes to what disk and processor allow."""
     inventory, plan = Inventory(bench.config, arm.format), runs[0]["offload"]
     streamed = inventory.streamable_nbytes if arm.arm == "lru-paged" else plan["streamed_bytes_per_token"]
-    lockable = bench.budget(arm) - fixed_of(inventory, POSITIONS).total - plan["ring_bytes"]
+    fixed = fixed_of(inventory, POSITIONS, arm.prefetch_threads)
+    lockable = bench.budget(arm) - fixed.total - plan["ring_bytes"]
     must = max(0, inventory.streamable_nbytes - lockable)
     ideals = [1 / max(run["compute_s"], run["read_s"] * must / streamed if streamed else 0) for run in runs]
     overlaps = [max(run["read_s"], run["compute_s"]) / run["token_s"] for run in runs]

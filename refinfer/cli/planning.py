@@ -133,7 +133,7 @@ def question_of(args: argparse.Namespace) -> Question:
     positions = args.positions or min(_DEFAULT_POSITIONS, longest)
     if positions > longest:
         raise RequestError(f"--positions must be from 1 to this model's {longest}, not {positions}")
-    fixed = fixed_of(inventory, positions)
+    fixed = fixed_of(inventory, positions, args.prefetch_threads)
     file = calibration_file()
     disk = Path(args.model or (file or Path()).parent)  # of the model, or else of the cache files
     calibration = known_calibration(file, disk, args.device)

@@ -68,6 +68,16 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """Return a floating-point tensor as it is stored: a read-only view, bfloat16 as its 16 bits.
 
         Raises:
+            WeightsError: as `require`.
+            SafetensorsError: its file cannot be mapped.
+        """
+        self.require(name, shape)
+        return self._file_of[name].view(name)
+
+    def require(self, name: str, shape: tuple[int, ...]) -> None:
+        """Require that there is a tensor of this name and shape, of a floating-point type; reads no weight.
+
+        Raises:
             WeightsError: the tensor is missing, does not have the shape `shape`, or is not of a floating-point type.
         """
         if name not in self._file_of:
@@ -83,7 +93,6 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 f"{self.path_of(name)}: {shown(name)} is stored as {tensor.dtype}; "
                 f"supported are {', '.join(FLOAT_DTYPES)}"
             )
-        return self._file_of[name].view(name)
 
     def float32(self, name: str, shape: tuple[int, ...]) -> Float32Array:
         """Return a tensor as float32: a view if it is stored as float32, else a converted copy.

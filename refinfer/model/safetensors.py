@@ -20,9 +20,12 @@ import contextlib
 import json
 import math
 import mmap
+import os
 import struct
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -159,9 +162,9 @@ def _is_text(name: str) -> bool:
 class SafetensorsFile(Mapping[str, TensorInfo]):
     """One open safetensors file: a read-only mapping from names to `TensorInfo`, in file order.
 
-    Law: the header has been checked against the file's size before anything is mapped; `view` returns views of
-    one shared read-only mapping, so opening costs one page of memory and each tensor is read when it is touched.
-    Views stay valid as long as any of them, or this object, is alive.
+    Law: the header has been checked against the file's size before anything is mapped. The file is mapped at the first
+    `view`; all views share one read-only mapping, and each tensor is read when it is touched. Views stay valid as long
+    as any of them, or this object, is alive.
 
     Raises:
         SafetensorsError: the file is missing, unreadable or malformed.
@@ -175,11 +178,19 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
                 file.seek(0)
                 header = _read_header(file, size, str(path))
                 self._tensors, self.metadata = parse_header(header, size - file.tell(), str(path))
-                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+                self._descriptor, self._size = os.dup(file.fileno()), size
         except OSError as error:
             raise SafetensorsError(f"{path} cannot be read: {error.strerror}") from None
-        except ValueError:  # raised by mmap
-            raise SafetensorsError(f"{path} was cut short while it was opened") from None
+        weakref.finalize(self, os.close, self._descriptor)
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        try:
+            return mmap.mmap(self._descriptor, self._size, access=mmap.ACCESS_READ)
+        except ValueError:  # it is shorter than it was
+            raise SafetensorsError(f"{self.path} was cut short while it was open") from None
+        except OSError as error:
+            raise SafetensorsError(f"{self.path} cannot be mapped: {error.strerror}") from None
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._tensors[name]
@@ -191,14 +202,18 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
         return len(self._tensors)
 
     def view(self, name: str) -> npt.NDArray[Any]:
-        """Return the tensor `name` as a read-only view of the file, in the numpy type of `DTYPES`; copies nothing."""
+        """Return the tensor `name` as a read-only view of the file, in the numpy type of `DTYPES`; copies nothing.
+
+        Raises:
+            SafetensorsError: the file cannot be mapped, or was cut short.
+        """
         tensor = self._tensors[name]
         raw = np.frombuffer(self._map, np.uint8)[tensor.offset : tensor.offset + tensor.nbytes]
         return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
     def drop_pages(self) -> None:
         """Let the system drop the pages read so far from memory; views stay valid, and read them again."""
-        if hasattr(self._map, "madvise"):
+        with contextlib.suppress(AttributeError, OSError):  # a hint
             self._map.madvise(mmap.MADV_DONTNEED)
 
 

@@ -103,7 +103,8 @@ def plan_run(within: Within, inventory: Inventory, max_positions: int, path: Pat
     nbytes = parse_budget(limit, inventory.streamable_nbytes) if isinstance(limit, str) else limit
     calibration = slower(known_calibration(calibration_file(), path), within.disk_bandwidth)
     costs = costs_of(inventory, calibration, prefetch_threads=prefetch.threads)
-    plan = make_plan(within.plan, inventory, fixed_of(inventory, max_positions), nbytes, costs, prefetch)
+    fixed = fixed_of(inventory, max_positions, prefetch.threads)
+    plan = make_plan(within.plan, inventory, fixed, nbytes, costs, prefetch)
     return PlannedRun(within, inventory, max_positions, path, calibration, plan, Budget(nbytes))
 
 

@@ -25,6 +25,7 @@ from refinfer.packing.product import GemmScratch, Product
 name: Final = "f32"
 chunk_nbytes: Final = 4 << 20
 nanoseconds_per_byte: Final[Mapping[int, float]] = {1: 0.063, 8: 0.094, 64: 0.291, 256: 0.911}
+copies: Final = 0.0
 
 _ROWS: Final = 16
 
@@ -44,9 +45,9 @@ def view(raw: Bytes, nr: int, K: int) -> Float32Array:
     return raw.reshape(-1).view(np.float32).reshape(-1, K)
 
 
-def pack(rows: npt.NDArray[Any], tiles: Float32Array) -> None:
-    """Copy rows `[n, K]`, as stored, to the first n rows of `tiles`."""
-    target = tiles[: len(rows)]
+def pack(rows: npt.NDArray[Any], tiles: Float32Array, first: int) -> None:
+    """Copy rows `[n, K]`, as stored, to n rows of `tiles` from row `first` on."""
+    target = tiles[first : first + len(rows)]
     if rows.dtype == np.uint16:
         bf16_to_f32(rows, out=target)
     else:

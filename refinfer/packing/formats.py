@@ -2,7 +2,7 @@
 
 Leaves to others: what a format is (`layout`; a module for each: `f32`, `bf16`, `int8`, `int4`), how a packed matrix is
 multiplied (`matmul`). A new format is a new module and one more name in `FORMATS`.
-Read more: tutorial 03; clauses PACK-16 to PACK-22.
+Read more: tutorial 03; clauses PACK-16 to PACK-22, PACK-30.
 
 Each chunk can be packed, read and multiplied by itself: scales lie in the tile they belong to. Biases, the numbers that
 some models add to outputs, are not packed.
@@ -10,7 +10,8 @@ some models add to outputs, are not packed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -22,10 +23,13 @@ from refinfer.errors import PackingError
 from refinfer.packing import bf16, f32, int4, int8
 from refinfer.packing.layout import Bytes, Chunk, Format, PackedLayout, cut_into_chunks
 
-__all__ = ["FORMATS", "PackedMatrix", "format_of", "layout_of", "pack_chunk", "pack_matrix"]
+__all__ = ["FORMATS", "PackedMatrix", "format_of", "layout_of", "pack_chunk", "pack_matrix", "packing_nbytes"]
 
 FORMATS: Final[Mapping[str, Format]] = MappingProxyType({page.name: page for page in (f32, bf16, int8, int4)})
 """Each format by name: its value is the format's module."""
+
+_PACKED_AT_ONCE: Final = 1 << 16  # weights; what is made of them on the way stays in the processor's cache
+_PADDING: Final = 64  # columns: more than any format adds to a row, its scales included
 
 
 def format_of(format: str) -> Format:
@@ -90,7 +94,23 @@ def pack_chunk(rows: npt.NDArray[Any], layout: PackedLayout, chunk: Chunk, buffe
         raise PackingError(f"rows of shape {rows.shape} do not fit a chunk [{chunk.n_rows}, {layout.K}]")
     if rows.dtype not in (np.float32, np.float16, np.uint16):
         raise PackingError(f"weights of type {rows.dtype} cannot be packed; give float32, float16 or bfloat16 bits")
-    layout.format.pack(rows, layout.tiles(buffer, chunk))
+    tiles, step = layout.tiles(buffer, chunk), _rows_at_once(layout)
+    for first in range(0, chunk.n_rows, step):
+        layout.format.pack(rows[first : first + step], tiles, first)
+
+
+def _rows_at_once(layout: PackedLayout) -> int:
+    """Return how many rows are packed at a time, however large a tile is: of a small matrix, a sixteenth."""
+    return max(1, min(layout.N // 16, _PACKED_AT_ONCE // (layout.K + _PADDING)))
+
+
+def packing_nbytes(layouts: Iterable[PackedLayout]) -> int:
+    """Return how many bytes of memory are enough to pack any of `layouts`, besides its own and the stored weights'."""
+
+    def needed(layout: PackedLayout) -> int:
+        return math.ceil(4 * layout.format.copies * _rows_at_once(layout) * (layout.K + _PADDING))
+
+    return max(map(needed, layouts), default=0)
 
 
 def pack_matrix(w: npt.NDArray[Any], format: str, chunk_nbytes: int | None = None) -> PackedMatrix:

@@ -36,6 +36,7 @@ from refinfer.packing.product import CACHED_FLOATS, FEW_ROWS, MANY_FLOATS, GemmS
 name: Final = "int4"
 chunk_nbytes: Final = 9 << 17  # two million weights
 nanoseconds_per_byte: Final[Mapping[int, float]] = {1: 0.482, 8: 0.784, 64: 3.192, 256: 7.403}
+copies: Final = 4.2
 
 Int4Array: TypeAlias = npt.NDArray[np.int8]  # values from -7 to 7
 
@@ -114,22 +115,22 @@ def view(raw: Bytes, nr: int, K: int) -> Tiles:
     return Tiles(nibbles, part_of_tiles(raw, half * BLOCK * nr, np.uint16, 2 * half, nr), K)
 
 
-def pack(rows: npt.NDArray[Any], tiles: Tiles) -> None:
-    """Quantise rows `[n, K]`, as stored, into the first n lanes of `tiles`; the other lanes become zeros.
+def pack(rows: npt.NDArray[Any], tiles: Tiles, first: int) -> None:
+    """Quantise rows `[n, K]`, as stored, into n lanes of `tiles` from lane `first` on.
 
     Raises:
         PackingError: a weight is NaN or infinite.
     """
-    T, half, _, nr = tiles.nibbles.shape
+    if first == 0:
+        tiles.nibbles[-1] = 0x88  # two zeros in each byte of the lanes that will have no row
+    _, half, _, nr = tiles.nibbles.shape
     q, scales = quantize(stored_to_f32(rows))
-    # Missing rows, and the block that makes the number of blocks even, are zeros.
-    padded = np.full((T * nr, 2 * half * BLOCK), 8, np.uint8)
-    padded[: len(q), : q.shape[1]] = q + 8
-    planes = padded.reshape(T, nr, 2, half, BLOCK).transpose(2, 0, 3, 4, 1)
-    np.bitwise_or(planes[0], planes[1] << 4, out=tiles.nibbles)
-    padded_scales = np.zeros((T * nr, 2 * half), np.uint16)
-    padded_scales[: len(scales), : scales.shape[1]] = scales
-    tiles.scales[:] = padded_scales.reshape(T, nr, -1).transpose(0, 2, 1)
+    padded = np.full((len(q), 2 * half * BLOCK), 8, np.uint8)  # the block that makes their number even is zeros
+    padded[:, : q.shape[1]] = q + 8
+    low, high = padded.reshape(-1, 2, half, BLOCK).transpose(1, 0, 2, 3)
+    which, lane = np.divmod(np.arange(first, first + len(q)), nr)
+    tiles.nibbles[which, :, :, lane] = low | high << 4
+    tiles.scales[which, : scales.shape[1], lane] = scales
 
 
 def unpack_rows(tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:

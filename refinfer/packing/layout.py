@@ -140,6 +140,11 @@ class Format(Protocol):
         """What a product costs for each packed byte, by rows of x: measured on one core (`docs/figures.md`)."""
         ...
 
+    @property
+    def copies(self) -> float:
+        """How many float32 copies of its rows `pack` makes on the way, at most, whatever type they are stored in."""
+        ...
+
     def tile_shape(self, N: int, K: int) -> TileShape:
         """Return the tile shape for a matrix `[N, K]`; it does not depend on how chunks are cut."""
         ...
@@ -152,11 +157,12 @@ class Format(Protocol):
         """Return typed views of the parts of T tiles; `raw` is their bytes, `[T, tile_nbytes]`. Copies nothing."""
         ...
 
-    def pack(self, rows: npt.NDArray[Any], tiles: Tiles) -> None:
-        """Pack rows `[n, K]` into tiles that hold zeros.
+    def pack(self, rows: npt.NDArray[Any], tiles: Tiles, first: int) -> None:
+        """Pack rows `[n, K]` into n lanes, counted over all tiles from lane `first` on, of tiles that held zeros.
 
-        Rows come as stored: as float32, float16, or bfloat16. A bfloat16 is the upper half of a float32. numpy has no
-        such type, so its 16 bits come as uint16.
+        All rows of the tiles are packed in order, from lane 0 on, some at a time. Rows come as stored: as float32,
+        float16, or bfloat16. A bfloat16 is the upper half of a float32. numpy has no such type, so its 16 bits come as
+        uint16.
         """
         ...
 

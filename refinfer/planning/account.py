@@ -1,13 +1,15 @@
 r"""Where every byte of a memory budget goes: one account, made by the plan and printed by the commands as JSON.
 
 Leaves to others: which chunks are locked (`locks`, `plan`), counting bytes while a run goes on (`offload.budget`).
-Read more: tutorial 09; clauses PLAN-1, OFFLOAD-8.
+Read more: tutorial 09; clauses PLAN-1, PLAN-14, PLAN-15, OFFLOAD-8.
 
-    budget = block of vectors + KV cache + scratch + ring + locked chunks + what is left
-             \-------------- fixed --------------/
+    budget = block of vectors + KV cache + scratch + threads + ring + locked chunks + what is left
+             \------------------- fixed -------------------/
 
     block of vectors    norms and biases
-    scratch             intermediate results: the numbers of the tokens being computed (activations), and of products
+    scratch             intermediate results: the numbers of the tokens being computed (activations), of products, and
+                        of drawing the next token
+    threads             what the system and Python keep for each prefetch thread
     ring                slots for one chunk each; chunks that are not locked are read into them, again for each token
     locked chunks       read at the start, and kept for the whole run
 """
@@ -15,28 +17,42 @@ Read more: tutorial 09; clauses PLAN-1, OFFLOAD-8.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from refinfer.arrays import PAGE_BYTES
 from refinfer.inventory import Inventory
 from refinfer.model.kv_cache import kv_cache_nbytes
 from refinfer.model.transformer import prefill_block, scratch_nbytes
+from refinfer.packing.formats import packing_nbytes
 from refinfer.packing.matmul import UNPACKED_AT_ONCE, scratch_floats
+from refinfer.planning.cost import PREFETCH_THREADS
 
-__all__ = ["Account", "Fixed", "fixed_of", "staged_chunk_nbytes"]
+__all__ = ["SAMPLING_BYTES", "THREAD_BYTES", "Account", "Fixed", "fixed_of", "staged_chunk_nbytes"]
+
+SAMPLING_BYTES: Final = 56
+"""What drawing a token takes for each number that the model computed: 54 bytes at most, as measured."""
+
+THREAD_BYTES: Final = 80 << 10
+"""What a thread that reads takes: its stack, Python's and the system's notes; 50 to 67 kB, as measured, and more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """What a run needs under every plan, in bytes: the block of vectors (`resident`), the KV cache, and scratch."""
+    """What a run needs under every plan, in bytes: the block of vectors (`resident`), the KV cache, scratch, threads.
+
+    `packing` is what packing the cache file takes before that, when nothing else of the budget is in use.
+    """
 
     resident: int
     kv_cache: int
     scratch: int
+    threads: int = 0
+    packing: int = 0
 
     @property
     def total(self) -> int:
-        """The sum of the three."""
-        return self.resident + self.kv_cache + self.scratch
+        """What the run itself needs: all of it but `packing`."""
+        return self.resident + self.kv_cache + self.scratch + self.threads
 
 
 # --8<-- [start:account]
@@ -63,6 +79,7 @@ class Account:
             "ring": self.ring,
             "KV cache": self.fixed.kv_cache,
             "scratch": self.fixed.scratch,
+            "prefetch threads": self.fixed.threads,
         }
 
     def to_json(self) -> dict[str, int]:
@@ -74,21 +91,24 @@ class Account:
             "ring_bytes": self.ring,
             "kv_cache_bytes": self.fixed.kv_cache,
             "scratch_bytes": self.fixed.scratch,
+            "threads_bytes": self.fixed.threads,
         }
 
 
 # --8<-- [end:account]
 
 
-def fixed_of(inventory: Inventory, max_positions: int) -> Fixed:
+def fixed_of(inventory: Inventory, max_positions: int, prefetch_threads: int = PREFETCH_THREADS) -> Fixed:
     """Return what a run with room for `max_positions` in its KV cache needs under every plan."""
-    config = inventory.config
+    config, layouts = inventory.config, {matrix.layout for matrix in inventory.matrices}
     rows = prefill_block(config, max_positions)
-    products = 4 * scratch_floats({matrix.layout for matrix in inventory.matrices}, rows)
+    computing = scratch_nbytes(config, max_positions) + 4 * scratch_floats(layouts, rows)
     return Fixed(
         resident=inventory.resident_nbytes,
         kv_cache=kv_cache_nbytes(config, max_positions),
-        scratch=scratch_nbytes(config, max_positions) + products + _look_up_nbytes(inventory, rows),
+        scratch=computing + _look_up_nbytes(inventory, rows) + SAMPLING_BYTES * config.vocab_size,
+        threads=THREAD_BYTES * prefetch_threads,
+        packing=max(packing_nbytes(layouts), 2 * inventory.resident_nbytes),  # vectors are converted, then joined
     )
 
 

@@ -84,8 +84,9 @@ def _slot_nbytes(inventory: Inventory) -> int:
 
 
 def smallest_budget(inventory: Inventory, fixed: Fixed) -> int:
-    """Return the smallest budget that works: what every plan needs, and a ring of two chunks."""
-    return fixed.total + min(_SMALLEST_RING * _slot_nbytes(inventory), inventory.streamable_nbytes)
+    """Return the smallest budget that works: what every plan needs, and a ring of two chunks; or else packing."""
+    ring = min(_SMALLEST_RING * _slot_nbytes(inventory), inventory.streamable_nbytes)
+    return max(fixed.total + ring, fixed.packing)
 
 
 def require_plan(name: str) -> str:

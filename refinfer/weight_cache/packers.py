@@ -61,8 +61,8 @@ STORED_TYPES: Final[Mapping[str, np.dtype[Any]]] = MappingProxyType(
 _ONE: Final = TileShape(1)
 _CHUNK_BYTES: Final = 4 << 20  # of a table of rows
 _CHECKSUM: Final = np.dtype("<u4")
-LARGEST_BLOCK_BYTES: Final = 16 << 20
-"""Weights are packed in blocks of rows that take at most this many bytes as float32."""
+LARGEST_BLOCK_BYTES: Final = 4 << 20
+"""After a block of tiles, which take at most this many bytes as float32, mapped pages are let go."""
 
 
 def matrix_key(layout: PackedLayout, weights: WeightId) -> PackKey:
@@ -158,8 +158,9 @@ def _pack_rows(stored: npt.NDArray[Any], key: PackKey, buffer: Bytes, most: int)
         records = buffer[chunk.offset : chunk.offset + chunk.nbytes].reshape(-1, nbytes)
         rows = np.ascontiguousarray(stored[chunk.first_row : chunk.first_row + chunk.n_rows])
         records[:, _CHECKSUM.itemsize : _CHECKSUM.itemsize + row_nbytes] = rows.view(np.uint8)
-        sums = [_row_checksum(record, chunk.first_row + i) for i, record in enumerate(records)]
-        records[:, : _CHECKSUM.itemsize].view(_CHECKSUM)[:, 0] = sums
+        sums = records[:, : _CHECKSUM.itemsize].view(_CHECKSUM)[:, 0]
+        for i, record in enumerate(records):
+            sums[i] = _row_checksum(record, chunk.first_row + i)
         yield chunk.offset + chunk.nbytes
 
 

@@ -18,7 +18,7 @@ __all__ = ["ABOUT_KEYS", "PLAN_KEYS", "SHAPE", "folder_named", "inventory_of", "
 SHAPE = "stories15m"  # a model whose matrices are large compared with everything else
 
 PLAN_KEYS = ["plan", "budget_bytes", "locked_bytes", "resident_bytes", "ring_bytes", "kv_cache_bytes", "scratch_bytes",
-             "ring_chunks", "unused_bytes", "streamed_bytes_per_token", "locked_chunks", "chunks",
+             "threads_bytes", "ring_chunks", "unused_bytes", "streamed_bytes_per_token", "locked_chunks", "chunks",
              "predicted_tokens_per_s", "ideal_tokens_per_s"]  # fmt: skip
 ABOUT_KEYS = ["model", "format", "positions", "prefetch_threads", "device", "device_source", "processor",
               "processor_source", "measured", "streamable_bytes"]  # fmt: skip

@@ -26,7 +26,7 @@ def test_plan_json_says_where_every_byte_goes_and_what_each_plan_leads_to() -> N
     assert [row["plan"] for row in got["plans"]] == list(PLANS)
     for row in got["plans"]:
         assert list(row) == PLAN_KEYS
-        parts = ("resident", "kv_cache", "scratch", "ring", "locked", "unused")
+        parts = ("resident", "kv_cache", "scratch", "threads", "ring", "locked", "unused")
         assert sum(row[f"{part}_bytes"] for part in parts) == row["budget_bytes"] == 16_000_000
         plan = plan_of(row["plan"], inventory, 100, 16_000_000)
         assert (row["locked_bytes"], row["ring_bytes"]) == (plan.account.locked, plan.account.ring)
@@ -63,7 +63,7 @@ def test_a_budget_may_be_a_size_a_share_or_auto() -> None:
         return nbytes
 
     assert budget("20MB") == 20_000_000
-    assert budget("16MiB") == 16 << 20
+    assert budget("18MiB") == 18 << 20
     assert budget("75%") == int(0.75 * total)
     assert budget("auto") > 1_000_000
 

@@ -44,7 +44,8 @@ GENERATION_KEYS = ["text", "prompt_token_ids", "token_ids", "finish_reason", "ti
                    "peak_rss_bytes", "weight_cache", "offload"]  # fmt: skip
 WEIGHT_CACHE_KEYS = ["state", "path", "reason", "packed_buffers", "packed_bytes", "load_or_build_s", "held_buffers",
                      "held_bytes", "packing_s"]  # fmt: skip
-ACCOUNT_KEYS = ["budget_bytes", "locked_bytes", "resident_bytes", "ring_bytes", "kv_cache_bytes", "scratch_bytes"]
+ACCOUNT_KEYS = ["budget_bytes", "locked_bytes", "resident_bytes", "ring_bytes", "kv_cache_bytes", "scratch_bytes",
+                "threads_bytes"]  # fmt: skip
 OFFLOAD_KEYS = ["plan", *ACCOUNT_KEYS, "peak_bytes", "streamed_bytes_per_token", "read_bytes_total",
                 "predicted_tokens_per_s", "ideal_tokens_per_s", "wait_s", "compute_s"]  # fmt: skip
 
@@ -92,7 +93,9 @@ def test_json_says_what_the_cache_did_and_where_the_budget_went(
         offload = result["offload"]
         assert list(offload) == OFFLOAD_KEYS
         inventory = Inventory(open_folder(folder).config, "f32")
-        parts = sum(offload[f"{part}_bytes"] for part in ("locked", "resident", "ring", "kv_cache", "scratch"))
+        parts = sum(
+            offload[f"{part}_bytes"] for part in ("locked", "resident", "ring", "kv_cache", "scratch", "threads")
+        )
         assert offload["budget_bytes"] == {"200kB": 200_000, "1GB": 10**9}[budget]
         assert parts <= offload["peak_bytes"] <= offload["budget_bytes"]
         assert offload["resident_bytes"] == inventory.resident_nbytes
@@ -128,10 +131,10 @@ def test_people_read_what_the_cache_did_and_why(
 
 @pytest.mark.spec("GEN-18", "CLI-1")
 def test_people_read_where_a_budget_went(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(generated(folder, tmp_path / "cache", "--budget", "200kB", "--plan", "leading")) == 0
+    assert main(generated(folder, tmp_path / "cache", "--budget", "400kB", "--plan", "leading")) == 0
     err = capsys.readouterr().err
-    parts = r"locked .*, norms and biases .*, ring .*, KV cache .*, scratch .*"
-    assert re.search(rf"^budget: 200 kB, at most \d+ kB in use: {parts}$", err, flags=re.MULTILINE)
+    parts = r"locked .*, norms and biases .*, ring .*, KV cache .*, scratch .*, prefetch threads .*"
+    assert re.search(rf"^budget: 400 kB, at most \d+ kB in use: {parts}$", err, flags=re.MULTILINE)
     said = r"^plan leading: \d+ kB read for each token, .* in all; waited \d+ ms for it, computed \d+ ms$"
     assert re.search(said, err, flags=re.MULTILINE)
 
@@ -173,7 +176,7 @@ class SteppingClock:
 
 @pytest.mark.spec("GEN-18", "ERR-3")
 def test_waiting_and_computing_are_what_a_generation_took(folder: Path, built: Path) -> None:
-    budget = smallest_for(folder, built)
+    budget = smallest_for(folder, built, prefetch_threads=0)
     with opened(folder, built, budget=budget, prefetch_threads=0, clock=SteppingClock()) as session:
         first = stats_of(session).offload
     assert first is not None
@@ -185,7 +188,7 @@ def test_waiting_and_computing_are_what_a_generation_took(folder: Path, built: P
 
 @pytest.mark.spec("GEN-18")
 def test_waiting_and_computing_of_a_later_generation_are_its_own(folder: Path, built: Path) -> None:
-    budget = smallest_for(folder, built)
+    budget = smallest_for(folder, built, prefetch_threads=0)
     with opened(folder, built, budget=budget, prefetch_threads=0, clock=SteppingClock()) as session:
         first, second = stats_of(session).offload, stats_of(session).offload
     assert first is not None

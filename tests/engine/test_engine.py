@@ -27,6 +27,7 @@ from refinfer.model.weights import Matrix
 
 sys.path.insert(0, str(Path(__file__).parent))
 import engine_runs
+from cage import command
 from engine_runs import (
     BUFFERS,
     PROMPT,
@@ -402,3 +403,24 @@ def test_under_a_budget_the_original_is_not_mapped_either(folder: Path, built: P
     with opened(folder, built, budget=smallest) as session:
         for _ in session.generate(token_ids=PROMPT, max_tokens=4):
             assert not is_mapped(folder / "model.safetensors")
+
+
+@pytest.mark.spec("OFFLOAD-8")
+def test_a_run_within_a_budget_maps_neither_the_checkpoint_nor_the_file(tmp_path: Path) -> None:
+    """Its process may have less address space than either of them takes."""
+    config = replace(SHAPES["tiny"], intermediate_size=24_000, num_hidden_layers=4)
+    write_checkpoint(tmp_path / "model", config, dtype="f32", seed=1)
+    argv = ["generate", "--model", tmp_path / "model", "--token-ids", "1,2", "--max-tokens", 2, "--prefetch-threads", 0]
+    argv += ["--budget", "16MB", "--weight-cache", tmp_path / "packed"]
+    first = command(tmp_path, *argv, memory=None)
+    assert first.status == 0, first.err
+    whole = (tmp_path / "packed").stat().st_size
+    assert whole > 70 << 20
+    second = command(tmp_path, *argv, memory=48 << 20)
+    second.require_civil()
+    assert (second.status, second.out) == (0, first.out)
+    without = ["generate", "--model", tmp_path / "model", "--token-ids", "1,2", "--weight-cache", tmp_path / "packed"]
+    mapped = command(tmp_path, *without, memory=48 << 20)
+    mapped.require_civil()
+    assert mapped.status == 1
+    assert "packed cannot be mapped: Cannot allocate memory; a run with --budget maps nothing" in mapped.err

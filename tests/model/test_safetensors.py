@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -407,19 +408,27 @@ def test_weights_that_are_no_regular_file_are_refused_and_not_waited_for(tmp_pat
 
 
 @pytest.mark.spec("TENSOR-6")
-def test_a_file_that_is_cut_short_while_it_is_opened_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, really_map = tmp_path / "w.safetensors", mmap.mmap
+def test_a_file_that_is_cut_short_before_it_is_mapped_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(SOUND)
+    file = SafetensorsFile(path)
+    os.truncate(path, 20)
+    with pytest.raises(SafetensorsError, match=r"w\.safetensors was cut short while it was open"):
+        file.view(next(iter(file)))
+
+
+@pytest.mark.spec("TENSOR-6")
+def test_a_file_that_cannot_be_mapped_is_a_named_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.safetensors"
     path.write_bytes(SOUND)
 
-    def cut(*arguments: Any, **options: Any) -> mmap.mmap:
-        os.truncate(path, 20)
-        return really_map(*arguments, **options)
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    monkeypatch.setattr(mmap, "mmap", cut)
-    with pytest.raises(SafetensorsError, match=r"w\.safetensors was cut short while it was opened"):
-        SafetensorsFile(path)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    file = SafetensorsFile(path)  # nothing is mapped yet
+    with pytest.raises(SafetensorsError, match=r"w\.safetensors cannot be mapped: Cannot allocate memory"):
+        file.view(next(iter(file)))
 
 
 @pytest.mark.spec("INPUT-3")

@@ -57,16 +57,16 @@ class PackedModel:
 
     @cached_property
     def fixed(self) -> Fixed:
-        return fixed_of(self.inventory, self.positions)
+        return fixed_of(self.inventory, self.positions, 0)
 
     @property
     def smallest(self) -> int:
-        """The smallest budget that works."""
+        """The smallest budget that works without prefetch threads."""
         return smallest_budget(self.inventory, self.fixed)
 
     @property
     def most(self) -> int:
-        """The budget that locks everything."""
+        """The budget that locks everything, without prefetch threads."""
         return self.fixed.total + self.inventory.streamable_nbytes
 
     @property

@@ -290,7 +290,7 @@ class Site:
     def load(self, threads: int, **options: Any) -> Session:
         config = open_folder(self.folder).config
         inventory = Inventory(config, "int8")
-        budget = smallest_budget(inventory, fixed_of(inventory, POSITIONS)) + 8 * int(inventory.sizes.max())
+        budget = smallest_budget(inventory, fixed_of(inventory, POSITIONS, threads)) + 8 * int(inventory.sizes.max())
         given: dict[str, Any] = {"budget": budget, "plan": "none", "prefetch_threads": threads}
         return load(
             self.folder, weights="int8", weight_cache=self.cache, max_positions=POSITIONS, threads=1, **given | options

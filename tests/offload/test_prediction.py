@@ -170,6 +170,7 @@ def test_the_figures_of_a_run_are_its_plan_its_account_and_what_was_measured() -
         "ring_bytes": 4,
         "kv_cache_bytes": 2,
         "scratch_bytes": 3,
+        "threads_bytes": 0,
         "peak_bytes": 15,
         "streamed_bytes_per_token": 80,
         "read_bytes_total": 800,

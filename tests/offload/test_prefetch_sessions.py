@@ -55,10 +55,10 @@ class Model:
     def inventory(self) -> Inventory:
         return Inventory(self.config, self.name)
 
-    def budget(self, slots: int = 8, share: float = 0.1, positions: int = POSITIONS) -> int:
+    def budget(self, slots: int = 8, share: float = 0.1, positions: int = POSITIONS, threads: int = 1) -> int:
         """Return a budget for a ring of `slots`, a share of the weights as locks, and everything that is fixed."""
         inventory = self.inventory
-        smallest = smallest_budget(inventory, fixed_of(inventory, positions))
+        smallest = smallest_budget(inventory, fixed_of(inventory, positions, threads))
         return smallest + slots * int(inventory.sizes.max()) + int(share * inventory.streamable_nbytes)
 
     def ring(self, slots: int) -> int:
@@ -66,7 +66,7 @@ class Model:
 
     def load(self, **options: Any) -> Session:
         given: dict[str, Any] = {
-            "budget": self.budget(),
+            "budget": self.budget(threads=options.get("prefetch_threads", 1)),
             "plan": "balanced",
             "prefetch_threads": 1,
             "weight_cache": self.cache,
@@ -496,7 +496,7 @@ def wait_until_it_rests(program: subprocess.Popen[str]) -> None:
 @pytest.mark.spec("FETCH-8", "FETCH-7")
 @pytest.mark.parametrize("stuck", [0, 25], ids=["first chunk", "later chunk"])
 def test_an_interrupt_while_a_chunk_is_waited_for_ends_the_program_in_one_line(one: Model, stuck: int) -> None:
-    budget = one.budget(0, 0.0)
+    budget = one.budget(0, 0.0, threads=2)
     ready, theirs = os.pipe()
     argv = ["generate", "--model", str(one.folder), "--budget", str(budget), "--plan", "none", "--token-ids", "1,2,3"]
     argv += ["--max-tokens", "61", "--weight-cache", one.cache, "--prefetch-threads", "2", "--weights", "int8"]

@@ -13,6 +13,7 @@ import pytest
 from refinfer.cli.main import main
 from refinfer.generate import Session, load
 from refinfer.model.config import ModelConfig
+from refinfer.planning.account import THREAD_BYTES
 from refinfer.trace import Span, Trace
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -53,10 +54,20 @@ def test_a_traced_run_shows_every_chunk_read_before_it_is_computed(
     model: PackedModel, threads: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slack = 0.01  # times are written in thousandths of a microsecond
-    file, budget = tmp_path / "trace.json", budget_of(model)
+    file, of_threads = tmp_path / "trace.json", threads * THREAD_BYTES
+    budget = budget_of(model)
     argv = ["generate", "--model", str(model.folder), "--weights", model.format, "--weight-cache", str(model.file)]
     argv += ["--threads", "1"]
-    argv += ["--budget", str(budget), "--plan", "balanced", "--prefetch-threads", str(threads), "--trace", str(file)]
+    argv += [
+        "--budget",
+        str(budget + of_threads),
+        "--plan",
+        "balanced",
+        "--prefetch-threads",
+        str(threads),
+        "--trace",
+        str(file),
+    ]
     argv += ["--token-ids", "7", "--max-tokens", str(TOKENS), "--json"]
     assert within(lambda: main(argv)) == 0
     stats = json.loads(capsys.readouterr().out)
@@ -96,6 +107,7 @@ def test_a_run_that_is_not_traced_keeps_no_span(model: PackedModel) -> None:
             weights=model.format,
             weight_cache=model.file,
             budget=budget_of(model),
+            prefetch_threads=0,
             max_positions=model.positions,
             trace=trace,
         )

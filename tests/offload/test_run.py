@@ -7,29 +7,39 @@ import gc
 import os
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 
+from refinfer.arrays import Float32Array
 from refinfer.clock import RealClock
 from refinfer.errors import BudgetError, DamagedWeightsError, GenerationError, RequestError
 from refinfer.generate import load
-from refinfer.model.config import ModelConfig
+from refinfer.model.config import SHAPES, ModelConfig
+from refinfer.model.sampler import Sampling, sample
+from refinfer.model.synth import write_checkpoint
 from refinfer.model.transformer import Transformer
 from refinfer.offload import run as run_module
 from refinfer.offload.budget import Budget
 from refinfer.offload.run import BudgetedRun, PlannedRun, Within, open_run, plan_run
 from refinfer.offload.store import FileStore
+from refinfer.packing.formats import FORMATS
 from refinfer.packing.layout import Bytes
+from refinfer.packing.product import GemmScratch
+from refinfer.planning.account import THREAD_BYTES, staged_chunk_nbytes
 from refinfer.planning.plan import Prefetch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from packed_model import PackedModel, change, threads_and_descriptors
 
 POSITIONS: Final = 24
+PYTHON_BYTES: Final = 50_000
+"""Room for the objects of Python's own, which tracemalloc counts with the arrays."""
 
 every_number_of_threads = pytest.mark.parametrize("threads", [0, 2])
 
@@ -53,7 +63,7 @@ def model(tiny_folder: Path, tiny_config: ModelConfig, tmp_path: Path) -> Packed
 
 def planned(model: PackedModel, threads: int = 0, plan: str = "leading", **options: Any) -> PlannedRun:
     """Return a run that locks about half of the weights."""
-    budget = (model.smallest + model.most) // 2
+    budget = (model.smallest + model.most) // 2 + threads * THREAD_BYTES
     within = Within(budget, plan, Prefetch(threads), **options)
     return plan_run(within, model.inventory, POSITIONS, model.built)
 
@@ -86,7 +96,7 @@ def test_every_part_of_the_account_is_acquired_before_any_of_it_is_made(
         return noted
 
     usual = replace(model, chunk_nbytes=None)  # as `load` cuts chunks
-    budget, path = usual.smallest + 3 * int(usual.inventory.sizes.max()), str(model.file)
+    budget, path = usual.smallest + 3 * int(usual.inventory.sizes.max()) + threads * THREAD_BYTES, str(model.file)
     folder, options = model.folder, {"max_positions": POSITIONS, "prefetch_threads": threads, "weights": "int8"}
     load(folder, weight_cache=path, **options).close()  # type: ignore[arg-type]
     monkeypatch.setattr(run_module, "Budget", Noted)
@@ -99,9 +109,10 @@ def test_every_part_of_the_account_is_acquired_before_any_of_it_is_made(
     assert stats is not None
     assert stats.offload is not None
     parts = stats.offload.account.parts
-    assert events == [parts, "FileStore", "PackedFile", "StreamedSource", "Transformer"]
-    assert set(parts) == {"locked chunks", "norms and biases", "ring", "KV cache", "scratch"}
-    assert all(parts.values())
+    packing = {"packing": stats.offload.account.fixed.packing}
+    assert events == [packing, parts, "FileStore", "PackedFile", "StreamedSource", "Transformer"]
+    assert set(parts) == {"locked chunks", "norms and biases", "ring", "KV cache", "scratch", "prefetch threads"}
+    assert [part for part, nbytes in parts.items() if not nbytes] == ([] if threads else ["prefetch threads"])
     assert stats.offload.peak_bytes == sum(parts.values()) <= budget
 
 
@@ -227,7 +238,7 @@ def test_a_file_that_is_cut_short_between_preparing_and_opening_is_rebuilt(
         return real(run, *arguments, **options)
 
     monkeypatch.setattr("refinfer.engine.open_run", cutting)
-    with load(model.folder, weights="int8", weight_cache=model.file, budget="150%", max_positions=4) as session:
+    with load(model.folder, weights="int8", weight_cache=model.file, budget="400%", max_positions=4) as session:
         assert cut == [model.file]
         assert session.weight_cache.state == "built"
         assert "bytes instead of" in str(session.weight_cache.reason)
@@ -256,12 +267,12 @@ def test_a_run_whose_prediction_fails_leaves_no_thread_and_no_descriptor(
 def test_a_budget_is_a_number_of_bytes_a_size_or_a_share(model: PackedModel) -> None:
     nbytes = (model.smallest + model.most) // 2
     for budget in (nbytes, f"{nbytes}", f"{100 * nbytes / model.inventory.streamable_nbytes:.9f}%"):
-        run = plan_run(Within(budget), model.inventory, POSITIONS, model.built)
+        run = plan_run(Within(budget, prefetch=Prefetch(0)), model.inventory, POSITIONS, model.built)
         assert abs(run.budget.limit - nbytes) <= 1
         assert run.plan.account.budget == run.budget.limit
         assert run.budget.in_use == 0
     with pytest.raises(BudgetError, match="the smallest that works"):
-        plan_run(Within(model.smallest - 1), model.inventory, POSITIONS, model.built)
+        plan_run(Within(model.smallest - 1, prefetch=Prefetch(0)), model.inventory, POSITIONS, model.built)
     with pytest.raises(BudgetError, match="a budget is a size"):
         plan_run(Within("much"), model.inventory, POSITIONS, model.built)
     with pytest.raises(RequestError, match="the plan must be one of"):
@@ -304,3 +315,95 @@ def test_a_run_reports_what_it_read_waited_for_and_computed(paged: bool, model: 
         assert len(run.source.locked) == (0 if paged else len(run.planned.plan.locked))
     finally:
         run.source.close()
+
+
+# What is counted for scratch, and what is taken.
+
+
+SAMPLING: Final = Sampling(1.0, top_p=0.999)
+
+
+@dataclass
+class Taken:
+    """The bytes that parts of a run took: those that stay, and the most that was in use for a while."""
+
+    stays: int = 0
+    passing: int = 0
+
+    def measure(self, work: Callable[[], Any], *, less: int = 0) -> Any:
+        """Do `work`, and count what it leaves allocated, except for `less` bytes, and what it freed again."""
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        result = work()
+        now, peak = tracemalloc.get_traced_memory()
+        self.stays += now - before - less
+        self.passing = max(self.passing, peak - now)
+        return result
+
+
+@pytest.mark.spec("PLAN-15", "PACK-26")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("positions", [40, 300])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_scratch_is_at_least_what_a_run_takes_and_at_most_a_tenth_more(
+    name: str, positions: int, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(
+        SHAPES["smollm-135m"], num_hidden_layers=1, vocab_size=3000, tie_word_embeddings=tied,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    write_checkpoint(tmp_path / "m", config, dtype="f32")
+    model = PackedModel(config, tmp_path / "m", name, tmp_path / "cache", positions, None)
+    within = Within(model.smallest, "none", Prefetch(0))
+    run = opened(model, plan_run(within, model.inventory, positions, model.built))
+    sample(Transformer(run.source, positions).prefill([7]), SAMPLING, np.random.default_rng(0))  # imports what it needs
+    most, real = [0], GemmScratch.take
+
+    def take(scratch: GemmScratch, *shape: int) -> Float32Array:
+        taken = real(scratch, *shape)
+        most[0] = max(most[0], scratch.used)
+        return taken
+
+    monkeypatch.setattr(GemmScratch, "take", take)
+    kept, drawn = Taken(), Taken()
+    tracemalloc.start()
+    try:
+        kv_cache = run.planned.plan.account.fixed.kv_cache
+        transformer = kept.measure(lambda: Transformer(run.source, positions), less=kv_cache)
+        logits = kept.measure(lambda: transformer.prefill([7] * (positions - 1)))
+        kept.measure(lambda: transformer.decode([7]), less=4 * config.vocab_size)
+        drawn.measure(lambda: sample(logits, SAMPLING, np.random.default_rng(0)))
+    finally:
+        tracemalloc.stop()
+        run.source.close()
+    staged = staged_chunk_nbytes(model.inventory)
+    taken = 4 * most[0] + staged + kept.stays + kept.passing + drawn.passing
+    counted = run.planned.plan.account.fixed.scratch
+    assert taken <= counted + PYTHON_BYTES
+    assert counted <= 1.1 * taken
+
+
+# Bounds.
+
+
+@pytest.mark.spec("PLAN-1", "ERR-1")
+def test_a_session_has_0_to_64_threads_and_a_ring_of_at_least_two_chunks(model: PackedModel) -> None:
+    usual = replace(model, chunk_nbytes=None)
+    slot = int(usual.inventory.sizes.max())
+
+    def opened_with(threads: int, ring: int | None) -> None:
+        budget = usual.smallest + 3 * slot + max(0, threads) * THREAD_BYTES
+        load(
+            usual.folder, weights="int8", weight_cache=usual.file, budget=budget, max_positions=POSITIONS, plan="none",
+            prefetch_threads=threads, prefetch_ring=ring,
+        ).close()  # fmt: skip
+
+    for threads in (0, 1, 64):
+        for ring in (None, 2 * slot, 5 * slot):
+            opened_with(threads, ring)
+    for threads in (-1, 65):
+        with pytest.raises(RequestError, match=f"there can be 0 to 64 prefetch threads, not {threads}"):
+            opened_with(threads, None)
+    for ring in (0, 2 * slot - 1, 6 * slot):
+        with pytest.raises(RequestError, match="a ring must hold 2 to 4096 chunks"):
+            opened_with(2, ring)

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from refinfer.arrays import PAGE_BYTES, aligned_empty
 from refinfer.errors import CacheFileError, DamagedWeightsError, GenerationError
-from refinfer.offload.store import FileStore
+from refinfer.offload.store import FileStore, ThrottledStore
 from refinfer.packing.layout import Bytes
 
 N_PAGES = 64
+WATCHDOG_S = 30.0
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -517,3 +518,90 @@ def test_a_store_reports_whether_a_path_is_still_its_file(file: Path, tmp_path: 
         into = pages(N_PAGES)
         store.read(0, into)
         assert into.tobytes() == content
+
+
+# Between looking and counting no other thread gets in.
+
+
+class Meddling(int):
+    """A number that, the first time something is added to it, lets another thread try to change it meanwhile."""
+
+    other: threading.Thread
+
+    def __add__(self, more: int) -> int:
+        if self.other.ident is None:
+            self.other.start()
+            self.other.join(timeout=0.1)  # it waits for us, or it has got through
+        return int(self) + more
+
+
+@pytest.mark.spec("STORE-1")
+def test_the_bytes_of_reads_at_once_are_all_counted(file: Path) -> None:
+    with FileStore(file) as store:
+        store.bytes_read = counted = Meddling(0)
+        counted.other = threading.Thread(target=store.read, args=(0, pages(1)), daemon=True)
+        store.read(0, pages(2))
+        counted.other.join(WATCHDOG_S)
+        assert store.bytes_read == 3 * PAGE_BYTES
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="needs preadv, as POSIX has it")
+@pytest.mark.spec("STORE-6")
+def test_a_read_that_begins_while_another_does_keeps_the_file_open(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, inside, go = os.preadv, threading.Event(), threading.Event()
+    store, descriptors = FileStore(file), list[int]()
+
+    def preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        descriptors.append(descriptor)
+        if threading.current_thread() is other:
+            inside.set()
+            assert go.wait(WATCHDOG_S)
+        else:
+            assert inside.wait(WATCHDOG_S)
+        return real(descriptor, buffers, offset)
+
+    other = threading.Thread(target=store.read, args=(0, pages(1)), daemon=True)
+    under_way = Meddling(0)
+    under_way.other = other
+    monkeypatch.setattr(store, "_under_way", under_way)
+    monkeypatch.setattr(os, "preadv", preadv)
+    store.read(0, pages(1))
+    store.close()
+    os.fstat(descriptors[0])  # the other still reads
+    go.set()
+    other.join(WATCHDOG_S)
+    assert not other.is_alive()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptors[0])
+
+
+class MeddledClock:
+    """A clock that stands still but for sleeps; the first look at the time lets another thread try to read."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+        self.other: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def now(self) -> float:
+        time = self.time
+        if self.other is not None and self.other.ident is None:
+            self.other.start()
+            self.other.join(timeout=0.1)  # it waits for us, or it has got through
+        return time
+
+    def sleep(self, seconds: float) -> None:
+        with self._lock:
+            self.time += seconds
+
+
+@pytest.mark.spec("STORE-5")
+def test_two_threads_that_read_at_once_stand_in_one_line(file: Path) -> None:
+    clock = MeddledClock()
+    store = ThrottledStore(FileStore(file), PAGE_BYTES, clock)  # a page a second
+    clock.other = threading.Thread(target=store.read, args=(0, pages(1)), daemon=True)
+    store.read(0, pages(1))
+    clock.other.join(WATCHDOG_S)
+    assert not clock.other.is_alive()
+    assert clock.now() >= 2
+    store.close()

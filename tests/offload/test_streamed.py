@@ -487,3 +487,24 @@ def test_private_memory_grows_by_at_most_the_budget_and_nothing_is_mapped(
     assert measured["looks"] > 30
     if name == "f32":
         assert inventory.streamable_nbytes > 1.5 * (budget + ALLOWANCE)  # there is something to be noticed
+
+
+@pytest.mark.spec("OFFLOAD-11", "ERR-1")
+@pytest.mark.parametrize("locked", [True, False], ids=["all locked", "all streamed"])
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_matrix_or_a_table_that_outlives_its_source_gives_a_named_error(
+    either: Path, locked: bool, threads: int, tmp_path: Path
+) -> None:
+    case = case_of(either, "int8", tmp_path / "cache")
+    source = streamed(case, case.most if locked else case.smallest, threads=threads)
+    with source.forward_pass() as weights:
+        layer = next(iter(weights.layers))
+        held = [layer.q_proj, layer.down_proj, weights.lm_head]
+        table = weights.embed_tokens
+        table.rows(np.array([1]))
+    source.close()
+    for matrix in held:
+        with pytest.raises(GenerationError, match="closed"):
+            matrix.matmul(np.ones((1, matrix.shape[1]), np.float32))
+    with pytest.raises(GenerationError, match="closed"):
+        table.rows(np.array([1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,8 +17,16 @@ from numpy.testing import assert_array_equal
 
 from refinfer.arrays import PAGE_BYTES, Float32Array, UInt16Array, f32_to_bf16
 from refinfer.errors import PackingError
-from refinfer.packing import int4, int8
-from refinfer.packing.formats import FORMATS, PackedMatrix, format_of, layout_of, pack_chunk, pack_matrix
+from refinfer.packing import formats, int4, int8
+from refinfer.packing.formats import (
+    FORMATS,
+    PackedMatrix,
+    format_of,
+    layout_of,
+    pack_chunk,
+    pack_matrix,
+    packing_nbytes,
+)
 
 Stored = npt.NDArray[Any]
 
@@ -260,3 +269,73 @@ def test_a_chunk_may_lie_in_a_larger_buffer_but_not_in_a_smaller_one(name: str) 
         PackedMatrix(packed.layout, [buffer[:-1].copy()])
     with pytest.raises(PackingError, match="1 chunks need one buffer each, not 0"):
         PackedMatrix(packed.layout, [])
+
+
+# PACK-30: what packing takes on the way.
+
+WIDE = [(520, 100), (300, 8192), (260, 11008), (140, 28672), (3, 300_000), (40_000, 1), (5000, 33), (700, 257)]
+PYTHON_BYTES = 8192  # for objects of Python's own, which tracemalloc counts with the arrays
+
+
+def taken_by(pack: Callable[[], object]) -> int:
+    """Return the most bytes that were allocated at once."""
+    tracemalloc.start()
+    try:
+        pack()
+        peak: int = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.spec("PACK-30")
+@every_format
+@pytest.mark.parametrize("stored", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_packing_takes_no_more_memory_than_is_counted_however_large_a_tile_is(
+    name: str, stored: str, shape: tuple[int, int]
+) -> None:
+    layout = layout_of(name, *shape)
+    w = np.resize(normal(1009), shape)
+    sources: dict[str, Stored] = {"f32": w, "f16": w.astype(np.float16), "bf16": f32_to_bf16(w)}
+    rows = sources[stored]
+    buffers = [np.zeros(chunk.nbytes, np.uint8) for chunk in layout.chunks]
+
+    def pack() -> None:
+        for chunk, buffer in zip(layout.chunks, buffers, strict=True):
+            pack_chunk(rows[chunk.first_row : chunk.first_row + chunk.n_rows], layout, chunk, buffer)
+
+    assert taken_by(pack) <= packing_nbytes([layout]) + PYTHON_BYTES
+
+
+@pytest.mark.spec("PACK-30")
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
+def test_what_is_counted_for_packing_is_nearly_what_it_takes(name: str) -> None:
+    layout = layout_of(name, 256, 8192)
+    rows, buffer = np.zeros((layout.chunks[0].n_rows, 8192), np.float16), np.zeros(layout.chunks[0].nbytes, np.uint8)
+    taken = taken_by(lambda: pack_chunk(rows, layout, layout.chunks[0], buffer))
+    assert packing_nbytes([layout]) / 1.2 <= taken
+
+
+@pytest.mark.spec("PACK-30")
+@every_format
+def test_what_packing_takes_grows_with_a_single_row_at_most(name: str) -> None:
+    usual = packing_nbytes([layout_of(name, 16_000, 1000)])
+    assert packing_nbytes([layout_of(name, N, K) for N, K in ((1, 1), (10**5, 8192), (10**5, 1000))]) <= 1.05 * usual
+    assert 16 * packing_nbytes([layout_of(name, 64, 64)]) <= 4 * 4.6 * 64 * (64 + 64) + 16
+    longest = packing_nbytes([layout_of(name, 64, 10**6)])
+    assert longest == packing_nbytes([layout_of(name, 1, 10**6)]) <= 4.7 * 4 * 10**6
+    assert packing_nbytes([]) == 0
+
+
+@pytest.mark.spec("PACK-30")
+@every_format
+@pytest.mark.parametrize("at_once", [1, 100, 1000, 7000])
+@given(w=matrices())
+def test_a_chunk_that_is_packed_some_rows_at_a_time_has_the_same_bytes(
+    name: str, at_once: int, w: Float32Array
+) -> None:
+    usual = contents(pack_matrix(w, name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "_PACKED_AT_ONCE", at_once)
+        assert contents(pack_matrix(w, name)) == usual

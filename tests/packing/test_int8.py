@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +15,7 @@ from numpy.testing import assert_array_equal
 
 from refinfer.arrays import Float32Array
 from refinfer.errors import PackingError
+from refinfer.packing import int4
 from refinfer.packing.formats import pack_matrix
 from refinfer.packing.int8 import dequantize, quantize
 
@@ -101,3 +107,26 @@ def test_the_bytes_of_a_small_int8_matrix_are_these() -> None:
     assert not raw[6:48].any()
     assert_array_equal(raw[48:56].view(np.float32), np.array([7, 127], np.float32) / 127)
     assert not raw[56:].any()
+
+
+@pytest.mark.spec("PACK-21")
+@pytest.mark.parametrize("quantise", [quantize, int4.quantize], ids=["int8", "int4"])
+@pytest.mark.parametrize(
+    ("w", "what"),
+    [
+        (np.ones((3, 4)), "float64 [3, 4]"),
+        (np.ones((3, 4), np.float16), "float16 [3, 4]"),
+        (np.ones((3, 4), np.int8), "int8 [3, 4]"),
+        (np.ones(4, np.float32), "float32 [4]"),
+        (np.ones((2, 3, 4), np.float32), "float32 [2, 3, 4]"),
+        (np.ones((0, 4), np.float32), "float32 [0, 4]"),
+        (np.ones((3, 0), np.float32), "float32 [3, 0]"),
+    ],
+    ids=["float64", "float16", "int8", "vector", "three dimensions", "no rows", "no columns"],
+)
+def test_only_a_float32_matrix_that_is_not_empty_is_quantised(
+    quantise: Callable[[Any], object], w: npt.NDArray[Any], what: str
+) -> None:
+    with pytest.raises(PackingError, match=re.escape(f"a float32 matrix is wanted, not {what}")):
+        quantise(w)
+    quantise(np.ones((1, 1), np.float32))

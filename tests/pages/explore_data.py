@@ -472,7 +472,12 @@ class Schedule:
                 {"name": kind, "bytes": nbytes, "chunks": chunks[kind] // (1 if kind == "lm_head" else layers)}
                 for kind, nbytes in inventory.kind_sizes.items()
             ],
-            "fixed": {"resident": fixed.resident, "kvCache": fixed.kv_cache, "scratch": fixed.scratch},
+            "fixed": {
+                "resident": fixed.resident,
+                "kvCache": fixed.kv_cache,
+                "scratch": fixed.scratch,
+                "threads": fixed.threads,
+            },
             "budgets": self.budgets,
         }
 

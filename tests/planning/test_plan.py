@@ -220,3 +220,14 @@ def test_generate_on_the_command_line_uses_those_of_a_session(monkeypatch: pytes
     monkeypatch.setattr("refinfer.cli.generate.load", load)
     assert main(["generate", "--budget", "60%"]) == 2
     assert loaded[0]["prefetch_threads"] == PREFETCH_THREADS
+
+
+@pytest.mark.spec("PLAN-1", "ERR-1")
+@pytest.mark.parametrize("name", list(PLANS))
+def test_a_ring_has_at_most_4096_slots_however_large_the_budget_is(name: str) -> None:
+    inventory, fixed = INVENTORIES["several chunks to a matrix", "int8"], Fixed(4096, 5000, 6000)
+    slot, budget = slot_of(inventory), 1 << 40
+    with pytest.raises(RequestError, match=r"a ring must hold 2 to 4096 chunks"):
+        plan_of(name, inventory, fixed, budget, Prefetch(ring_nbytes=4097 * slot))
+    for ring_nbytes in (4096 * slot, 4097 * slot - 1, 2 * slot):
+        assert plan_of(name, inventory, fixed, budget, Prefetch(ring_nbytes=ring_nbytes)).ring_slots == 0  # all fits

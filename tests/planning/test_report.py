@@ -47,7 +47,7 @@ def test_a_row_shows_where_every_byte_of_the_budget_goes(name: str, budget: int)
     plan = plan_of(name, budget)
     row = plan_row(STORYTELLER, plan)
     json.dumps(row)
-    parts = ("resident", "kv_cache", "scratch", "ring", "locked", "unused")
+    parts = ("resident", "kv_cache", "scratch", "threads", "ring", "locked", "unused")
     assert sum(row[f"{part}_bytes"] for part in parts) == row["budget_bytes"] == budget
     assert [row[f"{part}_bytes"] for part in parts[:3]] == [8192, 70_000, 12_345]
     assert row["locked_bytes"] + row["streamed_bytes_per_token"] == STORYTELLER.streamable_nbytes

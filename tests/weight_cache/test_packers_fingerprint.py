@@ -176,8 +176,8 @@ def test_other_tiles_change_the_fingerprint_of_that_format_only() -> None:
 def test_the_same_bytes_packed_by_other_code_have_the_same_fingerprint(name: str) -> None:
     before, usual = fingerprints(), FORMATS[name].pack
 
-    def pack(rows: Stored, tiles: Any) -> None:
-        usual(np.asfortranarray(rows), tiles)
+    def pack(rows: Stored, tiles: Any, first: int) -> None:
+        usual(np.asfortranarray(rows), tiles, first)
 
     with instead(FORMATS[name], pack=pack, unpack_rows=lambda *_: np.zeros((1, 1), np.float32)):
         assert not changed_since(before)
