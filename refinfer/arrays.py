@@ -36,6 +36,7 @@ __all__ = [
     "f32_to_bf16",
     "require_rows",
     "stored_to_f32",
+    "whole_pages",
 ]
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -45,6 +46,16 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 
 PAGE_BYTES = 4096
 """A page: the unit in which systems map files, and read them directly; such addresses are multiples of it."""
+
+
+def whole_pages(nbytes: int) -> int:
+    """Return the bytes of the pages that hold `nbytes`.
+
+    Examples:
+        >>> whole_pages(1), whole_pages(4096), whole_pages(4097)
+        (4096, 4096, 8192)
+    """
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES  # -(-a // b) is a / b, rounded up
 
 
 def aligned_empty(shape: tuple[int, ...], alignment: int = 64) -> Float32Array:

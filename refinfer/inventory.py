@@ -22,7 +22,7 @@ from functools import cached_property
 
 import numpy as np
 
-from refinfer.arrays import PAGE_BYTES, IntArray
+from refinfer.arrays import IntArray, whole_pages
 from refinfer.model.config import ModelConfig
 from refinfer.packing.formats import layout_of
 from refinfer.packing.layout import PackedLayout
@@ -137,4 +137,4 @@ class Inventory:
     @property
     def resident_nbytes(self) -> int:
         """The bytes of the block of vectors, in whole pages; it stays in memory under every plan."""
-        return -(-4 * sum(self.vectors.values()) // PAGE_BYTES) * PAGE_BYTES
+        return whole_pages(4 * sum(self.vectors.values()))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refinfer.arrays import PAGE_BYTES, Float32Array, aligned_empty
+from refinfer.arrays import PAGE_BYTES, Float32Array, aligned_empty, whole_pages
 from refinfer.errors import CacheFileError, DamagedWeightsError
 from refinfer.inventory import Inventory
 from refinfer.offload.store import Store
@@ -87,7 +87,7 @@ class PackedFile:
 
         def read(start: int, nbytes: int) -> Bytes:
             before = start % PAGE_BYTES  # a store reads whole pages only
-            whole = pages(-(-(before + nbytes) // PAGE_BYTES) * PAGE_BYTES)
+            whole = pages(whole_pages(before + nbytes))
             self._store.read(entry.offset + start - before, whole)
             return whole[before : before + nbytes]
 

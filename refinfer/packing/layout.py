@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from refinfer.arrays import PAGE_BYTES, Float32Array, IntArray
+from refinfer.arrays import Float32Array, IntArray, whole_pages
 from refinfer.errors import PackingError
 from refinfer.packing.product import GemmScratch
 
@@ -89,7 +89,7 @@ class Chunk:
     @property
     def padded_nbytes(self) -> int:
         """The bytes it takes in a file: `nbytes` rounded up to whole pages."""
-        return -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES  # -(-a // b) is a / b, rounded up
+        return whole_pages(self.nbytes)
 
 
 def count_chunks(N: int, nr: int, tile_nbytes: int, chunk_nbytes: int) -> int:

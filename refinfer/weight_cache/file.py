@@ -27,7 +27,7 @@ from typing import Final
 
 import numpy as np
 
-from refinfer.arrays import PAGE_BYTES
+from refinfer.arrays import PAGE_BYTES, whole_pages
 from refinfer.errors import DamagedWeightsError, PackingError, WeightCacheStateError
 from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.format import (
@@ -135,7 +135,7 @@ class FileWeightCacheProvider(DictFace):
         if nbytes < 1:
             raise PackingError(f"at least one byte can be reserved, not {nbytes}")
         self._reserved = self._draft.grow(self._end, nbytes)
-        self._end += -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+        self._end += whole_pages(nbytes)
         return self._reserved.view
 
     # --8<-- [end:reserve]

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from refinfer.arrays import PAGE_BYTES
+from refinfer.arrays import PAGE_BYTES, whole_pages
 from refinfer.errors import CacheFileError, PackingError
 from refinfer.packing.layout import TileShape
 from refinfer.weight_cache.key import DIGEST_BYTES, PackKey, WeightId
@@ -116,7 +116,7 @@ class StoredChunk:
     @property
     def padded_nbytes(self) -> int:
         """The bytes it takes: `nbytes` rounded up to whole pages."""
-        return -(-self.nbytes // PAGE_BYTES) * PAGE_BYTES
+        return whole_pages(self.nbytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ except ImportError:  # not on Windows
 
 import numpy as np
 
-from refinfer.arrays import PAGE_BYTES
+from refinfer.arrays import whole_pages
 from refinfer.clock import Clock
 from refinfer.weight_cache.ownership import (
     READ_ONLY,
@@ -153,7 +153,7 @@ class Draft:
         Raises:
             OSError: the disk has no room.
         """
-        end = start + -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+        end = start + whole_pages(nbytes)
         try:
             os.posix_fallocate(self._file.fileno(), start, end - start)
         except (AttributeError, OSError) as error:  # not on macOS, nor on every file system
