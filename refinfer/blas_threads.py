@@ -12,13 +12,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
-from threadpoolctl import LibController, ThreadpoolController
+from threadpoolctl import LibController, ThreadpoolController, threadpool_info
 
 from refinfer.process import usable_cores
 
-__all__ = ["BlasThreads", "blas_threads", "default_threads"]
+__all__ = ["BlasThreads", "blas_libraries", "blas_threads", "default_threads"]
 
 _THREADS_PAY_FROM_BYTES: Final = 64 << 20
 
@@ -28,12 +28,21 @@ def default_threads(n_parameters: int) -> int:
     return 1 if n_parameters * 4 < _THREADS_PAY_FROM_BYTES else usable_cores()
 
 
+def blas_libraries() -> list[dict[str, Any]]:
+    """Return what is known about each BLAS in this process; nothing if the system lists no libraries (no `/proc`)."""
+    try:
+        return [library for library in threadpool_info() if library["user_api"] == "blas"]
+    except OSError:
+        return []
+
+
 class BlasThreads:
     """The limits that are in force in this process.
 
     Laws: while there are several, in one thread or in many, the smallest applies to all of them. When the last ends,
     BLAS has the number again that it had before the first. In a forked child no limit is in force. A BLAS built with
-    OpenMP has a number for each thread instead, so there each thread has its own limits.
+    OpenMP has a number for each thread instead, so there each thread has its own limits. If the system does not list
+    the libraries of a process, BLAS keeps its number.
     """
 
     def __init__(self, find: Callable[[], ThreadpoolController] = ThreadpoolController) -> None:
@@ -46,6 +55,9 @@ class BlasThreads:
     def limited(self, n: int) -> Iterator[None]:
         """Let BLAS use `n` threads, or fewer if another limit in force is smaller."""
         mine = object()
+        if self._blas is None:
+            yield
+            return
         with self._of_each_thread.limit(limits=n, user_api="blas"):
             try:
                 with self._lock:
@@ -60,30 +72,36 @@ class BlasThreads:
                         self._apply()
 
     @cached_property
-    def _blas(self) -> ThreadpoolController:
+    def _blas(self) -> ThreadpoolController | None:
+        try:
+            found = self._find().select(user_api="blas")
+        except OSError:  # there is no /proc
+            return None
         if hasattr(os, "register_at_fork"):
             # No other thread has the lock while the process forks: in the child it would never be released.
             os.register_at_fork(
                 before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._forget
             )
-        return self._find().select(user_api="blas")
+        return found
 
     @cached_property
     def _of_each_thread(self) -> ThreadpoolController:
+        assert self._blas is not None
         return self._blas.select(threading_layer="openmp")
 
     @cached_property
     def _shared(self) -> list[LibController]:
+        assert self._blas is not None
         return [each for each in self._blas.lib_controllers if each not in self._of_each_thread.lib_controllers]
 
     def _apply(self) -> None:
         smallest = min(self._asked.values(), default=None)
         for library, before in zip(self._shared, self._before, strict=True):
-            # From version 3.8 on, threadpoolctl lets one thread alone change the number, until that thread yields.
-            yields = getattr(library, "clear_controlling_thread", lambda **_: None)
-            yields(force=True)
+            # From version 3.8 on, threadpoolctl lets one thread alone change the number, until it gives up control.
+            give_up_control = getattr(library, "clear_controlling_thread", lambda **_: None)
+            give_up_control(force=True)
             library.set_num_threads(smallest or before)
-            yields()
+            give_up_control()
 
     def _forget(self) -> None:
         """Restore the number in a forked child: the threads that asked for another exist in its parent only."""

@@ -49,7 +49,6 @@ __all__ = [
 STORYTELLER: Final = Path(__file__).parent / "storyteller"
 """The folder of the small trained model that ships with the package."""
 
-
 DEFAULT_PROMPT: Final = "ROMEO:"
 DEFAULT_MAX_POSITIONS: Final = 512
 _MOST_THREADS: Final = 1024
@@ -256,7 +255,8 @@ class Session:
             seed: random seed for sampling; None takes a different one each time.
 
         Returns:
-            An iterator of pieces of text; without a tokenizer the pieces are empty and `stats` has the ids.
+            An iterator of pieces of text; without a tokenizer there are no pieces and `stats` has the ids. Asking it
+            for a piece while another thread computes raises SessionInUseError.
 
         Raises:
             InputError: the request cannot be served.
@@ -336,7 +336,8 @@ class Session:
             return self._finite(compute(self._transformer))
         except DamagedWeightsError as error:
             reason = error.reason
-        removed, kv_cache = self._engine.now().discard(), self._transformer.kv_cache
+        kv_cache = self._transformer.kv_cache
+        removed = self._engine.now().discard()
         self._engine.renew(lambda: _open_sound(self._request, reason, in_memory=not removed))
         self._transformer.kv_cache = kv_cache  # a text that was begun goes on with the same weights
         try:

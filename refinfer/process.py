@@ -18,6 +18,7 @@ __all__ = [
     "lines_of",
     "meminfo_bytes",
     "peak_rss_bytes",
+    "umask",
     "usable_cores",
 ]
 
@@ -37,6 +38,16 @@ def lines_of(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
+
+
+def umask() -> int:
+    """Return the mode bits that this process takes away from files that it makes."""
+    for line in lines_of(Path("/proc/self/status")):
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    found = os.umask(0o077)  # it can only be read by setting it
+    os.umask(found)
+    return found
 
 
 def meminfo_bytes(key: str) -> int | None:

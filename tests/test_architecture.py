@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "one_user": {"errors"},
     "whole_file": set(),
     "packing": {"errors", "arrays"},
-    "weight_cache": {"errors", "arrays", "clock", "whole_file", "packing"},
+    "weight_cache": {"errors", "arrays", "clock", "process", "whole_file", "packing"},
     "model": {"errors", "arrays", "units", "whole_file"},
     "inventory": {"arrays", "packing", "model"},
     "planning": {"errors", "arrays", "units", "trace", "packing", "model", "inventory"},

@@ -14,7 +14,8 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from engine_runs import in_a_child, needs_fork
 from packed_model import within
-from refinfer.blas_threads import BlasThreads, blas_threads, default_threads
+from refinfer import blas_threads as module
+from refinfer.blas_threads import BlasThreads, blas_libraries, blas_threads, default_threads
 from refinfer.model.config import SHAPES
 
 BLAS = ThreadpoolController()
@@ -213,3 +214,17 @@ def test_a_child_that_is_forked_while_another_thread_changes_the_number_waits_fo
     assert changing.wait(10)
     assert in_a_child(child) == 2
     thread.join()
+
+
+@pytest.mark.spec("CLI-25")
+def test_where_the_libraries_of_a_process_are_not_listed_blas_keeps_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> ThreadpoolController:
+        raise FileNotFoundError("/proc/self/maps")
+
+    before = [library["num_threads"] for library in blas_libraries()]
+    limits = BlasThreads(refuse)
+    for _ in range(2):
+        with limits.limited(1):
+            assert [library["num_threads"] for library in blas_libraries()] == before
+    monkeypatch.setattr(module, "threadpool_info", refuse)
+    assert blas_libraries() == []

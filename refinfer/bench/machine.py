@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_info
 
+from refinfer.blas_threads import blas_libraries
 from refinfer.process import cgroup_memory, lines_of, meminfo_bytes, usable_cores
 
 __all__ = ["describe_machine", "direct_io_works", "drops_pages", "file_system"]
@@ -135,6 +135,5 @@ def _blas() -> list[Mapping[str, Any]]:
             "core": info.get("architecture"),
             "threads": info["num_threads"],
         }
-        for info in threadpool_info()
-        if info["user_api"] == "blas"
+        for info in blas_libraries()
     ]

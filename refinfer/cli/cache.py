@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -122,9 +123,13 @@ def _find(target: str, directory: Path, weights: str | None) -> Iterator[Path]:
             raise InputError(f"{target} has no cache file yet; write one with refinfer pack")
         yield from found
     elif kind == "file":
-        if not is_cache_file(path) and path.resolve() not in {file.resolve() for file in cache_files(directory)}:
+        here = Path(os.path.realpath(path.parent)) / path.name
+        if here in cache_files(Path(os.path.realpath(directory))):
+            yield path  # whatever it leads to
+        elif is_cache_file(path):
+            yield Path(os.path.realpath(path))
+        else:
             raise InputError(f"{target} is not a refinfer weight cache")
-        yield path
     elif named in cache_files(directory):
         yield named
     else:

@@ -108,7 +108,7 @@ def _is_halfway(frame: FrameType | None) -> bool:
     while frame is not None:
         names.append(str(frame.f_globals.get("__name__")))
         frame = frame.f_back
-    return any(name.startswith(_SHORT_STEPS) for name in names[:1]) or any(name in _WHOLE_CALLS for name in names)
+    return bool(names) and (names[0].startswith(_SHORT_STEPS) or not set(names).isdisjoint(_WHOLE_CALLS))
 
 
 def ends_well(run: Callable[[], int]) -> int:

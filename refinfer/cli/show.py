@@ -108,11 +108,11 @@ def write_file(path: str, begin: str, text: str) -> None:
     require_writable(path, begin)
     data = text.encode(errors="replace")
     try:
-        place = Path(os.path.realpath(path))
-        found = place.stat().st_mode if place.exists() else stat.S_IFREG | 0o666
-        if not stat.S_ISREG(found):  # a device or a pipe
-            write_to_device(place, data)
+        found = Path(path).stat().st_mode if Path(path).exists() else stat.S_IFREG | 0o666
+        if not stat.S_ISREG(found):  # a device or a pipe, such as /dev/stdout, which no other path may lead to
+            write_to_device(Path(path), data)
             return
+        place = Path(os.path.realpath(path))
 
         def prepare(draft: Draft) -> None:
             draft.make_readable_like([], stat.S_IMODE(found))

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from threadpoolctl import threadpool_info
 
+from refinfer.blas_threads import blas_libraries
 from refinfer.clock import Clock
 from refinfer.errors import InputError
 from refinfer.inventory import Inventory
@@ -74,8 +74,7 @@ def blas_name() -> str:
     """Return what numpy multiplies with: the library, its version, its target processor, and numpy's version."""
     libraries = [
         " ".join(str(part) for part in (info["internal_api"], info.get("version"), info.get("architecture")) if part)
-        for info in threadpool_info()
-        if info["user_api"] == "blas"
+        for info in blas_libraries()
     ]
     return ", ".join([*libraries, f"numpy {np.__version__}"])
 

@@ -1,7 +1,7 @@
 """Reads packed weights from disk, straight into the memory that the matmul uses.
 
 Leaves to others: chunks, plans, checksums.
-Read more: tutorials 10, 12; clauses STORE-1 to STORE-6.
+Read more: tutorials 10, 12; clauses STORE-1 to STORE-7.
 
 Direct I/O (`O_DIRECT`) bypasses the page cache, where the system keeps copies of what was read, so that the budget
 counts every byte that is in memory. It needs offset, length and address on page boundaries, which is why everything in
@@ -32,6 +32,7 @@ from refinfer.packing.layout import Bytes
 __all__ = ["FileStore", "Store", "ThrottledStore"]
 
 _LONGEST_SLEEP_S: Final = 1 / 8
+_REFUSED: Final = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
 _FLAGS: Final = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # never waits for a pipe
 
 
@@ -150,10 +151,11 @@ class FileStore:
                 data = os.read(descriptor, len(view))
             view[: len(data)] = data
             return len(data)
+        was_direct = self.direct  # another thread may be refused at the same time
         try:
             n = os.preadv(descriptor, [view], offset)
         except OSError as error:
-            if not self.direct or error.errno != errno.EINVAL:
+            if not was_direct or error.errno not in _REFUSED:
                 raise
             self._end_direct(descriptor)  # what worked at first is refused now
             n = os.preadv(descriptor, [view], offset)

@@ -33,7 +33,7 @@ SAMPLING_BYTES: Final = 56
 """What drawing a token takes for each number that the model computed: 54 bytes at most, as measured."""
 
 THREAD_BYTES: Final = 80 << 10
-"""What a thread that reads takes: its stack, Python's and the system's notes; 50 to 67 kB, as measured, and more."""
+"""What a thread that reads takes: its stack and the system's own records; 50 to 67 kB as measured, rounded up."""
 
 
 @dataclass(frozen=True, slots=True)

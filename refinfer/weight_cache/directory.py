@@ -130,11 +130,11 @@ def remove(path: Path) -> int:
     Raises:
         OSError: a file cannot be removed from the folder.
     """
-    freed = sum(file.stat().st_size for file in files_of(path))
+    freed = sum(file.lstat().st_size for file in files_of(path))
     side = side_path(path)
     path.unlink(missing_ok=True)
     if side.parent == cache_directory() or _begins(side, SIDE_FILE_BEGINS):
         side.unlink(missing_ok=True)
     remove_dead_draft(path, MAGIC)
     remove_dead_draft(side, SIDE_FILE_BEGINS)
-    return freed - sum(file.stat().st_size for file in files_of(path))
+    return freed - sum(file.lstat().st_size for file in files_of(path))

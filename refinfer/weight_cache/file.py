@@ -43,7 +43,7 @@ from refinfer.weight_cache.key import PackKey
 from refinfer.weight_cache.mapped_file import MappedFile
 from refinfer.weight_cache.packers import chunks_of
 from refinfer.weight_cache.provider import DictFace, State, lies_at, require, require_fitting
-from refinfer.weight_cache.publish import Draft, Space
+from refinfer.weight_cache.publish import Draft, Space, named_draft
 
 __all__ = ["FileWeightCacheProvider"]
 
@@ -78,9 +78,10 @@ class FileWeightCacheProvider(DictFace):
         """Begin a new file; waits while another process builds it.
 
         Raises:
+            RequestError: a file lies there that is not a cache file.
             OSError: no file can be made in the folder.
         """
-        return cls(Draft(path), provenance)
+        return cls(named_draft(path), provenance)
 
     @classmethod
     def load(cls, path: Path) -> FileWeightCacheProvider:

@@ -1,7 +1,7 @@
 """Loads a cache file or builds it: one call decides, and reports the reason.
 
 Decides when to look, wait, hash, pack and publish. Leaves to others: what is packed, and how.
-Read more: tutorials 05, 06; clauses OPEN-1 to OPEN-9.
+Read more: tutorials 05, 06; clauses OPEN-1 to OPEN-10.
 
     _load_believed     the side file is believed?  --yes-->  the file is good and whole?  --yes-->  mapped
                             | no                                  | no           (nothing was read but headers)

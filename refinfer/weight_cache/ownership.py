@@ -3,7 +3,7 @@
 Others can guess the names that a build writes to, and may be able to write into the same folder. So nothing is written
 through a link, into a special file or over a file that refinfer did not write, and a cache file is no more readable
 than the weights in it. Leaves to others: when something is written (`publish`), and what.
-Read more: tutorial 05; clauses PUBLISH-8 to PUBLISH-12.
+Read more: tutorial 05; clauses PUBLISH-8 to PUBLISH-11, OPEN-9, OPEN-10.
 
     what lies at the name of a draft              what a build does
     --------------------------------              -----------------
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from refinfer.errors import RequestError
+from refinfer.process import umask
 from refinfer.whole_file import open_regular
 
 __all__ = [
@@ -82,13 +83,18 @@ def open_draft(path: Path) -> IO[bytes]:
 
     Raises:
         PermissionError: it is another user's, or the folder cannot be written.
-        FileNotFoundError: it was published or removed at this moment.
-        OSError: what lies there is not a regular file, or has a second name.
+        OSError: there is no folder, or what lies there is not a regular file, or has a second name.
     """
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _CAREFUL, _PRIVATE)
-        change_mode(descriptor, _PRIVATE)  # whatever the umask is
-        return os.fdopen(descriptor, "r+b", 0)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _CAREFUL, _PRIVATE)
+            change_mode(descriptor, _PRIVATE)  # whatever the umask is
+            return os.fdopen(descriptor, "r+b", 0)
+        with contextlib.suppress(FileNotFoundError):  # published or removed at this moment
+            return _open_own_draft(path)
+
+
+def _open_own_draft(path: Path) -> IO[bytes]:
     _require_plain(path)
     file = os.fdopen(os.open(path, os.O_RDWR | _CAREFUL), "r+b", 0)
     try:
@@ -128,10 +134,15 @@ def change_mode(descriptor: int, mode: int) -> None:
 
 
 def is_ours(file: IO[bytes], begin: bytes) -> bool:
-    """Return whether a draft may be one of ours: it begins with `begin`, or a crash has left nothing or zeros of it."""
+    """Return whether a draft may be one of ours: it begins with `begin`, or a crash has left nothing or zeros of it.
+
+    Others' files may begin with zeros, too, such as images of disks. A draft has the mode of one.
+    """
     file.seek(0)
     head = file.read(len(begin))
-    return not head.strip(b"\0") or head == begin[: len(head)]
+    if head and not head.strip(b"\0"):
+        return stat.S_IMODE(os.fstat(file.fileno()).st_mode) == _PRIVATE
+    return head == begin[: len(head)]
 
 
 def write_to_device(path: Path, data: bytes) -> None:
@@ -166,20 +177,20 @@ def make_folder(folder: Path) -> None:
 
 
 def mode_like(sources: Sequence[Path], most: int, gid: int) -> int:
-    """Return the mode of a file of group `gid` that nobody may read who may not read all of `sources`.
+    """Return the mode of a file of group `gid` that nobody may read whom the mode of one of `sources` shuts out.
 
     The user may always read it. Others get at most the bits of `most`, without those that the umask takes away.
 
     Raises:
         OSError: a source is not there.
     """
-    umask = os.umask(0o077)
-    os.umask(umask)
-    mode = most & ~umask
+    mode = most & ~umask()
     for found in map(os.stat, sources):
         mode &= found.st_mode | stat.S_IWUSR
         if found.st_gid != gid:
             mode &= ~stat.S_IRWXG
+            if not found.st_mode & stat.S_IRGRP:  # its group would be among the others
+                mode &= ~stat.S_IRWXO
     return mode | stat.S_IRUSR
 
 

@@ -2,7 +2,7 @@
 
 Uses temporary files, locks, fsync and renaming. Leaves to others: what is in a file, what may be written over
 (`ownership`).
-Read more: tutorial 05; clauses PUBLISH-1 to PUBLISH-7, PUBLISH-13, PUBLISH-14.
+Read more: tutorial 05; clauses PUBLISH-1 to PUBLISH-7, PUBLISH-12 to PUBLISH-14.
 
 The draft of `name` is `name.tmp`; only the process that has its lock may write to it. Publishing makes its bytes
 durable (they are on the disk when `fsync` returns, and survive a power cut), then gives it its name, then makes the
@@ -39,6 +39,7 @@ import numpy as np
 
 from refinfer.arrays import whole_pages
 from refinfer.clock import Clock
+from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.ownership import (
     READ_ONLY,
     change_mode,
@@ -46,15 +47,25 @@ from refinfer.weight_cache.ownership import (
     mode_like,
     open_draft,
     open_other_draft,
+    require_replaceable,
     taken_by,
 )
 
-__all__ = ["Draft", "Patience", "Space", "discard", "draft_path", "remove_dead_draft", "write_small_file"]
+__all__ = [
+    "Draft",
+    "Patience",
+    "Space",
+    "discard",
+    "draft_path",
+    "named_draft",
+    "remove_dead_draft",
+    "write_small_file",
+]
 
 _LONG_S: Final = 5.0
 _LOOK_S: Final = 0.05
-_NO_LOCKS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _REFUSED: Final = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)  # a service that can be done without
+_NO_LOCKS: Final = (*_REFUSED, errno.ENOLCK)
 _GRANULE: Final = mmap.ALLOCATIONGRANULARITY  # a mapping begins at a multiple of it
 _ZEROS: Final = bytes(1 << 20)
 
@@ -131,7 +142,8 @@ class Draft:
             self.locked = fcntl is not None
         except _NoLocksError:
             self.temporary = draft_path(path, locks=False)
-            self._file, self.locked = open_draft(self.temporary), False
+            self._file = _require_ours(open_draft(self.temporary), self.temporary, begin)
+            self.locked = False
         self._file.truncate(0)
 
     def make_readable_like(self, sources: Sequence[Path], most: int = READ_ONLY) -> None:
@@ -144,7 +156,8 @@ class Draft:
 
     def now_ns(self) -> int:
         """Return the time by the clock of the file system."""
-        os.utime(self._file.fileno())
+        with contextlib.suppress(OSError):  # then it is the time when the draft was made
+            os.utime(self._file.fileno())
         return os.fstat(self._file.fileno()).st_mtime_ns
 
     def grow(self, start: int, nbytes: int) -> Space:
@@ -208,17 +221,13 @@ class Draft:
 
 
 class _NoLocksError(Exception):
-    """This file system has no file locks."""
+    """This file system has no file locks, or the system refuses them."""
 
 
 def _open_locked(path: Path, begin: bytes, patience: Patience | None) -> IO[bytes]:
     while True:
         try:
             file = open_draft(path)
-        except FileNotFoundError:  # published or removed since, or there is no folder
-            if not path.parent.exists():
-                raise
-            continue
         except PermissionError:  # another user's draft: removed when nobody writes it any more
             if not os.path.lexists(path):
                 raise
@@ -226,17 +235,19 @@ def _open_locked(path: Path, begin: bytes, patience: Patience | None) -> IO[byte
             continue
         try:
             if fcntl is None or (_lock(file, path, patience) and _is_at(path, file)):
-                _require_ours(file, path, begin)
-                return file
+                return _require_ours(file, path, begin)
         except BaseException:
             file.close()
             raise
         file.close()
 
 
-def _require_ours(file: IO[bytes], path: Path, begin: bytes) -> None:
+def _require_ours(file: IO[bytes], path: Path, begin: bytes) -> IO[bytes]:
+    """Return a draft that may be one of ours; any other file is closed, and an error names it."""
     if begin and not is_ours(file, begin):
+        file.close()
         raise taken_by(path, "not a draft of refinfer")
+    return file
 
 
 def _remove_when_unlocked(path: Path, begin: bytes, patience: Patience | None) -> None:
@@ -255,7 +266,7 @@ def _lock(file: IO[bytes], path: Path, patience: Patience | None) -> bool:
     """Lock a draft, waiting for whoever has it locked.
 
     Raises:
-        _NoLocksError: this file system has no locks; an empty draft, which only we can have made, is removed.
+        _NoLocksError: there are no locks here; an empty draft, which only we can have made, is removed.
     """
 
     def is_free() -> bool:
@@ -305,6 +316,19 @@ def _sync(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
+
+
+def named_draft(path: Path) -> Draft:
+    """Begin the draft of a cache file at a place that a person chose.
+
+    Raises:
+        RequestError: a file lies there that is not a cache file; it stays as it is.
+        OSError: no file can be made in the folder, or something else has the draft's name.
+    """
+    require_replaceable(path, MAGIC, "a weight cache")
+    draft = Draft(path, MAGIC)
+    draft.before = lambda: require_replaceable(path, MAGIC, "a weight cache")
+    return draft
 
 
 def remove_dead_draft(path: Path, begin: bytes) -> None:

@@ -341,6 +341,16 @@ def test_a_safetensors_header_of_any_length_takes_little_memory_and_time(model: 
             assert ran.status == 2, ran.err
 
 
+def test_an_index_of_any_length_takes_little_memory_and_time(sharded: Path) -> None:
+    for n in (990_000, 15_900_000):
+        for unit in (b"[],", b'{"a":[]},'):
+            (sharded / INDEX).write_bytes(b'{"x":[' + (unit * (n // len(unit)))[:-1] + b"]}")
+            ran = generate(sharded)
+            require_civil((ran,), (n, unit))
+            assert ran.status == 2, ran.err
+            assert INDEX in ran.err
+
+
 def test_any_index_gives_a_run_or_one_line(cases: Cases, sharded: Path) -> None:
     path = sharded / INDEX
     raw = json.loads(path.read_text())

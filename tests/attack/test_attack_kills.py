@@ -66,7 +66,7 @@ def test_after_kills_and_races_the_next_start_is_right_and_nothing_is_left(
 ) -> None:
     expected = {format: ids_of(model, ":memory", format) for format in FORMATS}
     for rng in cases:
-        format, budget = rng.choice(FORMATS), rng.choice([None, "600kB", "3MB"])
+        format, budget = rng.choice(FORMATS), rng.choice([None, "700kB", "3MB"])
         cache = tmp_path / f"{format}.packed"
 
         def start(say: Say, format: str = format, budget: str | None = budget, cache: Path = cache) -> None:

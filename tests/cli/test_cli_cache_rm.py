@@ -269,3 +269,28 @@ def test_a_name_that_is_no_text_is_packed_listed_and_removed(directory: Path, tm
     assert as_bytes(listed[0]["model"]) == as_bytes(folder)
     assert run("cache", "rm", folder)[0] == 0
     assert names_in(directory) == set()
+
+
+@pytest.mark.spec("CLI-13", "DIR-4")
+def test_rm_of_a_link_to_a_cache_file_removes_the_file_and_what_belongs_to_it(model: Path, tmp_path: Path) -> None:
+    link, file = tmp_path / "link", tmp_path / "there" / "file"
+    file.parent.mkdir()
+    link.symlink_to(file)
+    run("pack", model, "-o", link)
+    nbytes = sum(path.stat().st_size for path in (file, side_path(file)))
+    assert run("cache", "rm", link)[:2] == (0, f"removed {file}, {format_nbytes(nbytes)}\n")
+    assert names_in(file.parent) == set()
+
+
+@pytest.mark.spec("CLI-13", "DIR-4")
+@pytest.mark.parametrize("way", ["what the link leads to", "the link", "all"])
+def test_a_link_in_the_cache_directory_leads_rm_to_no_file_of_a_person(
+    packed: Path, directory: Path, tmp_path: Path, way: str
+) -> None:
+    thesis, link = tmp_path / "thesis", directory / "thesis.packed"
+    thesis.write_text("dear")
+    link.symlink_to(thesis)
+    named = {"what the link leads to": thesis, "the link": link, "all": "--all"}[way]
+    assert run("cache", "rm", named)[0] == (2 if named == thesis else 0)
+    assert thesis.read_text() == "dear"
+    assert link.is_symlink() == (named == thesis)

@@ -176,6 +176,20 @@ def test_a_picture_that_cannot_be_written_is_one_line(command: str, tmp_path: Pa
 
 @pytest.mark.spec("CLI-24")
 @both
+def test_a_picture_goes_into_a_pipe_that_has_no_name_of_its_own(command: str) -> None:
+    reader, writer = os.pipe()
+    try:
+        if not Path(f"/dev/fd/{writer}").exists():
+            pytest.skip("this system has no /dev/fd")
+        assert run(command, "--shape", SHAPE, "--budget", "60%", "--svg", f"/dev/fd/{writer}")[0] == 0
+        assert os.read(reader, 60).startswith(b"<svg ")
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.spec("CLI-24")
+@both
 @pytest.mark.parametrize("content", [b"a thesis", b"<svg", b'<svg xmlns="http://www.w3.org/2000/svg">', bytes(100)])
 def test_a_picture_takes_the_place_of_a_picture_of_ours_only(command: str, content: bytes, tmp_path: Path) -> None:
     options = [command, "--shape", SHAPE, "--budget", "60%", "--svg", tmp_path / "x.svg"]

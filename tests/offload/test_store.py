@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,35 @@ def test_direct_io_that_is_refused_after_the_first_read_is_done_without(
         store.read(0, again := pages(N_PAGES))
     assert into.tobytes() == again.tobytes() == content
     assert refused == [0]
+
+
+@pytest.mark.spec("STORE-7")
+@pytest.mark.skipif(not O_DIRECT, reason="this system has no direct I/O")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM], ids=errno.errorcode.__getitem__)
+def test_two_threads_whose_direct_reads_are_refused_at_the_same_time_both_go_on(
+    file: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    import fcntl
+
+    real, both, one_went_on = os.preadv, threading.Barrier(2), threading.Event()
+
+    def refusing(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & O_DIRECT:
+            if both.wait(30):
+                one_went_on.wait(30)
+            raise OSError(number, os.strerror(number))
+        one_went_on.set()
+        return real(descriptor, buffers, offset)
+
+    with FileStore(file) as store:
+        if not store.direct:
+            pytest.skip("this file system has no direct I/O")
+        monkeypatch.setattr(os, "preadv", refusing)
+        read = [pages(N_PAGES), pages(N_PAGES)]
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(lambda into: store.read(0, into), read))
+        assert not store.direct
+    assert [into.tobytes() for into in read] == [content, content]
 
 
 @pytest.mark.spec("STORE-7")

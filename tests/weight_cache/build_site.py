@@ -182,11 +182,13 @@ def entries_of(prepared: Prepared) -> tuple[Entry, ...]:
 
 
 def put(folder: Path, files: dict[str, bytes]) -> None:
-    """Make a folder hold exactly these files."""
+    """Make a folder hold exactly these files; drafts have the mode of drafts."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(data)
+        if name.endswith(".tmp"):
+            (folder / name).chmod(0o600)  # as drafts are
 
 
 def taken(folder: Path) -> dict[str, bytes]:

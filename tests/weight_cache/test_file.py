@@ -14,10 +14,11 @@ from numpy.testing import assert_array_equal
 from file_contents import ABOUT, SOURCE, fill, flip, floats, gaps, packed, tensors, write
 from provider_kinds import A, B, C, D, contents, finalized, insert, loaded, noise
 from refinfer.arrays import PAGE_BYTES
-from refinfer.errors import DamagedWeightsError, PackingError, WeightCacheStateError
+from refinfer.errors import DamagedWeightsError, PackingError, RequestError, WeightCacheStateError
 from refinfer.packing.formats import PackedMatrix, layout_of, pack_matrix
 from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.file import FileWeightCacheProvider
+from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.key import PackKey, WeightId
 from refinfer.weight_cache.mapped_file import read_file
 from refinfer.weight_cache.packers import chunks_of, layout_of_key, matrix_key, padded_nbytes_of, vectors_key
@@ -237,7 +238,7 @@ def test_the_same_calls_give_the_same_file(tmp_path: Path, whole: bytes, how: In
     for junk in (0, 0xA5, 0x5A):
         path = tmp_path / f"{junk}" / "cache"
         path.parent.mkdir()
-        path.with_name("cache.tmp").write_bytes(bytes([junk]) * 200_000)  # left by a builder that crashed
+        path.with_name("cache.tmp").write_bytes(MAGIC + bytes([junk]) * 200_000)  # left by a builder that crashed
         provider = FileWeightCacheProvider.build(path, ABOUT)
         for key, w in tensors().items():
             how(provider, key, packed(w, key), junk)
@@ -486,10 +487,22 @@ def test_deleting_a_provider_in_a_file_releases_the_mapping_but_not_the_file(
     assert contents(FileWeightCacheProvider.load(path)) == {A: noise(A).tobytes()}
 
 
+@pytest.mark.spec("OPEN-9")
+def test_a_provider_is_not_built_over_a_persons_file(tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_bytes(b"dear")
+    with pytest.raises(RequestError, match="is not a weight cache, and stays as it is"):
+        FileWeightCacheProvider.build(thesis)
+    thesis.rename(tmp_path / "thesis.txt.tmp")
+    with pytest.raises(FileExistsError, match="is not a draft of refinfer, and stays as it is"):
+        FileWeightCacheProvider.build(thesis)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("thesis.txt.tmp", b"dear")]
+
+
 @pytest.mark.spec("CACHE-11")
 def test_deleting_an_unfinished_provider_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "cache"
-    for before in (None, noise(C).tobytes()):
+    for before in (None, MAGIC + noise(C).tobytes()):
         if before is not None:
             path.write_bytes(before)
         provider = FileWeightCacheProvider.build(path)

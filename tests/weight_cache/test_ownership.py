@@ -98,7 +98,12 @@ def a_text(name: Path, thesis: Path) -> None:
     name.write_bytes(b"notes")
 
 
-PLANTED = [a_link, a_link_to_nothing, a_hard_link, a_pipe, a_socket, a_folder, a_text]
+def an_image_of_a_disk(name: Path, thesis: Path) -> None:
+    name.write_bytes(bytes(5000) + b"files")
+    name.chmod(0o644)
+
+
+PLANTED = [a_link, a_link_to_nothing, a_hard_link, a_pipe, a_socket, a_folder, a_text, an_image_of_a_disk]
 Plant = Callable[[Path, Path], None]
 
 
@@ -162,6 +167,7 @@ def test_a_link_at_the_name_of_a_small_file_is_replaced_and_not_followed(tmp_pat
 @pytest.mark.parametrize("left", [b"", bytes(5000), MAGIC, MAGIC + bytes(5000), MAGIC[:3]], ids=len)
 def test_what_a_crash_has_left_of_a_draft_is_taken_over(site: Site, left: bytes) -> None:
     draft_path(site.cache).write_bytes(left)
+    draft_path(site.cache).chmod(0o600)
     draft_path(side_path(site.cache)).write_bytes(SIDE_FILE_BEGINS[: len(left)])
     assert site.open_checked().outcome.reason == NO_FILE
     assert site.folder == site.own_names
@@ -230,37 +236,50 @@ def mode_of(path: Path) -> int:
 
 @pytest.mark.spec("PUBLISH-10")
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o644, 0o666, 0o604, 0o400, 0o755], ids="source {:03o}".format)
-def test_a_published_file_is_read_only_and_no_more_readable_than_its_source(site: Site, mode: int, umask: int) -> None:
-    site.source.chmod(mode)
-    site.open()
+def test_a_published_file_is_read_only_and_no_more_readable_than_its_source(
+    open_site: Site, mode: int, umask: int
+) -> None:
+    open_site.source.chmod(mode)
+    open_site.open()
     expected = (mode & 0o444 & ~umask) | 0o400
-    assert {path.name: mode_of(path) for path in site.cache.parent.iterdir()} == dict.fromkeys(site.own_names, expected)
+    assert {path.name: mode_of(path) for path in open_site.cache.parent.iterdir()} == dict.fromkeys(
+        open_site.own_names, expected
+    )
 
 
 @pytest.mark.spec("PUBLISH-10")
-def test_a_source_is_looked_at_behind_its_link(site: Site) -> None:
-    blob = site.source.with_name("blob")
-    site.source.rename(blob)
-    site.source.symlink_to(blob)
+def test_a_source_is_looked_at_behind_its_link(open_site: Site) -> None:
+    blob = open_site.source.with_name("blob")
+    open_site.source.rename(blob)
+    open_site.source.symlink_to(blob)
     blob.chmod(0o600)
-    site.open()
-    assert mode_of(site.cache) == 0o400
+    open_site.open()
+    assert mode_of(open_site.cache) == 0o400
 
 
 @pytest.mark.spec("PUBLISH-10")
 @needs_root
-def test_the_group_may_read_it_only_if_it_is_the_group_of_the_source(site: Site) -> None:
+def test_the_group_may_read_it_only_if_it_is_the_group_of_the_source(open_site: Site) -> None:
     before = os.umask(0o022)
     try:
-        site.source.chmod(0o640)
-        site.open()
-        assert mode_of(site.cache) == 0o440
-        os.chown(site.source, -1, NOBODY)
-        site.cache.unlink()
-        site.open()
-        assert mode_of(site.cache) == 0o400
+        open_site.source.chmod(0o640)
+        open_site.open()
+        assert mode_of(open_site.cache) == 0o440
+        os.chown(open_site.source, -1, NOBODY)
+        open_site.cache.unlink()
+        open_site.open()
+        assert mode_of(open_site.cache) == 0o400
     finally:
         os.umask(before)
+
+
+@pytest.mark.spec("PUBLISH-10")
+@needs_root
+def test_a_group_that_may_not_read_the_source_is_not_let_in_among_the_others(open_site: Site) -> None:
+    os.chown(open_site.source, -1, NOBODY)
+    open_site.source.chmod(0o604)
+    open_site.open()
+    assert mode_of(open_site.cache) == 0o400
 
 
 @pytest.mark.spec("PUBLISH-10")
@@ -373,9 +392,11 @@ def test_who_has_waited_long_still_gets_the_lock(tmp_path: Path) -> None:
         assert holder.end() == 0
 
 
-@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.__getitem__)
+@pytest.fixture(
+    params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL], ids=errno.errorcode.__getitem__
+)
 def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be a file system without locks."""
+    """Be a file system without locks, or a system that refuses them."""
 
     def refuse(*_: object) -> None:
         raise OSError(request.param, os.strerror(request.param))
@@ -405,8 +426,35 @@ def test_without_locks_a_build_that_fails_leaves_nothing(site: Site, no_locks: N
     assert site.folder == set()
 
 
+@pytest.mark.spec("PUBLISH-13", "PUBLISH-8")
+@pytest.mark.parametrize("plant", PLANTED)
+def test_without_locks_what_is_planted_at_the_name_of_a_draft_stays(site: Site, no_locks: None, plant: Plant) -> None:
+    thesis = site.source.parent / "thesis"
+    thesis.write_bytes(b"dear")
+    draft = draft_path(site.cache, locks=False)
+    plant(draft, thesis)
+    before = looked_at(site.cache.parent), looked_at(thesis.parent)
+    with pytest.raises(WeightCacheError, match=rf"cannot be written: .*{draft.name} is .*stays as it is"):
+        site.open()
+    assert (looked_at(site.cache.parent), looked_at(thesis.parent)) == before
+
+
+@pytest.mark.spec("OPEN-5")
+def test_a_folder_in_which_no_file_can_be_made_is_an_error_at_once(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+
+    def work() -> None:
+        os.chdir(gone)
+        gone.rmdir()
+        with pytest.raises(FileNotFoundError):
+            Draft(Path("file"))
+
+    in_child(work)
+
+
 @pytest.mark.spec("PUBLISH-14")
-@pytest.mark.parametrize("name", ["fsync", "fchmod", "posix_fallocate"])
+@pytest.mark.parametrize("name", ["fsync", "fchmod", "posix_fallocate", "utime"])
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP], ids=errno.errorcode.__getitem__)
 def test_a_service_that_is_refused_is_done_without(
     site: Site, monkeypatch: pytest.MonkeyPatch, name: str, number: int
