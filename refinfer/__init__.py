@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the names in `_NAMES`, for type checkers; a test compares t
     from refinfer.errors import GenerationError as GenerationError
     from refinfer.errors import InputError as InputError
     from refinfer.errors import PackingError as PackingError
+    from refinfer.errors import PlanFunctionError as PlanFunctionError
     from refinfer.errors import RefinferError as RefinferError
     from refinfer.errors import RequestError as RequestError
     from refinfer.errors import SafetensorsError as SafetensorsError
@@ -52,6 +53,7 @@ _NAMES = {
         "GenerationError",
         "InputError",
         "PackingError",
+        "PlanFunctionError",
         "RefinferError",
         "RequestError",
         "SafetensorsError",

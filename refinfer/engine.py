@@ -8,6 +8,8 @@ Read more: tutorials 00, 12; clauses GEN-12 to GEN-18.
     ":memory"      no                packed into memory at each start
     None, PATH     no                in a file, mapped: packed at the first start
     None, PATH     yes               in a file, read chunk by chunk (`offload.streamed`)
+
+A person's own source of weights takes the place of all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from refinfer.model.weights import RowMajorSource
 from refinfer.offload.run import BudgetedRun, PlannedRun, Within, open_run, plan_run
 from refinfer.offload.store import FileStore
 from refinfer.packing.formats import pack_matrix
+from refinfer.planning.own_plan import own_plan
 from refinfer.prepare import IN_MEMORY, OFF, cache_path, choose_format, prepare
+from refinfer.sources.own_source import MakeSource, own_source
 from refinfer.sources.packed import PackedSource
 from refinfer.trace import Trace
 from refinfer.weight_cache.format import MAGIC
@@ -56,6 +60,7 @@ class EngineRequest:
     within: Within | None
     clock: Clock
     listener: Listener
+    source: MakeSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,8 @@ def open_engine(request: EngineRequest, reason: str | None = None) -> Engine:
     Raises:
         InputError: the model or the request cannot be used; the message says why.
     """
+    if request.source is not None:
+        return _own(request, request.source)
     with readable(request.model.path):
         checkpoint = open_checkpoint(request.model.path)
     inventory = Inventory(request.model.config, choose_format(checkpoint, request.weights))
@@ -122,6 +129,17 @@ def require_finite_weights(checkpoint: Checkpoint) -> None:
     """
     if (name := checkpoint.first_non_finite()) is not None:
         raise WeightsError(f"{checkpoint.path_of(name)}: {name!r} holds NaN or infinity; the file is damaged")
+
+
+def _own(request: EngineRequest, make: MakeSource) -> Engine:
+    started = request.clock.now()
+    source = own_source(make, request.model.config, request.model.path)
+    outcome = CacheOutcome(OFF, load_or_build_s=request.clock.now() - started)
+    try:
+        return Engine(Transformer(source, request.max_positions), outcome)
+    except BaseException:
+        source.close()
+        raise
 
 
 def _row_major(request: EngineRequest, inventory: Inventory, checkpoint: Checkpoint) -> Engine:
@@ -160,7 +178,7 @@ def _within_budget(request: EngineRequest, within: Within, inventory: Inventory,
     if request.cache.lock_memory:
         raise RequestError("lock_memory cannot be used within a budget: there the plan decides what is locked")
     path = cache_path(checkpoint, inventory.format, request.cache.place)
-    planned = plan_run(within, inventory, request.max_positions, path)
+    planned = plan_run(replace(within, plan=own_plan(within.plan)), inventory, request.max_positions, path)
     prepared = _prepare_within(planned, request, inventory, checkpoint)
     keys, outcome = prepared.keys, prepared.outcome
     prepared.provider.delete_cache()

@@ -17,6 +17,7 @@ __all__ = [
     "GenerationError",
     "InputError",
     "PackingError",
+    "PlanFunctionError",
     "RefinferError",
     "RequestError",
     "SafetensorsError",
@@ -105,6 +106,10 @@ class PackingError(InputError):
 
 class RequestError(InputError):
     """A request cannot be served: token ids, lengths or sampling options out of range."""
+
+
+class PlanFunctionError(RequestError):
+    """A plan of a person's own failed, returned no mask, locked too much, or gave another mask when asked again."""
 
 
 class SessionInUseError(RequestError):

@@ -16,13 +16,13 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from refinfer.arrays import Float32Array, IntArray
+from refinfer.arrays import BoolArray, Float32Array, IntArray
 from refinfer.blas_threads import blas_threads, default_threads
 from refinfer.clock import Clock, RealClock
 from refinfer.engine import CacheOptions, Engine, EngineRequest, open_engine, require_finite_weights
 from refinfer.errors import DamagedWeightsError, GenerationError, RequestError
 from refinfer.model.checkpoint import open_checkpoint
-from refinfer.model.folder import ModelFolder, open_folder
+from refinfer.model.folder import DEFAULT_POSITIONS, ModelFolder, open_folder
 from refinfer.model.sampler import Sampling, sample
 from refinfer.model.tokenizer import TextStream
 from refinfer.model.transformer import Transformer
@@ -83,8 +83,9 @@ def load(
     model: str | os.PathLike[str] | ModelFolder | None = None,
     *,
     weights: str = "auto",
-    budget: int | str | None = None,
-    plan: str = "optimal",
+    source: Callable[..., WeightSource] | None = None,
+    budget: float | str | None = None,
+    plan: str | Callable[..., BoolArray] = "optimal",
     prefetch_threads: int = PREFETCH_THREADS,
     prefetch_ring: int | None = None,
     disk_bandwidth: float | None = None,
@@ -105,8 +106,11 @@ def load(
         model: a folder in Hugging Face's form, or what `open_folder` returned; None means the storyteller.
         weights: the format to pack weights in: f32, bf16, int8, int4, or auto, which is bf16 if the checkpoint is
             stored in bfloat16 and f32 otherwise, so that nothing is lost.
+        source: a class or function that makes a weight source from a config and a folder, to be used instead of all
+            that follows about packed weights, budgets and files; None means refinfer's own.
         budget: the memory to run in: bytes, a size such as "300MB", or a share of the packed weights such as "40%".
-        plan: which chunks stay in memory under a budget: one of `planning.plan.PLANS`.
+        plan: which chunks stay in memory under a budget: one of `planning.plan.PLANS`, or a function from an inventory
+            and a room in bytes to a mask, as tutorial 09 explains.
         prefetch_threads: number of threads that read ahead; 0 reads each chunk when it is needed.
         prefetch_ring: bytes of memory for chunks that were read ahead; None lets the plan choose.
         disk_bandwidth: the largest number of bytes to read per second; None sets no limit.
@@ -116,7 +120,7 @@ def load(
             packs at each start. "off" packs nothing: numpy multiplies row-major float32 weights with the same values,
             as a reference to compare with.
         max_positions: number of positions that the KV cache reserves for prompt and generated tokens together;
-            None means 512, or less if the model has fewer.
+            None means 512, or 256 within a budget, or less if the model has fewer.
         threads: BLAS threads while generating; None means one for models below 64 MiB and for runs that wait for the
             disk, else one per core.
         lock_memory: keep the mapped file in memory (`mlock`).
@@ -140,7 +144,7 @@ def load(
     opened = model if isinstance(model, ModelFolder) else open_folder(Path(model or STORYTELLER))
     positions = opened.config.longest_request
     if max_positions is None:
-        max_positions = min(DEFAULT_MAX_POSITIONS, positions)
+        max_positions = min(DEFAULT_MAX_POSITIONS if budget is None else DEFAULT_POSITIONS, positions)
     if not 1 <= max_positions <= positions:
         raise RequestError(f"max_positions must be from 1 to this model's {positions}, not {max_positions}")
     if disk_bandwidth is not None and not 0 < disk_bandwidth < float("inf"):
@@ -149,6 +153,10 @@ def load(
         raise RequestError(f"threads must be from 1 to {_MOST_THREADS}, not {threads}")
     prefetch = Prefetch(prefetch_threads, prefetch_ring)
     place = None if weight_cache is None else os.fspath(weight_cache)
+    packed = {"weights": weights != "auto", "budget": budget is not None, "weight_cache": place is not None,
+              "lock_memory": lock_memory}  # fmt: skip
+    if source is not None and any(packed.values()):
+        raise RequestError(f"source takes the place of {' and '.join(n for n, given in packed.items() if given)}")
     request = EngineRequest(
         model=opened,
         weights=weights,
@@ -157,6 +165,7 @@ def load(
         within=None if budget is None else Within(budget, plan, prefetch, disk_bandwidth, paged, trace),
         clock=clock,
         listener=listener or Listener(),
+        source=source,
     )
     return Session(request, threads, started)
 

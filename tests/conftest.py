@@ -20,6 +20,8 @@ from threadpoolctl import threadpool_limits
 
 import refinfer
 from cage import Cases
+from refinfer.cli.imported import imported
+from refinfer.errors import RefinferError
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.synth import write_checkpoint
@@ -154,6 +156,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--attack-cases", metavar="N", type=int, help=about)
     about = "random seed of each attack's first case; the next ones count up (default: a different one each run)"
     parser.addoption("--attack-seed", metavar="N", type=int, help=about)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say in one line if a class that somebody named cannot be imported, before any test is collected."""
+    own: str | None = config.getoption("provider")
+    for option, names in {"--provider": [own] if own else [], "--source": config.getoption("source")}.items():
+        for name in names:
+            try:
+                imported(name)
+            except RefinferError as error:
+                raise pytest.UsageError(f"{option} {error}") from None
 
 
 @pytest.fixture

@@ -13,17 +13,16 @@ import sys
 from itertools import chain
 from pathlib import Path
 
-from refinfer.cli.options import add_json, add_prefetch, add_weights, integer, number, rate, token_ids
+from refinfer.cli.options import add_json, add_plan_choice, add_prefetch, add_weights, integer, number, rate, token_ids
 from refinfer.cli.pictures import CHROME_BEGINS, to_chrome
 from refinfer.cli.show import cache_line, format_seconds, listening, require_writable, write_file
 from refinfer.cli.terminal import native_code_unheard, say
 from refinfer.clock import Clock, RealClock
 from refinfer.errors import RequestError
 from refinfer.generate import DEFAULT_PROMPT, STORYTELLER, GenerationStats, Session, load
-from refinfer.model.folder import DEFAULT_MAX_TOKENS, ModelFolder, open_folder
+from refinfer.model.folder import DEFAULT_MAX_TOKENS, DEFAULT_POSITIONS, ModelFolder, open_folder
 from refinfer.offload.prediction import Prediction
 from refinfer.planning.cost import PREFETCH_THREADS
-from refinfer.planning.plan import PLANS
 from refinfer.units import format_nbytes
 
 __all__ = ["add_generate", "run_generate"]
@@ -65,12 +64,7 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
         help="run within this much memory: 300MB, 1.5GiB, 40%% of the packed weights, or auto, which is nine tenths of "
         "what is left (default: no limit)",
     )
-    parser.add_argument(
-        "--plan",
-        metavar="PLAN",
-        choices=PLANS,
-        help=f"which weights stay in memory within a budget: {', '.join(PLANS)} (default: optimal)",
-    )
+    add_plan_choice(parser, "which weights stay in memory within a budget", default=None)
     add_prefetch(parser, default=None)
     parser.add_argument(
         "--disk-bandwidth",
@@ -114,7 +108,10 @@ def run_generate(args: argparse.Namespace) -> None:
         model = open_folder(Path(args.model or STORYTELLER))
         ids = args.token_ids if prompt is None else model.encode(prompt)
     max_tokens = model.plan_request(ids, args.max_tokens)
-    with _load(args, model, len(ids) + max_tokens, clock, started) as session:
+    positions = len(ids) + max_tokens
+    if args.budget is not None and args.max_tokens is None:  # as many as `plan` and `simulate` plan for
+        positions = max(positions, min(DEFAULT_POSITIONS, model.config.longest_request))
+    with _load(args, model, positions, clock, started) as session:
         _generate(session, args, ids, max_tokens, prompt or "")
         if args.trace is not None:
             write_file(args.trace, CHROME_BEGINS, json.dumps(to_chrome(session.trace)))
@@ -215,10 +212,10 @@ def _offload_lines(done: GenerationStats, prediction: Prediction | None) -> list
     ]
     known = "as measured here" if prediction.calibration.measured else "as assumed: run refinfer bench calibrate"
     return [
-        f"budget: {format_nbytes(stats.account.budget)}, at most {format_nbytes(stats.peak_bytes)} in use: {spent}",
+        f"budget: {format_nbytes(stats.account.budget)}, peak {format_nbytes(stats.peak_bytes)}: {spent}",
         (
-            f"plan {stats.plan}: {format_nbytes(stats.streamed_bytes_per_token)} read for each token, "
-            f"{format_nbytes(stats.read_bytes_total)} in all; "
+            f"plan {stats.plan}: {format_nbytes(stats.streamed_bytes_per_token)} streamed per token, "
+            f"{format_nbytes(stats.read_bytes_total)} read in total; "
             f"waited {format_seconds(stats.wait_s)} for it, computed {format_seconds(stats.compute_s)}"
         ),
         f"tokens/s: {', '.join(rates)} (disk and processor {known})",

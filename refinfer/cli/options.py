@@ -9,12 +9,26 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from refinfer.cli.imported import imported
+from refinfer.errors import RequestError
 from refinfer.packing.formats import FORMATS
 from refinfer.planning.cost import PREFETCH_THREADS
-from refinfer.planning.plan import MOST_PREFETCH_THREADS
+from refinfer.planning.own_plan import OwnPlan
+from refinfer.planning.plan import MOST_PREFETCH_THREADS, PLANS
 from refinfer.units import parse_integer, parse_nbytes, parse_number, shown
 
-__all__ = ["add_json", "add_prefetch", "add_weights", "integer", "nbytes", "number", "rate", "token_ids"]
+__all__ = [
+    "add_json",
+    "add_plan_choice",
+    "add_prefetch",
+    "add_weights",
+    "integer",
+    "nbytes",
+    "number",
+    "plan",
+    "rate",
+    "token_ids",
+]
 
 
 def add_json(parser: argparse.ArgumentParser, text: str = "print one JSON object") -> None:
@@ -27,6 +41,17 @@ def add_weights(parser: argparse.ArgumentParser, about_default: str, default: st
     choices = ("auto", *FORMATS)
     text = f"weight format: {', '.join(choices)} (default: {about_default})"
     parser.add_argument("--weights", metavar="FORMAT", choices=choices, default=default, help=text)
+
+
+def add_plan_choice(parser: argparse.ArgumentParser, about: str, default: str | None) -> None:
+    """Add the option `--plan`."""
+    parser.add_argument(
+        "--plan",
+        metavar="PLAN",
+        type=plan,
+        default=default,
+        help=f"{about}: {', '.join(PLANS)}, or package:function for one of your own (default: optimal)",
+    )
 
 
 def add_prefetch(parser: argparse.ArgumentParser, default: int | None) -> None:
@@ -61,6 +86,22 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def plan(text: str) -> str | OwnPlan:
+    """Read the name of a plan, or import the function that `package:function` names."""
+    if ":" not in text:
+        if text not in PLANS:
+            choices = f"{', '.join(map(repr, PLANS))}, or package:function"
+            raise argparse.ArgumentTypeError(f"invalid choice: {shown(text)} (choose from {choices})")
+        return text
+    try:
+        function = imported(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not callable(function):
+        raise argparse.ArgumentTypeError(f"{text} is {shown(function)}, not a function of an inventory and a room")
+    return OwnPlan(text, function)
 
 
 def number(text: str) -> float:

@@ -188,7 +188,7 @@ def plan_svg(inventory: Inventory, plan: Plan) -> str:
         f'<rect x="{_PLAN_LEFT}" y="30" width="12" height="12" fill="#59a14f"/>',
         f'<text x="{_PLAN_LEFT + 17}" y="40">locked</text>',
         f'<rect x="{_PLAN_LEFT + 80}" y="30" width="12" height="12" fill="#4c78a8" fill-opacity="0.35"/>',
-        f'<text x="{_PLAN_LEFT + 97}" y="40">read for each token</text>',
+        f'<text x="{_PLAN_LEFT + 97}" y="40">streamed per token</text>',
     ]
     for i, kind in enumerate(kinds):
         lines.append(f'<text x="{_PLAN_LEFT - 8}" y="{68 + 22 * i}" text-anchor="end">{kind}</text>')

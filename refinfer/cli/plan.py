@@ -12,11 +12,11 @@ import sys
 from typing import Any, Final
 
 from refinfer.cli.pictures import SVG_BEGINS, plan_svg
-from refinfer.cli.planning import Question, add_question, format_rate, question_of
+from refinfer.cli.planning import Question, add_question, format_rate, plans_to_show, question_of
 from refinfer.cli.show import write_file
 from refinfer.cli.table import print_table
 from refinfer.cli.terminal import PIPE_COLUMNS, columns_of, say, words_of
-from refinfer.planning.plan import PLANS, Plan
+from refinfer.planning.plan import Plan
 from refinfer.planning.report import layer_rows, plan_row
 from refinfer.units import format_nbytes
 
@@ -37,14 +37,19 @@ def run_plan(args: argparse.Namespace) -> None:
     """Run `refinfer plan`."""
     question = question_of(args)
     inventory = question.inventory
-    plans = {name: question.plan(name) for name in PLANS}
-    chosen = plans[args.plan]
+    plans = {str(name): question.plan(name) for name in plans_to_show(args.plan)}
+    chosen = plans[str(args.plan)]
     if args.svg is not None:
         write_file(args.svg, SVG_BEGINS, plan_svg(inventory, chosen))
     rows = [plan_row(inventory, plan) for plan in plans.values()]
     layers = layer_rows(inventory, chosen)
     if args.json:
-        found = {"smallest_budget_bytes": question.smallest_budget, "plan": args.plan, "plans": rows, "layers": layers}
+        found = {
+            "smallest_budget_bytes": question.smallest_budget,
+            "plan": chosen.name,
+            "plans": rows,
+            "layers": layers,
+        }
         print(json.dumps(question.to_json() | found))
         return
     _print_account(question, chosen)
@@ -90,7 +95,7 @@ def _print_locks(layers: list[dict[str, Any]]) -> None:
 def _print_plans(rows: list[dict[str, Any]]) -> None:
     print_table(
         "All plans within this budget",
-        ["plan", "locked", "ring", "read per token", "unused", "predicted tokens/s", "ideal"],
+        ["plan", "locked", "ring", "streamed per token", "unused", "predicted tokens/s", "ideal"],
         [
             [
                 row["plan"],

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from refinfer.cli.options import add_json, add_prefetch, add_weights, integer
+from refinfer.cli.options import add_json, add_plan_choice, add_prefetch, add_weights, integer
 from refinfer.cli.pictures import SVG_BEGINS
 from refinfer.cli.show import require_writable
 from refinfer.cli.terminal import native_code_unheard
@@ -19,18 +19,17 @@ from refinfer.errors import RequestError
 from refinfer.inventory import Inventory
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES
-from refinfer.model.folder import open_folder, readable
+from refinfer.model.folder import DEFAULT_POSITIONS, open_folder, readable
 from refinfer.offload.budget import parse_budget
 from refinfer.offload.calibration import calibration_file, known_calibration
 from refinfer.packing.formats import FORMATS
 from refinfer.planning.account import Fixed, fixed_of
 from refinfer.planning.cost import DEVICES, PREFETCH_THREADS, Calibration, Costs, costs_of
+from refinfer.planning.locks import Lock
 from refinfer.planning.plan import PLANS, Plan, Prefetch, make_plan, smallest_budget
 from refinfer.prepare import choose_format
 
-__all__ = ["Question", "add_question", "format_rate", "question_of"]
-
-_DEFAULT_POSITIONS: Final = 512
+__all__ = ["Question", "add_question", "format_rate", "plans_to_show", "question_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +50,12 @@ class Question:
         """The smallest budget that works."""
         return smallest_budget(self.inventory, self.fixed)
 
-    def plan(self, name: str) -> Plan:
-        """Return one of the seven plans.
+    def plan(self, name: str | Lock) -> Plan:
+        """Return one of the seven plans, or a person's own.
 
         Raises:
             BudgetError: the budget is too small.
+            PlanFunctionError: a person's own function gives no mask that fits.
         """
         return make_plan(name, self.inventory, self.fixed, self.budget, self.costs, self.prefetch)
 
@@ -83,6 +83,11 @@ class Question:
         return f"assuming: disk {device.name} ({device.source}); processor {processor.name} ({processor.source})"
 
 
+def plans_to_show(chosen: str | Lock) -> tuple[str | Lock, ...]:
+    """Return the seven plans, and after them the chosen one if it is a person's own."""
+    return PLANS if chosen in PLANS else (*PLANS, chosen)
+
+
 def add_question(parser: argparse.ArgumentParser) -> None:
     """Add the options that `plan` and `simulate` share."""
     parser.add_argument("--model", metavar="DIR", help="a model folder in Hugging Face's form; give this or --shape")
@@ -98,15 +103,9 @@ def add_question(parser: argparse.ArgumentParser) -> None:
         "--positions",
         metavar="N",
         type=integer(1),
-        help=f"number of positions in the KV cache (default: {_DEFAULT_POSITIONS}, or the model's limit if smaller)",
+        help=f"number of positions in the KV cache (default: {DEFAULT_POSITIONS}, or the model's limit if smaller)",
     )
-    parser.add_argument(
-        "--plan",
-        metavar="PLAN",
-        choices=PLANS,
-        default="optimal",
-        help=f"plan to show: {', '.join(PLANS)} (default: optimal)",
-    )
+    add_plan_choice(parser, "plan to show", default="optimal")
     add_prefetch(parser, default=PREFETCH_THREADS)
     parser.add_argument(
         "--device",
@@ -130,13 +129,12 @@ def question_of(args: argparse.Namespace) -> Question:
         require_writable(args.svg, SVG_BEGINS)
     name, inventory = _inventory(args)
     longest = inventory.config.longest_request
-    positions = args.positions or min(_DEFAULT_POSITIONS, longest)
+    positions = args.positions or min(DEFAULT_POSITIONS, longest)
     if positions > longest:
         raise RequestError(f"--positions must be from 1 to this model's {longest}, not {positions}")
     fixed = fixed_of(inventory, positions, args.prefetch_threads)
     file = calibration_file()
-    disk = Path(args.model or (file or Path()).parent)  # of the model, or else of the cache files
-    calibration = known_calibration(file, disk, args.device)
+    calibration = known_calibration(file, (file or Path()).parent, args.device)  # of the disk that has the cache files
     return Question(
         name=name,
         inventory=inventory,

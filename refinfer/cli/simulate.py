@@ -9,17 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Final
 
 from refinfer.cli.pictures import SVG_BEGINS, to_rows, to_svg
-from refinfer.cli.planning import Question, add_question, format_rate, question_of
+from refinfer.cli.planning import Question, add_question, format_rate, plans_to_show, question_of
 from refinfer.cli.show import write_file
 from refinfer.cli.table import print_table
 from refinfer.cli.terminal import PIPE_COLUMNS, columns_of, say, say_terms, words_of, wrap
 from refinfer.errors import RequestError
+from refinfer.planning.locks import Lock
 from refinfer.planning.paper import PUBLISHED, paper_rows
-from refinfer.planning.plan import PLANS
 from refinfer.planning.report import plan_row, simulate_plan, sweep_rows
 from refinfer.trace import Trace
 from refinfer.units import format_nbytes
@@ -57,7 +58,7 @@ def run_simulate(args: argparse.Namespace) -> None:
     title = f"{question.name}, {inventory.format}, {plan.name} within {format_nbytes(question.budget)}: two tokens"
     if args.svg is not None:
         write_file(args.svg, SVG_BEGINS, to_svg(run.trace, title))
-    sweep = _sweep(question)
+    sweep = _sweep(question, plans_to_show(args.plan))
     if args.json:
         found = {"token_s": run.token_s, "wait_s": run.wait_s, "sweep": sweep}
         print(json.dumps(question.to_json() | plan_row(inventory, plan) | found))
@@ -69,13 +70,13 @@ def run_simulate(args: argparse.Namespace) -> None:
     say(question.assumptions)
 
 
-def _sweep(question: Question) -> list[dict[str, Any]]:
+def _sweep(question: Question, plans: Sequence[str | Lock]) -> list[dict[str, Any]]:
     """Return what every plan reaches within budgets from the smallest to one that everything fits."""
     total = question.inventory.streamable_nbytes
     least, most = question.smallest_budget, question.fixed.total + total
     budgets = [least, *(int(share * total) for share in _SWEEP if least < share * total < most), most]
     threads = question.prefetch.threads
-    return list(sweep_rows(question.inventory, question.fixed, budgets, question.calibration, threads))
+    return list(sweep_rows(question.inventory, question.fixed, budgets, question.calibration, threads, plans))
 
 
 def _print_timeline(title: str, trace: Trace) -> None:
@@ -101,7 +102,7 @@ def _print_timeline(title: str, trace: Trace) -> None:
 
 
 def _print_sweep(sweep: list[dict[str, Any]]) -> None:
-    arms = [*PLANS, "synchronous", "mmap"]
+    arms = [arm for arm in sweep[0]["tokens_per_s"] if arm != "belady"]
     short = {"attention-first": "attn-first", "synchronous": "sync"}
     print_table(
         "Predicted tokens/s, by budget",

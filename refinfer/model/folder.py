@@ -18,10 +18,13 @@ from refinfer.model.config_json import load_config
 from refinfer.model.tokenizer import Tokenizer, load_tokenizer
 from refinfer.units import shown
 
-__all__ = ["DEFAULT_MAX_TOKENS", "ModelFolder", "open_folder", "readable"]
+__all__ = ["DEFAULT_MAX_TOKENS", "DEFAULT_POSITIONS", "ModelFolder", "open_folder", "readable"]
 
 DEFAULT_MAX_TOKENS: Final = 200
 """The default for the largest number of tokens to generate, if they fit."""
+
+DEFAULT_POSITIONS: Final = 256
+"""The positions that a run within a budget reserves, and that is planned for, by default: those tokens and a prompt."""
 
 
 @dataclass(frozen=True, slots=True)

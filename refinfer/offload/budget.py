@@ -78,27 +78,32 @@ class Budget:
         return self._peak
 
 
-def parse_budget(text: str, streamable_nbytes: int) -> int:
+def parse_budget(budget: float | str, streamable_nbytes: int) -> int:
     """Return a budget in bytes.
 
-    `text` is a size such as `300MB` or `1.5GiB`, a share of `streamable_nbytes` (all matrices) such as `40%`, or
-    `auto`, which is nine tenths of the memory that is available both in the system and in the control group, the set of
-    processes (such as a container) whose memory Linux limits together.
+    `budget` is a number of bytes, a size such as `300MB` or `1.5GiB`, a share of `streamable_nbytes` (all matrices)
+    such as `40%`, or `auto`, which is nine tenths of the memory that is available both in the system and in the control
+    group, the set of processes (such as a container) whose memory Linux limits together.
 
     Raises:
-        BudgetError: `text` is not one of these, it is not above zero, or the system does not report its memory.
+        BudgetError: `budget` is not one of these, it is not above zero, or the system does not report its memory.
     """
-    if text.strip() == "auto":
+    text = str(budget).strip()
+    if text == "auto":
         available = available_bytes()
         if available is None:
             raise BudgetError("this system does not report how much memory is left; give the budget as a size")
         return int(available * _AUTO_SHARE)
-    if match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", text.strip()):
+    if match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", text):
         share = float(match[1]) / 100
         if not 1 <= share * streamable_nbytes < _MOST_BYTES:
-            raise BudgetError(f"a budget must be at least one byte and less than 2^63, not {shown(text)}")
+            raise BudgetError(f"a budget must be at least one byte and less than 2^63, not {shown(budget)}")
         return int(share * streamable_nbytes)
     try:
-        return parse_nbytes(text)
+        return parse_nbytes(str(budget))
     except ValueError as error:
-        raise BudgetError(f"{error}; a budget is a size, a share of the weights such as 40%, or auto") from None
+        if re.fullmatch(r"0\.[0-9]*[1-9][0-9]*", text):  # nobody means less than a byte
+            meant = f"for a share of the weights write {100 * float(text):g}%"
+        else:
+            meant = "a budget is a size, a share of the weights such as 40%, or auto"
+        raise BudgetError(f"{error}; {meant}") from None

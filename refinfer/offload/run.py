@@ -24,6 +24,7 @@ from refinfer.offload.store import FileStore, ThrottledStore
 from refinfer.offload.streamed import StreamedSource
 from refinfer.planning.account import fixed_of
 from refinfer.planning.cost import Calibration, costs_of
+from refinfer.planning.locks import Lock
 from refinfer.planning.plan import Plan, Prefetch, make_plan
 from refinfer.trace import Recorder
 from refinfer.weight_cache.format import MAGIC
@@ -42,8 +43,8 @@ class Within:
     comparison. `traced` records when each chunk was read, computed and waited for.
     """
 
-    budget: int | str
-    plan: str = "optimal"
+    budget: float | str
+    plan: str | Lock = "optimal"
     prefetch: Prefetch = field(default_factory=Prefetch)
     disk_bandwidth: float | None = None
     paged: bool = False
@@ -100,7 +101,7 @@ def plan_run(within: Within, inventory: Inventory, max_positions: int, path: Pat
         RequestError: there is no such plan, or an impossible ring.
     """
     limit, prefetch = within.budget, within.prefetch
-    nbytes = parse_budget(limit, inventory.streamable_nbytes) if isinstance(limit, str) else limit
+    nbytes = limit if type(limit) is int else parse_budget(limit, inventory.streamable_nbytes)
     calibration = slower(known_calibration(calibration_file(), path), within.disk_bandwidth)
     costs = costs_of(inventory, calibration, prefetch_threads=prefetch.threads)
     fixed = fixed_of(inventory, max_positions, prefetch.threads)

@@ -3,15 +3,15 @@ r"""Where every byte of a memory budget goes: one account, made by the plan and 
 Leaves to others: which chunks are locked (`locks`, `plan`), counting bytes while a run goes on (`offload.budget`).
 Read more: tutorial 09; clauses PLAN-1, PLAN-14, PLAN-15, OFFLOAD-8.
 
-    budget = block of vectors + KV cache + scratch + threads + ring + locked chunks + what is left
-             \------------------- fixed -------------------/
+    budget = resident + KV cache + scratch + threads + ring + locked + unused
+             \--------------- fixed ---------------/
 
-    block of vectors    norms and biases
+    resident            the block of vectors: norms and biases
     scratch             intermediate results: the numbers of the tokens being computed (activations), of products, and
                         of drawing the next token
     threads             what the system and Python keep for each prefetch thread
     ring                slots for one chunk each; chunks that are not locked are read into them, again for each token
-    locked chunks       read at the start, and kept for the whole run
+    locked              chunks that are read at the start, and kept for the whole run
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class Account:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The bytes of each part that is in use, under names for people."""
+        """The bytes of each part that is in use, under the names that the JSON has, as people read them."""
         return {
-            "locked chunks": self.locked,
-            "norms and biases": self.fixed.resident,
+            "locked": self.locked,
+            "resident": self.fixed.resident,
             "ring": self.ring,
             "KV cache": self.fixed.kv_cache,
             "scratch": self.fixed.scratch,
-            "prefetch threads": self.fixed.threads,
+            "threads": self.fixed.threads,
         }
 
     def to_json(self) -> dict[str, int]:

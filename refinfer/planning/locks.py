@@ -27,7 +27,7 @@ import numpy as np
 from refinfer.arrays import BoolArray, IntArray
 from refinfer.inventory import Inventory
 
-__all__ = ["LOCKS", "fill"]
+__all__ = ["LOCKS", "Lock", "fill"]
 
 _FFN: Final = ("gate_proj", "up_proj", "down_proj")
 _GOLDEN: Final = 0.6180339887498949  # shifts the steps of each size, so that they do not meet those of the next

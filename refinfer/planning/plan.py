@@ -4,12 +4,13 @@ A plan is decided before a byte is read. A ring with more slots lets threads rea
 bytes for locked chunks.
 
 Leaves to others: what each byte of a budget is spent on (`account`), the six simple plans (`locks`), the search for
-the best one (`optimal`), files, threads, clocks.
-Read more: tutorial 09; clauses PLAN-1 to PLAN-4, PLAN-13.
+the best one (`optimal`), plans of a person's own (`own_plan`), files, threads, clocks.
+Read more: tutorial 09; clauses PLAN-1 to PLAN-4, PLAN-13, PLAN-19.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,11 +18,11 @@ import numpy as np
 
 from refinfer.errors import BudgetError, RequestError
 from refinfer.inventory import Inventory
-from refinfer.planning.account import Account, Fixed
+from refinfer.planning.account import THREAD_BYTES, Account, Fixed, fixed_of
 from refinfer.planning.cost import PREFETCH_THREADS, Costs, ideal_token_s
-from refinfer.planning.locks import LOCKS
+from refinfer.planning.locks import LOCKS, Lock
 from refinfer.planning.optimal import RINGS, family, search, token_s
-from refinfer.units import format_nbytes
+from refinfer.units import format_nbytes, shown
 
 __all__ = ["MOST_PREFETCH_THREADS", "PLANS", "Plan", "Prefetch", "make_plan", "require_plan", "smallest_budget"]
 
@@ -32,6 +33,7 @@ _SMALLEST_RING: Final = 2  # in slots, as the next two
 _USUAL_RING: Final = 8
 _LARGEST_RING: Final = 4096
 _RING_SHARE: Final = 4  # the usual ring takes at most a quarter of the bytes for ring and locked chunks
+_LIKELY_SHARE: Final = 100  # who asks for this few bytes means per cent
 MOST_PREFETCH_THREADS: Final = 64
 
 
@@ -89,20 +91,24 @@ def smallest_budget(inventory: Inventory, fixed: Fixed) -> int:
     return max(fixed.total + ring, fixed.packing)
 
 
-def require_plan(name: str) -> str:
-    """Return the name of a plan; raises RequestError for another name."""
-    if name not in PLANS:
-        raise RequestError(f"the plan must be one of {', '.join(PLANS)}, not {name!r}")
-    return name
+def require_plan(plan: str | Lock) -> None:
+    """Check that `plan` is one of `PLANS` or a function; raises RequestError for anything else."""
+    if not callable(plan) and plan not in PLANS:
+        raise RequestError(f"the plan must be one of {', '.join(PLANS)}, or package:function, not {shown(plan)}")
 
 
 def make_plan(
-    name: str, inventory: Inventory, fixed: Fixed, budget: int, costs: Costs, prefetch: Prefetch = _USUAL_PREFETCH
+    name: str | Lock,
+    inventory: Inventory,
+    fixed: Fixed,
+    budget: int,
+    costs: Costs,
+    prefetch: Prefetch = _USUAL_PREFETCH,
 ) -> Plan:
     """Decide what is locked and how many slots the ring has; if everything fits, all is locked, without a ring.
 
     Args:
-        name: one of `PLANS`.
+        name: one of `PLANS`, or a function such as those of `LOCKS`; `own_plan.OwnPlan` gives it a name and checks it.
         inventory: the model's chunks.
         fixed: the bytes that every plan needs.
         budget: bytes in all.
@@ -112,15 +118,11 @@ def make_plan(
 
     Raises:
         BudgetError: the budget is too small; the message names the smallest that works.
-        RequestError: there is no such plan, or an impossible ring.
+        RequestError: there is no such plan, a function that gives no mask, or an impossible ring.
     """
     require_plan(name)
-    smallest = smallest_budget(inventory, fixed)
-    if budget < smallest:
-        raise BudgetError(
-            f"a budget of {format_nbytes(budget)} is too small for this model and request; the smallest that works "
-            f"is {smallest} bytes ({format_nbytes(smallest)})"
-        )
+    if budget < smallest_budget(inventory, fixed):
+        raise BudgetError(_too_small(inventory, fixed, budget))
     slot, left = _slot_nbytes(inventory), budget - fixed.total
     wanted = None if prefetch.ring_nbytes is None else _slots_of(prefetch.ring_nbytes, slot, left)
     if inventory.streamable_nbytes <= left:
@@ -131,9 +133,10 @@ def make_plan(
         slots, locked = member.slots, member.locked
     else:
         slots = wanted or max(_SMALLEST_RING, min(_USUAL_RING, left // _RING_SHARE // slot))
-        locked = LOCKS[name](inventory, left - slots * slot)
+        lock = name if callable(name) else LOCKS[name]
+        locked = lock(inventory, left - slots * slot)
     return Plan(
-        name=name,
+        name=str(name),
         locked=frozenset(np.flatnonzero(locked).tolist()),
         prefetch_threads=prefetch.threads,
         ring_slots=slots,
@@ -142,6 +145,21 @@ def make_plan(
         token_s=token_s(costs, locked, max(slots, 1), prefetch.threads),
         ideal_token_s=ideal_token_s(costs, locked, prefetch.threads),
     )
+
+
+def _too_small(inventory: Inventory, fixed: Fixed, budget: int) -> str:
+    """Say which budget would work, how many positions this one is enough for, and what a bare number may mean."""
+    smallest, threads = smallest_budget(inventory, fixed), fixed.threads // THREAD_BYTES
+    counts = range(1, inventory.config.longest_request + 1)
+    most = bisect_right(counts, budget, key=lambda n: smallest_budget(inventory, fixed_of(inventory, n, threads)))
+    message = (
+        f"a budget of {format_nbytes(budget)} is too small for this model and request; the smallest that works "
+        f"is {smallest} bytes ({format_nbytes(smallest)})"
+    )
+    if most > 1:  # a prompt of one token, and one more
+        message += f"; or ask for at most {most} positions, prompt and text together "
+        message += "(max_positions, --positions, --max-tokens)"
+    return message + (f"; for a share of the weights write {budget}%" if 0 < budget <= _LIKELY_SHARE else "")
 
 
 def _slots_of(ring_nbytes: int, slot: int, left: int) -> int:

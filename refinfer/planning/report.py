@@ -14,6 +14,7 @@ from refinfer.errors import BudgetError
 from refinfer.inventory import Inventory
 from refinfer.planning.account import Fixed
 from refinfer.planning.cost import Calibration, Costs, costs_of, ideal_token_s, units_of
+from refinfer.planning.locks import Lock
 from refinfer.planning.optimal import locked_array
 from refinfer.planning.page_cache import belady_misses, lru_misses
 from refinfer.planning.plan import PLANS, Plan, Prefetch, make_plan
@@ -61,13 +62,18 @@ def simulate_plan(inventory: Inventory, plan: Plan, costs: Costs, *, traced: boo
 
 
 def sweep_rows(
-    inventory: Inventory, fixed: Fixed, budgets: Sequence[int], calibration: Calibration, prefetch_threads: int
+    inventory: Inventory,
+    fixed: Fixed,
+    budgets: Sequence[int],
+    calibration: Calibration,
+    prefetch_threads: int,
+    names: Sequence[str | Lock] = PLANS,
 ) -> Iterator[dict[str, Any]]:
     """Yield, for each budget, tokens per second of every plan, of reading without threads, and of mmap.
 
     `mmap` is an LRU page cache with the bytes that the plans have for ring and locks; it reads at `MMAP_SHARE` of the
     bandwidth. `belady` is the best possible page cache; it reads at the whole bandwidth, one read at a time. Budgets
-    that are too small are left out.
+    that are too small are left out. `names` are the plans: the seven, and perhaps a person's own.
     """
     costs = costs_of(inventory, calibration, prefetch_threads=prefetch_threads)
     one_read = costs_of(inventory, calibration, prefetch_threads=1)
@@ -75,7 +81,7 @@ def sweep_rows(
     computing, reading = sum(costs.compute_s), sum(one_read.read_s)
     for budget in budgets:
         try:
-            plans = [make_plan(name, inventory, fixed, budget, costs, Prefetch(prefetch_threads)) for name in PLANS]
+            plans = [make_plan(name, inventory, fixed, budget, costs, Prefetch(prefetch_threads)) for name in names]
         except BudgetError:
             continue
         row: dict[str, Any] = {

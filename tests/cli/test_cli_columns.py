@@ -35,11 +35,11 @@ SWEEP = [SHORT.get(arm, arm) for arm in (*PLANS, "synchronous", "mmap", "ideal")
 
 # A command, and names that must be in one piece in what it prints.
 SHOWN: list[tuple[list[str], list[str]]] = [
-    (["plan", "--shape", "smollm-135m"], [*PLANS, "gate_proj", "norms and biases"]),
+    (["plan", "--shape", "smollm-135m"], [*PLANS, "gate_proj", "KV cache"]),
     (["simulate", "--shape", "tiny", "--device", "emmc"], ["disk 1", "emmc", *SWEEP]),
     (["simulate", "--paper"], ["codellama-34b,", *PUBLISHED]),
     (["doctor"], ["ext4" if sys.platform == "linux" else "numpy", "bench start,", "bench calibrate,"]),
-    (["generate", "--max-tokens", "3", "--budget", "60%"], ["KV", "norms", "tokens/s:"]),
+    (["generate", "--max-tokens", "3", "--budget", "60%"], ["KV", "resident", "tokens/s:"]),
     (["cache", "list"], [FILE, NAME, "4.8 MB"]),
     (["cache", "info", "--all"], [FILE, NAME, "4.8 MB,"]),
     (["cache", "verify", "--all"], [f"{FILE}:", "good"]),

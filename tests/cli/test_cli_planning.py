@@ -12,7 +12,7 @@ import pytest
 
 from refinfer.cli.planning import format_rate
 from refinfer.inventory import Inventory
-from refinfer.model.folder import open_folder
+from refinfer.model.folder import DEFAULT_POSITIONS, open_folder
 from refinfer.planning.account import fixed_of
 from refinfer.planning.cost import DEVICES, PREFETCH_THREADS
 from refinfer.planning.plan import smallest_budget
@@ -56,7 +56,7 @@ def test_the_config_of_a_folder_is_enough_if_a_format_is_named(command: str, tin
 @both
 def test_a_shape_defaults_to_bf16_and_to_a_budget_of_half_its_weights(command: str) -> None:
     got = json_of(command, "--shape", "smollm-135m")
-    assert (got["format"], got["positions"], got["prefetch_threads"]) == ("bf16", 512, PREFETCH_THREADS)
+    assert (got["format"], got["positions"], got["prefetch_threads"]) == ("bf16", DEFAULT_POSITIONS, PREFETCH_THREADS)
     budget = got["plans"][0]["budget_bytes"] if command == "plan" else got["budget_bytes"]
     assert budget == got["streamable_bytes"] // 2
 

@@ -133,9 +133,9 @@ def test_people_read_what_the_cache_did_and_why(
 def test_people_read_where_a_budget_went(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(generated(folder, tmp_path / "cache", "--budget", "400kB", "--plan", "leading")) == 0
     err = capsys.readouterr().err
-    parts = r"locked .*, norms and biases .*, ring .*, KV cache .*, scratch .*, prefetch threads .*"
-    assert re.search(rf"^budget: 400 kB, at most \d+ kB in use: {parts}$", err, flags=re.MULTILINE)
-    said = r"^plan leading: \d+ kB read for each token, .* in all; waited \d+ ms for it, computed \d+ ms$"
+    parts = r"locked .*, resident .*, ring .*, KV cache .*, scratch .*, threads .*"
+    assert re.search(rf"^budget: 400 kB, peak \d+ kB: {parts}$", err, flags=re.MULTILINE)
+    said = r"^plan leading: \d+ kB streamed per token, .* read in total; waited \d+ ms for it, computed \d+ ms$"
     assert re.search(said, err, flags=re.MULTILINE)
 
 

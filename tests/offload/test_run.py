@@ -111,8 +111,8 @@ def test_every_part_of_the_account_is_acquired_before_any_of_it_is_made(
     parts = stats.offload.account.parts
     packing = {"packing": stats.offload.account.fixed.packing}
     assert events == [packing, parts, "FileStore", "PackedFile", "StreamedSource", "Transformer"]
-    assert set(parts) == {"locked chunks", "norms and biases", "ring", "KV cache", "scratch", "prefetch threads"}
-    assert [part for part, nbytes in parts.items() if not nbytes] == ([] if threads else ["prefetch threads"])
+    assert set(parts) == {"locked", "resident", "ring", "KV cache", "scratch", "threads"}
+    assert [part for part, nbytes in parts.items() if not nbytes] == ([] if threads else ["threads"])
     assert stats.offload.peak_bytes == sum(parts.values()) <= budget
 
 

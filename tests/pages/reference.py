@@ -132,6 +132,7 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
             "the paper: balanced memory locking; flexible tensor preservation, Algorithm 1; and what it is compared "
             "with, locks of leading layers, attention first, FFN first"
         ),
+        "planning.own_plan": OWN,
         "planning.page_cache": "[Belady 1966](BIBLIOGRAPHY#reading-from-disk); the paper: why mmap stays slow, Table 1",
         "planning.simulate": (
             "the paper: the prefetch window, and reading with and without overlap. The virtual clock is refinfer's"
@@ -148,6 +149,7 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
         "sources.matrices": OWN,
         "sources.packed": "the article: packed weights are used where they lie, in memory or mapped",
         "sources.mapped": "the article: mmap instead of a copy. What is checked, and when, is refinfer's",
+        "sources.own_source": OWN,
     },
     "The offload room": {
         "offload.budget": "the paper: a memory budget that the user gives; that it is counted is refinfer's",
@@ -185,6 +187,7 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
         "cli.main": OWN,
         "cli.ending": OWN,
         "cli.options": OWN,
+        "cli.imported": OWN,
         "cli.terminal": OWN,
         "cli.table": OWN,
         "cli.pictures": OWN,

@@ -51,18 +51,20 @@ def test_the_parts_and_what_is_left_are_the_budget(account: Account) -> None:
     assert sum(account.parts.values()) == fixed.total + account.ring + account.locked
 
 
-@pytest.mark.spec("PLAN-1", "GEN-18")
-def test_people_and_programs_see_the_same_parts_under_their_own_names() -> None:
+@pytest.mark.spec("PLAN-1", "PLAN-21", "GEN-18")
+def test_people_and_programs_see_the_same_parts_under_the_same_names() -> None:
     account = Account(budget=1000, fixed=Fixed(1, 20, 300, 60, 999), ring=4, locked=500)
     assert account.parts == {
-        "locked chunks": 500,
-        "norms and biases": 1,
+        "locked": 500,
+        "resident": 1,
         "ring": 4,
         "KV cache": 20,
         "scratch": 300,
-        "prefetch threads": 60,
+        "threads": 60,
     }
-    assert account.to_json() == {
+    in_json = account.to_json()
+    assert all(in_json[f"{part.lower().replace(' ', '_')}_bytes"] == nbytes for part, nbytes in account.parts.items())
+    assert in_json == {
         "budget_bytes": 1000,
         "locked_bytes": 500,
         "resident_bytes": 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +9,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Final
 
-import pytest
-
+from refinfer.cli.imported import imported as imported_by_name
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import ModelConfig
 from refinfer.model.weights import RowMajorSource, WeightSource
@@ -79,11 +77,7 @@ KINDS: Final = {"row-major": Kind(lambda config, folder: RowMajorSource(config, 
 
 
 def imported(name: str) -> Kind:
-    """Return the kind of a class `package:Class`."""
-    module, _, attribute = name.partition(":")
-    try:
-        make = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise pytest.UsageError(f"--source {name}: {error}") from None
+    """Return the kind of a class `package:Class`, which may be in a file of the current folder."""
+    make = imported_by_name(name)
     damage = (lambda source, folder: source.damage()) if hasattr(make, "damage") else None
     return Kind(make, getattr(make, "rounding", 0.0), damage, is_ours=False)

@@ -13,7 +13,6 @@ from typing import Final
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from source_kinds import imported
 
 SUITE: Final = Path(__file__).with_name("test_any_source.py")
 ROOT: Final = SUITE.parents[2]
@@ -54,13 +53,15 @@ FOUND_BY: Final = {
 """The wrong sources of `own_sources`, and a word of a test that finds each."""
 
 
-def suite_on(classes: Sequence[str], of: str) -> subprocess.CompletedProcess[str]:
+def suite_on(
+    classes: Sequence[str], of: str, module: str = "own_sources", cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """Run those tests of the suite in another process on classes of `own_sources`."""
-    options = [option for name in classes for option in ("--source", f"own_sources:{name}")]
+    options = [option for name in classes for option in ("--source", f"{module}:{name}")]
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-v", "--tb=no", "-p", "no:cacheprovider", *options, "-k", of, str(SUITE)],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -84,8 +85,14 @@ def test_somebody_elses_right_sources_pass_and_each_wrong_one_is_found_out() -> 
     assert not re.search(r"\[(row-major|mapped)", done.stdout)
 
 
-@pytest.mark.spec("OFFLOAD-12")
-@pytest.mark.parametrize("name", ["own_sources", "own_sources:None", "nobody:Own", ":Own"])
-def test_somebody_elses_class_that_is_not_there_is_named(name: str) -> None:
-    with pytest.raises(pytest.UsageError, match=f"--source {name}: "):
-        imported(name)
+@pytest.mark.spec("OFFLOAD-12", "CLI-28")
+def test_somebody_elses_class_is_found_in_the_current_folder_and_one_that_is_not_there_is_one_line(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "mine.py").write_text("from own_sources import Right\n\nclass Own(Right): ...\n")
+    done = suite_on(["Own"], "execution_order", module="mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[mine:Own-two tables] PASSED" in done.stdout
+    done = suite_on(["Missing"], "execution_order", module="mine", cwd=tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert done.stderr.strip() == "ERROR: --source mine:Missing: mine has no 'Missing'"

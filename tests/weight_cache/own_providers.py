@@ -79,6 +79,36 @@ class Right(DictFace):
         return len(self.listed)
 
 
+class InOtherWords(Right):
+    """Keeps every law, and says in words of its own what breaks one: only the verb is named."""
+
+    def __getitem__(self, key: PackKey) -> Bytes:
+        if self.state is State.DELETED:
+            raise WeightCacheStateError("gone")
+        if key not in self.listed:
+            raise KeyError
+        return self.buffers[self.listed.index(key)]
+
+    def reserve_space(self, nbytes: int) -> Bytes:
+        if self.state is State.BUILDING and nbytes < 1:
+            raise PackingError("nothing to reserve")
+        return super().reserve_space(nbytes)
+
+    def look_up_or_insert(self, key: PackKey, buffer: Bytes) -> int:
+        try:
+            return super().look_up_or_insert(key, buffer)
+        except PackingError:
+            raise PackingError("that does not fit") from None
+        except WeightCacheStateError:
+            raise WeightCacheStateError("too late for look_up_or_insert") from None
+
+    def offset_to_addr(self, offset: int) -> Bytes:
+        try:
+            return super().offset_to_addr(offset)
+        except WeightCacheStateError:
+            raise WeightCacheStateError("offset_to_addr has nothing there") from None
+
+
 class LastOneWins(MemoryWeightCacheProvider):
     def look_up_or_insert(self, key: PackKey, buffer: Bytes) -> int:
         if key in self._offsets and not self.is_finalized():

@@ -5,16 +5,15 @@ Imported by tests that put this folder on the path: `test_provider` and its neig
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from refinfer.arrays import PAGE_BYTES
+from refinfer.cli.imported import imported as imported_by_name
 from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.file import FileWeightCacheProvider
 from refinfer.weight_cache.key import DIGEST_BYTES, PackKey, WeightId
@@ -56,12 +55,8 @@ KINDS = {
 
 
 def imported(name: str) -> Kind:
-    """Return the kind of a class `package:Class`."""
-    module, _, attribute = name.partition(":")
-    try:
-        make = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise pytest.UsageError(f"--provider {name}: {error}") from None
+    """Return the kind of a class `package:Class`, which may be in a file of the current folder."""
+    make = imported_by_name(name)
     return Kind(lambda _: make(), finalized)
 
 
@@ -120,7 +115,7 @@ Call = Callable[[WeightCacheProvider, int], object]
 EVER = {"building", "complete", "deleted"}
 UNTIL_DELETED = {"building", "complete"}
 
-VERBS: dict[str, tuple[Call, str, set[str]]] = {
+VERBS: dict[str, tuple[Call, str | None, set[str]]] = {
     "look_up": (lambda p, _: p.look_up(A), "look_up", UNTIL_DELETED),
     "look_up of another": (lambda p, _: p.look_up(C), "look_up", UNTIL_DELETED),
     "offset_to_addr": (lambda p, offset: p.offset_to_addr(offset), "offset_to_addr", UNTIL_DELETED),
@@ -128,14 +123,16 @@ VERBS: dict[str, tuple[Call, str, set[str]]] = {
     "look_up_or_insert of another": (lambda p, _: p.look_up_or_insert(C, noise(C)), "insert", {"building"}),
     "reserve_space": (lambda p, _: p.reserve_space(PAGE_BYTES), "reserve_space", {"building"}),
     "finalize": (lambda p, _: p.finalize(), "finalize", UNTIL_DELETED),
-    "is_finalized": (lambda p, _: p.is_finalized(), "", EVER),
-    "delete_cache": (lambda p, _: p.delete_cache(), "", EVER),
-    "[]": (lambda p, _: p[A], "look_up", UNTIL_DELETED),
-    "in": (lambda p, _: A in p, "look_up", UNTIL_DELETED),
-    "get_or_pack": (lambda p, _: p.get_or_pack(A, never), "look_up", UNTIL_DELETED),
-    "get_or_pack of another": (lambda p, _: p.get_or_pack(C, packing(noise(C), [])), "look_up", UNTIL_DELETED),
+    "is_finalized": (lambda p, _: p.is_finalized(), None, EVER),
+    "delete_cache": (lambda p, _: p.delete_cache(), None, EVER),
+    "[]": (lambda p, _: p[A], None, UNTIL_DELETED),
+    "in": (lambda p, _: A in p, None, UNTIL_DELETED),
+    "get_or_pack": (lambda p, _: p.get_or_pack(A, never), None, UNTIL_DELETED),
+    "get_or_pack of another": (lambda p, _: p.get_or_pack(C, packing(noise(C), [])), None, UNTIL_DELETED),
 }
-"""Each verb, what a refusal says, and the states that have it; A is there, at the given offset, and C is not."""
+"""Each verb, what a refusal must name (nothing if it is a part of the dict face), and the states that have it.
+
+A is there, at the given offset, and C is not."""
 
 Begin = Callable[[], WeightCacheProvider]
 
