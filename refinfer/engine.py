@@ -20,8 +20,8 @@ from refinfer.arrays import stored_to_f32
 from refinfer.clock import Clock
 from refinfer.errors import PackingError, RequestError, WeightCacheError, WeightsError
 from refinfer.inventory import Inventory
-from refinfer.model.checkpoint import Checkpoint, open_checkpoint
-from refinfer.model.folder import ModelFolder, readable
+from refinfer.model.checkpoint import Checkpoint
+from refinfer.model.folder import ModelFolder
 from refinfer.model.transformer import Transformer, prefill_block
 from refinfer.model.weights import RowMajorSource
 from refinfer.offload.run import BudgetedRun, PlannedRun, Within, open_run, plan_run
@@ -100,8 +100,7 @@ def open_engine(request: EngineRequest, reason: str | None = None) -> Engine:
     """
     if request.source is not None:
         return _own(request, request.source)
-    with readable(request.model.path):
-        checkpoint = open_checkpoint(request.model.path)
+    checkpoint = request.model.checkpoint()
     inventory = Inventory(request.model.config, choose_format(checkpoint, request.weights))
     try:
         if request.within is not None:

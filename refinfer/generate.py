@@ -21,7 +21,6 @@ from refinfer.blas_threads import blas_threads, default_threads
 from refinfer.clock import Clock, RealClock
 from refinfer.engine import CacheOptions, Engine, EngineRequest, open_engine, require_finite_weights
 from refinfer.errors import DamagedWeightsError, GenerationError, RequestError
-from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.folder import DEFAULT_POSITIONS, ModelFolder, open_folder
 from refinfer.model.sampler import Sampling, sample
 from refinfer.model.tokenizer import TextStream
@@ -103,7 +102,8 @@ def load(
     """Load a model and make it ready to generate.
 
     Args:
-        model: a folder in Hugging Face's form, or what `open_folder` returned; None means the storyteller.
+        model: a folder in Hugging Face's form, the name of a model in the Hugging Face cache, such as "org/name", or
+            what `open_folder` returned; None means the storyteller.
         weights: the format to pack weights in: f32, bf16, int8, int4, or auto, which is bf16 if the checkpoint is
             stored in bfloat16 and f32 otherwise, so that nothing is lost.
         source: a class or function that makes a weight source from a config and a folder, to be used instead of all
@@ -141,7 +141,10 @@ def load(
     clock = clock or RealClock()
     started = clock.now() if started is None else started
     require_plan(plan)
-    opened = model if isinstance(model, ModelFolder) else open_folder(Path(model or STORYTELLER))
+    opened = model if isinstance(model, ModelFolder) else open_folder(model or STORYTELLER)
+    listener = listener or Listener()
+    for warning in opened.warnings:
+        listener.warn(warning)
     positions = opened.config.longest_request
     if max_positions is None:
         max_positions = min(DEFAULT_MAX_POSITIONS if budget is None else DEFAULT_POSITIONS, positions)
@@ -164,7 +167,7 @@ def load(
         cache=CacheOptions(place, lock_memory, verify),
         within=None if budget is None else Within(budget, plan, prefetch, disk_bandwidth, paged, trace),
         clock=clock,
-        listener=listener or Listener(),
+        listener=listener,
         source=source,
     )
     return Session(request, threads, started)
@@ -371,7 +374,7 @@ class Session:
     def _finite(self, logits: Float32Array) -> Float32Array:
         if np.isfinite(logits).all():
             return logits
-        require_finite_weights(open_checkpoint(self.model.path))
+        require_finite_weights(self.model.checkpoint())
         if self.weight_cache.state == "loaded":
             raise DamagedWeightsError(
                 f"{self.weight_cache.path}: its logits are not finite, although all weights of the model are"

@@ -21,6 +21,7 @@ from refinfer.clock import Clock
 from refinfer.errors import RequestError
 from refinfer.inventory import Inventory
 from refinfer.model.checkpoint import Checkpoint
+from refinfer.model.hub import called
 from refinfer.model.weights import require_layers
 from refinfer.packing.formats import FORMATS
 from refinfer.packing.layout import Bytes
@@ -61,7 +62,7 @@ def cache_path(checkpoint: Checkpoint, format: str, weight_cache: str | None) ->
         RequestError: `weight_cache` names something that a cache file must not replace.
     """
     if weight_cache is None:
-        return path_for(checkpoint.folder, format, packer_fingerprint(format))
+        return path_for(checkpoint.folder, format, packer_fingerprint(format), called=called(checkpoint.folder))
     if weight_cache.startswith(":"):
         raise RequestError(f"--weight-cache {weight_cache} is neither {IN_MEMORY} nor a file; give one of them")
     try:

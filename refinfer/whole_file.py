@@ -19,7 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-__all__ = ["open_regular", "parse_json", "read_json", "read_whole"]
+__all__ = ["GIT_LFS_POINTER", "LFS_PROBLEM", "open_regular", "parse_json", "read_json", "read_whole"]
+
+GIT_LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
+"""How the small text begins that Git puts in place of a large file until `git lfs pull` fetches it."""
+
+LFS_PROBLEM: Final = "it is a Git LFS pointer, not the file itself; fetch the file with git lfs pull"
 
 _FLAGS: Final = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
@@ -51,14 +56,17 @@ def read_whole(path: Path, most_nbytes: int) -> bytes:
     """Return the contents of a regular file of at most `most_nbytes`.
 
     Raises:
-        OSError: it is larger, not a regular file, or cannot be read; `strerror` says why.
+        OSError: it is larger, not a regular file, a Git LFS pointer, or cannot be read; `strerror` says why.
     """
     with open_regular(path) as file:
         nbytes = os.fstat(file.fileno()).st_size
         if nbytes > most_nbytes:
             most = f"{most_nbytes / 1e6:.0f} MB"
             raise OSError(errno.EFBIG, f"it is larger than the {most} that such a file may have", str(path))
-        return file.read(nbytes)
+        data = file.read(nbytes)
+    if data.startswith(GIT_LFS_POINTER):
+        raise OSError(errno.EINVAL, LFS_PROBLEM, str(path))
+    return data
 
 
 def read_json(path: Path, most_nbytes: int) -> Any:  # noqa: ANN401  (any JSON value)

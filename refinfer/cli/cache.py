@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from refinfer.cli.options import add_json, add_weights
+from refinfer.cli.options import MODEL, add_json, add_weights
 from refinfer.cli.show import cache_line, listening
 from refinfer.cli.table import Cell, print_table
 from refinfer.cli.terminal import native_code_unheard, say, words_of
@@ -23,8 +23,8 @@ from refinfer.clock import RealClock
 from refinfer.errors import CacheFileError, InputError, WeightCacheError
 from refinfer.generate import STORYTELLER
 from refinfer.inventory import Inventory
-from refinfer.model.checkpoint import open_checkpoint
-from refinfer.model.folder import open_folder, readable
+from refinfer.model.folder import open_folder, open_weights, readable
+from refinfer.model.hub import find_model, repository_of
 from refinfer.packing.formats import FORMATS
 from refinfer.prepare import IN_MEMORY, cache_path, choose_format, prepare
 from refinfer.units import format_nbytes
@@ -41,9 +41,8 @@ def add_pack(parser: argparse.ArgumentParser) -> None:
         "folder",
         metavar="MODEL",
         nargs="?",
-        type=Path,
         default=STORYTELLER,
-        help="a model folder in Hugging Face's form (default: the storyteller)",
+        help=f"{MODEL} (default: the storyteller)",
     )
     add_weights(parser, "auto, which is bf16 for bfloat16 checkpoints and f32 for others")
     parser.add_argument(
@@ -56,11 +55,13 @@ def run_pack(args: argparse.Namespace) -> None:
     """Run `refinfer pack`."""
     if args.output == IN_MEMORY:
         raise InputError(f"--output {IN_MEMORY} is not a file; give a file name")
-    with native_code_unheard(), readable(args.folder):
+    with native_code_unheard():
         model = open_folder(args.folder)
-        checkpoint = open_checkpoint(args.folder)
+        checkpoint = model.checkpoint()
     inventory = Inventory(model.config, choose_format(checkpoint, args.weights))
     with listening() as listener:
+        for warning in model.warnings:
+            listener.warn(warning)
         outcome = prepare(inventory, checkpoint, args.output, clock=RealClock(), listener=listener).outcome
     if args.json:
         print(json.dumps(asdict(outcome)))
@@ -80,7 +81,7 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
             "target",
             metavar="FILE|MODEL",
             nargs="*",
-            help="a cache file, its name in the cache directory, or a model folder",
+            help=f"a cache file, its name in the cache directory, or {MODEL}",
         )
         add_weights(action, "auto for cache path, every format for the other actions", default=None)
         action.add_argument("--all", action="store_true", help="take all files in the cache directory")
@@ -117,8 +118,8 @@ def _find(target: str, directory: Path, weights: str | None) -> Iterator[Path]:
     with readable(path):
         kind = "folder" if path.is_dir() else "file" if path.is_file() else "name"
     named = directory / target
-    if kind == "folder":
-        found = [file for file in _of_model(path, weights) if file.exists()]
+    if kind == "folder" or (kind == "name" and named not in cache_files(directory) and _is_downloaded(target)):
+        found = [file for file in _of_model(target, weights) if file.exists()]
         if not found:
             raise InputError(f"{target} has no cache file yet; write one with refinfer pack")
         yield from found
@@ -136,15 +137,29 @@ def _find(target: str, directory: Path, weights: str | None) -> Iterator[Path]:
         raise InputError(f"{target} is neither a cache file nor a model; list the files with refinfer cache list")
 
 
-def _of_model(folder: Path, weights: str | None) -> list[Path]:
-    with readable(folder):
-        checkpoint = open_checkpoint(folder)
+def _is_downloaded(model: str) -> bool:
+    """Return whether this is the name of a model in the Hugging Face cache.
+
+    Raises:
+        ConfigError: it looks like the name of one, but is not there, or only in part.
+    """
+    return find_model(model) != Path(model)
+
+
+def _of_model(model: str, weights: str | None) -> list[Path]:
+    checkpoint = open_weights(model)
     names = [choose_format(checkpoint, weights)] if weights else list(FORMATS)
     return [cache_path(checkpoint, name, None) for name in names]
 
 
+def _described(path: Path) -> dict[str, Any]:
+    """Return what there is to say about a cache file, with the model's name on the Hugging Face Hub, if it has one."""
+    row = describe(path)
+    return row | {"repository": repository_of(Path(row["model"])) if row["model"] else None}
+
+
 def _list(args: argparse.Namespace) -> None:
-    rows = [describe(path) for path in _targets(args)]
+    rows = list(map(_described, _targets(args)))
     if args.json:
         print(json.dumps({"directory": str(cache_directory()), "files": rows}))
         return
@@ -157,7 +172,7 @@ def _list(args: argparse.Namespace) -> None:
         [
             [
                 Path(row["path"]).name,
-                Path(row["model"]) if row["model"] else "",
+                row["repository"] or (Path(row["model"]) if row["model"] else ""),
                 row["format"] or "",
                 format_nbytes(row["bytes"]),
                 row["reason"] or "good",
@@ -171,7 +186,7 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    rows = [describe(path) for path in _targets(args)]
+    rows = list(map(_described, _targets(args)))
     if args.json:
         print(json.dumps(rows))
         return
@@ -186,6 +201,8 @@ def _facts(row: dict[str, Any]) -> Iterator[list[Cell]]:
     if row["model"] is None:
         return
     yield ["model", Path(row["model"])]
+    if row["repository"] is not None:
+        yield ["name on the Hugging Face Hub", row["repository"]]
     yield ["format", row["format"]]
     yield ["buffers", f"{row['buffers']} in {row['chunks']} chunks, {format_nbytes(row['packed_bytes'])}"]
     yield ["format version", str(row["format_version"])]
@@ -232,12 +249,12 @@ def _path(args: argparse.Namespace) -> None:
 
 
 def _path_of(target: str, weights: str | None) -> list[Path]:
-    folder = Path(target)
+    folder = find_model(target)
     with readable(folder):
         is_folder = folder.is_dir()
     if not is_folder:
         raise InputError(f"{target} is not a model folder")
-    return _of_model(folder, weights or "auto")
+    return _of_model(target, weights or "auto")
 
 
 ACTIONS: Final[dict[str, tuple[Callable[[argparse.Namespace], None], str]]] = {

@@ -11,9 +11,18 @@ import argparse
 import json
 import sys
 from itertools import chain
-from pathlib import Path
 
-from refinfer.cli.options import add_json, add_plan_choice, add_prefetch, add_weights, integer, number, rate, token_ids
+from refinfer.cli.options import (
+    MODEL,
+    add_json,
+    add_plan_choice,
+    add_prefetch,
+    add_weights,
+    integer,
+    number,
+    rate,
+    token_ids,
+)
 from refinfer.cli.pictures import CHROME_BEGINS, to_chrome
 from refinfer.cli.show import cache_line, format_seconds, listening, require_writable, write_file
 from refinfer.cli.terminal import native_code_unheard, say
@@ -32,9 +41,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     """Add the options of `refinfer generate`."""
     parser.set_defaults(run=run_generate)
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help=f"text to continue (default: {DEFAULT_PROMPT!r})")
-    parser.add_argument(
-        "--model", metavar="DIR", help="a model folder in Hugging Face's form (default: the storyteller)"
-    )
+    parser.add_argument("--model", metavar="DIR", help=f"{MODEL} (default: the storyteller)")
     add_weights(parser, "auto, which is bf16 for bfloat16 checkpoints and f32 for others")
     parser.add_argument(
         "--weight-cache",
@@ -105,7 +112,7 @@ def run_generate(args: argparse.Namespace) -> None:
     _require_consistent(args)
     prompt = DEFAULT_PROMPT if args.prompt is None and args.token_ids is None else args.prompt
     with native_code_unheard():
-        model = open_folder(Path(args.model or STORYTELLER))
+        model = open_folder(args.model or STORYTELLER)
         ids = args.token_ids if prompt is None else model.encode(prompt)
     max_tokens = model.plan_request(ids, args.max_tokens)
     positions = len(ids) + max_tokens

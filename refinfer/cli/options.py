@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Final
 
 from refinfer.cli.imported import imported
 from refinfer.errors import RequestError
@@ -18,6 +19,7 @@ from refinfer.planning.plan import MOST_PREFETCH_THREADS, PLANS
 from refinfer.units import parse_integer, parse_nbytes, parse_number, shown
 
 __all__ = [
+    "MODEL",
     "add_json",
     "add_plan_choice",
     "add_prefetch",
@@ -29,6 +31,9 @@ __all__ = [
     "rate",
     "token_ids",
 ]
+
+MODEL: Final = "a model folder in Hugging Face's form, or the name of a downloaded model, such as org/name"
+"""What may name a model, in help texts."""
 
 
 def add_json(parser: argparse.ArgumentParser, text: str = "print one JSON object") -> None:

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refinfer.cli.options import add_json, add_plan_choice, add_prefetch, add_weights, integer
+from refinfer.cli.options import MODEL, add_json, add_plan_choice, add_prefetch, add_weights, integer
 from refinfer.cli.pictures import SVG_BEGINS
-from refinfer.cli.show import require_writable
+from refinfer.cli.show import listening, require_writable
 from refinfer.cli.terminal import native_code_unheard
 from refinfer.errors import RequestError
 from refinfer.inventory import Inventory
-from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES
-from refinfer.model.folder import DEFAULT_POSITIONS, open_folder, readable
+from refinfer.model.folder import DEFAULT_POSITIONS, open_folder
 from refinfer.offload.budget import parse_budget
 from refinfer.offload.calibration import calibration_file, known_calibration
 from refinfer.packing.formats import FORMATS
@@ -90,7 +89,7 @@ def plans_to_show(chosen: str | Lock) -> tuple[str | Lock, ...]:
 
 def add_question(parser: argparse.ArgumentParser) -> None:
     """Add the options that `plan` and `simulate` share."""
-    parser.add_argument("--model", metavar="DIR", help="a model folder in Hugging Face's form; give this or --shape")
+    parser.add_argument("--model", metavar="DIR", help=f"{MODEL}; give this or --shape")
     parser.add_argument("--shape", metavar="NAME", choices=SHAPES, help=f"a published shape: {', '.join(SHAPES)}")
     add_weights(parser, "auto, which is bf16 for bfloat16 checkpoints and for shapes, and f32 for others")
     parser.add_argument(
@@ -156,13 +155,12 @@ def _inventory(args: argparse.Namespace) -> tuple[str, Inventory]:
     if args.shape is not None:
         weights = "bf16" if args.weights == "auto" else args.weights  # what such models are published in
         return args.shape, Inventory(SHAPES[args.shape], weights)
-    folder = Path(args.model)
-    with native_code_unheard():
-        config = open_folder(folder).config
-    if args.weights in FORMATS:
-        return str(folder), Inventory(config, args.weights)
-    with readable(folder):
-        return str(folder), Inventory(config, choose_format(open_checkpoint(folder), "auto"))
+    with native_code_unheard(), listening() as listener:
+        model = open_folder(args.model)
+        for warning in model.warnings:
+            listener.warn(warning)
+    weights = args.weights if args.weights in FORMATS else choose_format(model.checkpoint(), "auto")
+    return str(Path(args.model)), Inventory(model.config, weights)
 
 
 def _budget(text: str | None, inventory: Inventory, fixed: Fixed) -> int:

@@ -1,14 +1,15 @@
 """A Hugging Face `config.json`, read into a `ModelConfig` and written from one.
 
 Supports the Llama, Mistral, Qwen2 and Qwen3 families, with their defaults, and both the older and the newer spelling of
-their keys. Leaves to others: weights, files other than `config.json` and `generation_config.json`.
-Read more: tutorial 07; clauses CONFIG-3 to CONFIG-9.
+their keys. Leaves to others: keys that are refused (`config_keys`), weights, files other than `config.json` and
+`generation_config.json`.
+Read more: tutorial 07, docs/config-keys.md; clauses CONFIG-3 to CONFIG-12.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,8 @@ from typing import Any, Final
 
 from refinfer.errors import ConfigError
 from refinfer.model.config import Llama3RopeScaling, ModelConfig
+from refinfer.model.config_keys import first_refused
+from refinfer.model.other_forms import what_to_do, why_not_a_folder
 from refinfer.units import shown
 from refinfer.whole_file import read_json
 
@@ -25,7 +28,7 @@ _LARGEST_FILE_BYTES: Final = 1_000_000  # published ones have some thousand byte
 _LARGEST_SIZE: Final = 1 << 31
 _SMALLEST_NUMBER: Final = 1e-30
 _LARGEST_NUMBER: Final = 1e30
-_DTYPES: Final = ("float32", "float16", "bfloat16")
+_DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +45,20 @@ class _Family:
     qkv_bias: bool = False
     reads_mlp_bias: bool = False
     qk_norm: bool = False
+    reads_layer_types: bool = True
     window_has_a_switch: bool = False
 
 
 _FAMILIES: Final[Mapping[str, _Family]] = MappingProxyType(
     {
         "llama": _Family(max_position_embeddings=2048, eos_token_id=2, reads_attention_bias=True, reads_mlp_bias=True),
-        "mistral": _Family(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096, eos_token_id=2),
+        "mistral": _Family(
+            num_key_value_heads=8,
+            max_position_embeddings=131072,
+            sliding_window=4096,
+            eos_token_id=2,
+            reads_layer_types=False,
+        ),
         "qwen2": _Family(num_key_value_heads=32, sliding_window=4096, qkv_bias=True, window_has_a_switch=True),
         "qwen3": _Family(
             num_key_value_heads=32,
@@ -100,8 +110,10 @@ class _Keys:
         return value
 
 
-def load_config(folder: Path) -> ModelConfig:
+def load_config(folder: Path, warn: Callable[[str], None] = lambda message: None) -> ModelConfig:
     """Read `config.json` in `folder`, and the end-of-text ids of `generation_config.json`, if any.
+
+    A `generation_config.json` that cannot be read is ignored, with one warning.
 
     Raises:
         ConfigError: the folder or file is missing or unreadable, or `parse_config` refuses it.
@@ -111,12 +123,15 @@ def load_config(folder: Path) -> ModelConfig:
     except OSError as error:  # such as a name that is too long
         raise ConfigError(f"{folder} cannot be read: {error.strerror}") from None
     if not is_folder:
-        raise ConfigError(f"{folder} is not a folder; --model takes a folder with config.json and safetensors files")
+        raise ConfigError(why_not_a_folder(folder))
     config = parse_config(_read_json(folder / "config.json"), str(folder / "config.json"))
     generation = folder / "generation_config.json"
-    if os.path.lexists(generation) and (raw := _read_json(generation)).get("eos_token_id") is not None:
-        # transformers' generate() takes its end-of-text ids from here when they are given.
-        config = replace(config, eos_token_ids=_eos_token_ids(_Keys(raw, str(generation)), None))
+    try:
+        if os.path.lexists(generation) and (raw := _read_json(generation)).get("eos_token_id") is not None:
+            # transformers' generate() takes its end-of-text ids from here when they are given.
+            config = replace(config, eos_token_ids=_eos_token_ids(_Keys(raw, str(generation)), None))
+    except ConfigError as error:
+        warn(f"{error}; the end-of-text ids are those of config.json")
     return config
 
 
@@ -124,7 +139,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = read_json(path, _LARGEST_FILE_BYTES)
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; a model folder holds config.json and safetensors files") from None
+        raise ConfigError(f"{path} does not exist; {what_to_do(path.parent)}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -201,19 +216,17 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
 def _refuse_what_is_not_implemented(keys: _Keys) -> None:
     if (act := keys.raw.get("hidden_act")) not in (None, "silu", "swish"):
         raise keys.error("hidden_act", f"is {shown(act)}; only silu is implemented")
-    if keys.raw.get("quantization_config") is not None:
-        raise keys.error("quantization_config", "is set; give the model's unquantised checkpoint instead")
+    if (refused := first_refused(keys.raw)) is not None:
+        raise keys.error(*refused)
     kinds = keys.raw.get("layer_types")
     kinds = [] if kinds is None else kinds
     if not isinstance(kinds, list) or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
         raise keys.error("layer_types", "must be a list of full_attention and sliding_attention")
-    if (share := keys.raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise keys.error("partial_rotary_factor", f"is {shown(share)}; only 1 is implemented")
 
 
 def _rope(keys: _Keys, max_position_embeddings: int) -> tuple[float, Llama3RopeScaling | None]:
     """Return theta and the scaling; if both spellings are given, `rope_scaling` wins, as in `transformers`."""
-    name = "rope_scaling" if keys.raw.get("rope_scaling") is not None else "rope_parameters"
+    name = "rope_scaling" if keys.raw.get("rope_scaling") not in (None, {}) else "rope_parameters"
     raw = keys.raw.get(name)
     if raw is None:
         return keys.number("rope_theta", 10000.0), None
@@ -222,17 +235,21 @@ def _rope(keys: _Keys, max_position_embeddings: int) -> tuple[float, Llama3RopeS
     rope = _Keys(raw, f"{keys.where}: {name}")
     theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0))
     kind = raw.get("rope_type", raw.get("type", "default"))
+    if nested := [key for key, value in raw.items() if isinstance(value, dict)]:
+        raise rope.error(nested[0], "is an object; only one rotation for all layers is implemented")
     if (share := raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise rope.error("partial_rotary_factor", f"is {shown(share)}; only 1 is implemented")
-    if kind == "default":
+    if kind == "default" or (kind == "linear" and rope.number("factor") == 1):
         return theta, None
     if kind != "llama3":
-        raise rope.error("rope_type", f"is {shown(kind)}; supported are default and llama3")
+        raise rope.error("rope_type", f"is {shown(kind)}; supported are default and llama3, and linear with factor 1")
+    # A context given outside the scaling wins, as in `transformers`.
+    original = keys if keys.raw.get("original_max_position_embeddings") is not None else rope
     scaling = Llama3RopeScaling(
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),
         high_freq_factor=rope.number("high_freq_factor"),
-        original_max_position_embeddings=rope.integer("original_max_position_embeddings", max_position_embeddings),
+        original_max_position_embeddings=original.integer("original_max_position_embeddings", max_position_embeddings),
     )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise rope.error("high_freq_factor", "must be larger than low_freq_factor")
@@ -245,26 +262,24 @@ def _sliding_window(keys: _Keys, family: _Family, n_layers: int) -> int | None:
     In families with a switch, only the layers from `max_window_layers` on have a window, unless `layer_types` lists the
     layers that do.
     """
-    if family.sliding_window is None:
+    if keys.raw.get("sliding_window", family.sliding_window) is None:
         return None
-    if family.window_has_a_switch:
-        if (kinds := keys.raw.get("layer_types")) is not None:
-            slides = "sliding_attention" in kinds
-        else:
-            slides = keys.flag("use_sliding_window") and keys.integer("max_window_layers", 28, least=0) < n_layers
-        if not slides:
-            return None
-    if "sliding_window" in keys.raw and keys.raw.get("sliding_window") is None:
-        return None
-    return keys.integer("sliding_window", family.sliding_window)
+    kinds = keys.raw.get("layer_types") if family.reads_layer_types else None
+    if kinds is not None:
+        slides = "sliding_attention" in kinds
+    elif family.window_has_a_switch:
+        slides = keys.flag("use_sliding_window") and keys.integer("max_window_layers", 28, least=0) < n_layers
+    else:
+        slides = True
+    return keys.integer("sliding_window", family.sliding_window) if slides else None
 
 
 def _eos_token_ids(keys: _Keys, default: int | None) -> tuple[int, ...]:
     value = keys.raw.get("eos_token_id", default)
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if any(type(i) is not int or i < 0 for i in ids):
+    if any(type(i) is not int for i in ids):
         raise keys.error("eos_token_id", f"must be a token id or a list of them, not {shown(value)}")
-    return tuple(ids)
+    return tuple(i for i in ids if i >= 0)  # -1 means that no token ends a text
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:

@@ -1,24 +1,28 @@
 """A model folder in Hugging Face's form, read before any weights are loaded, and checks of requests to its model.
 
-Reads the config and the tokenizer, and checks how many tokens a request may have. Leaves to others: weights.
-Read more: tutorial 00; clauses GEN-4, TOKEN-3.
+Reads the config and the tokenizer, decides whether the two tables are one, and checks how many tokens a request may
+have. Leaves to others: weights.
+Read more: tutorial 00; clauses GEN-4, TOKEN-3, TENSOR-15.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from refinfer.errors import InputError, RequestError, TokenizerError, TokenizerPackageMissingError
+from refinfer.errors import InputError, RequestError, SafetensorsError, TokenizerError, TokenizerPackageMissingError
+from refinfer.model.checkpoint import Checkpoint, open_checkpoint
 from refinfer.model.config import ModelConfig
 from refinfer.model.config_json import load_config
+from refinfer.model.hub import find_model
 from refinfer.model.tokenizer import Tokenizer, load_tokenizer
 from refinfer.units import shown
 
-__all__ = ["DEFAULT_MAX_TOKENS", "DEFAULT_POSITIONS", "ModelFolder", "open_folder", "readable"]
+__all__ = ["DEFAULT_MAX_TOKENS", "DEFAULT_POSITIONS", "ModelFolder", "open_folder", "open_weights", "readable"]
 
 DEFAULT_MAX_TOKENS: Final = 200
 """The default for the largest number of tokens to generate, if they fit."""
@@ -32,13 +36,23 @@ class ModelFolder:
     """The config and the tokenizer of a model folder; no weight has been read.
 
     `tokenizer` is None if the folder has no tokenizer or its package is missing; `why_no_tokenizer` gives the reason.
-    Prompts can then be given as token ids.
+    Prompts can then be given as token ids. `warnings` are for whoever uses the model, each to be shown once.
     """
 
     path: Path
     config: ModelConfig
     tokenizer: Tokenizer | None
     why_no_tokenizer: str
+    warnings: tuple[str, ...] = ()
+
+    def checkpoint(self) -> Checkpoint:
+        """Open the weights: the tensors that the config asks for; reads headers only.
+
+        Raises:
+            InputError: the folder cannot be read, or has no weights that can be opened.
+        """
+        with readable(self.path):
+            return open_checkpoint(self.path).of(self.config)
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of `prompt`.
@@ -77,22 +91,52 @@ class ModelFolder:
         return max_tokens if max_tokens is not None else min(DEFAULT_MAX_TOKENS, room)
 
 
-def open_folder(path: Path) -> ModelFolder:
-    """Read the config and the tokenizer of a model folder, but no weights.
+def open_folder(model: str | os.PathLike[str]) -> ModelFolder:
+    """Read the config and the tokenizer of a model, but no weights.
+
+    `model` is a folder, or the name of a model that was downloaded from the Hugging Face Hub.
 
     Raises:
         ConfigError: the folder or its config is missing, unreadable or not supported.
         TokenizerError: the tokenizer is malformed.
     """
+    path, warnings = find_model(model), list[str]()
     why = f"{path} has no tokenizer.json; give the prompt as --token-ids"
     tokenizer = None
     with readable(path):
-        config = load_config(path)
+        config = _config_as_stored(path, warnings.append)
         try:
             tokenizer = load_tokenizer(path)
         except TokenizerPackageMissingError as error:
             why = str(error)
-    return ModelFolder(path, config, tokenizer, why)
+    return ModelFolder(path, config, tokenizer, why, tuple(warnings))
+
+
+def open_weights(model: str | os.PathLike[str]) -> Checkpoint:
+    """Open the weights of a model, but not its tokenizer: the tensors that its config asks for; reads headers only.
+
+    Raises:
+        InputError: as `open_folder`, and `ModelFolder.checkpoint`.
+    """
+    path = find_model(model)
+    with readable(path):
+        return open_checkpoint(path).of(_config_as_stored(path, lambda message: None))
+
+
+def _config_as_stored(path: Path, warn: Callable[[str], None]) -> ModelConfig:
+    """Read the config; a model that has two tables stored has two tables, even if its config calls them one."""
+    config = load_config(path, warn)
+    try:
+        has_both = config.tie_word_embeddings and open_checkpoint(path).has_both_tables
+    except SafetensorsError:  # whoever needs the weights will say so
+        return config
+    if not has_both:
+        return config
+    warn(
+        f"{path / 'config.json'} ties the output table to the embedding table, but the checkpoint has both, and both "
+        "are used as stored; set tie_word_embeddings to false there to silence this warning"
+    )
+    return replace(config, tie_word_embeddings=False)
 
 
 @contextmanager

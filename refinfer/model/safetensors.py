@@ -1,7 +1,7 @@
 """The safetensors format: a reader that trusts nothing, and a writer that streams.
 
 Finds the place of each tensor in one file. Leaves to others: models, several files at once.
-Read more: tutorial 05; clauses TENSOR-1 to TENSOR-7, TENSOR-12.
+Read more: tutorial 05; clauses TENSOR-1 to TENSOR-7, TENSOR-12, TENSOR-16.
 
     0        8                8 + n                            end of file
     +--------+----------------+----------------------------------+
@@ -34,9 +34,9 @@ import numpy.typing as npt
 
 from refinfer.errors import SafetensorsError
 from refinfer.units import shown
-from refinfer.whole_file import open_regular, parse_json
+from refinfer.whole_file import GIT_LFS_POINTER, LFS_PROBLEM, open_regular, parse_json
 
-__all__ = ["DTYPES", "SafetensorsFile", "TensorInfo", "TensorSpec", "parse_header", "write_safetensors"]
+__all__ = ["BITS", "DTYPES", "SafetensorsFile", "TensorInfo", "TensorSpec", "parse_header", "write_safetensors"]
 
 DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "F64": np.dtype("<f8"),
@@ -52,8 +52,21 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "U16": np.dtype("<u2"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
+    "C64": np.dtype("<c8"),
 }
-"""The format's element types, and the numpy type that holds each."""
+"""The format's element types that numpy can hold, and the numpy type of each."""
+
+BITS: Final[Mapping[str, int]] = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+"""All element types of the format, and the bits of an element; those of `DTYPES` can be viewed and written."""
 
 LARGEST_HEADER_BYTES: Final = 8_000_000
 # The format allows 100 MB, which Python would need gigabytes and a quarter of a minute to read. A tensor takes about
@@ -134,14 +147,16 @@ def _parse_tensor(name: str, entry: object, base: int, refuse: Callable[[str], S
     if not _is_text(name):
         raise refuse(f"{shown(name)} is not a name that UTF-8 can express")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise refuse(f"{shown(name)} has the unknown type {shown(dtype)}")
     # Zeros are left out of the product, so that an empty tensor of vast dimensions is refused; numpy cannot hold it.
     if not _are_sizes(shape) or math.prod(n for n in shape if n) >= _LARGEST_ELEMENTS:
         raise refuse(f"{shown(name)} has the impossible shape {shown(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refuse(f"{shown(name)} has the impossible data_offsets {shown(offsets)}")
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    nbytes, spare_bits = divmod(math.prod(shape) * BITS[dtype], 8)
+    if spare_bits:
+        raise refuse(f"{shown(name)}, {dtype} {shown(shape)}, does not end with a whole byte")
     if nbytes != offsets[1] - offsets[0]:
         raise refuse(f"{shown(name)} takes {offsets[1] - offsets[0]} bytes, but {dtype} {shown(shape)} needs {nbytes}")
     return TensorInfo(name, dtype, tuple(shape), base + offsets[0], nbytes)
@@ -205,9 +220,11 @@ class SafetensorsFile(Mapping[str, TensorInfo]):
         """Return the tensor `name` as a read-only view of the file, in the numpy type of `DTYPES`; copies nothing.
 
         Raises:
-            SafetensorsError: the file cannot be mapped, or was cut short.
+            SafetensorsError: the file cannot be mapped, was cut short, or numpy has no such type.
         """
         tensor = self._tensors[name]
+        if tensor.dtype not in DTYPES:
+            raise SafetensorsError(f"{self.path}: {shown(name)} is {tensor.dtype}, which numpy cannot hold")
         raw = np.frombuffer(self._map, np.uint8)[tensor.offset : tensor.offset + tensor.nbytes]
         return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
@@ -226,6 +243,8 @@ def _read_header(file: BinaryIO, size: int, where: str) -> bytes:
     if LARGEST_HEADER_BYTES < length <= size - _LENGTH.size:
         raise SafetensorsError(f"{where} has a header of {length} bytes; at most {LARGEST_HEADER_BYTES} are supported")
     if length > size - _LENGTH.size:
+        if (length_bytes + file.read(len(GIT_LFS_POINTER))).startswith(GIT_LFS_POINTER):
+            raise SafetensorsError(f"{where} cannot be read: {LFS_PROBLEM}")
         raise SafetensorsError(
             f"{where} is not a valid safetensors file: it announces a header of {length} bytes, but has {size} bytes"
         )

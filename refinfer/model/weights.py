@@ -233,10 +233,12 @@ def require_layers(config: ModelConfig, checkpoint: Checkpoint) -> None:
     """Check that a checkpoint can have as many layers as its config claims, before anything of that length is made.
 
     Raises:
-        WeightsError: the checkpoint has fewer tensors.
+        WeightsError: the checkpoint has fewer tensors, or not those of the first layer.
     """
     least = config.num_hidden_layers * len(config.layer_shapes())
     if least > len(checkpoint):
+        for name, shape in config.layer_shapes().items():
+            checkpoint.require(f"model.layers.0.{name}", shape)  # its message says more
         raise WeightsError(
             f"{checkpoint.folder} has {len(checkpoint)} tensors, but its config.json asks for "
             f"{config.num_hidden_layers} layers, which take {least}"

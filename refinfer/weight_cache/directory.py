@@ -49,8 +49,10 @@ def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
         raise InputError("there is no home folder for cache files: set XDG_CACHE_HOME, or name a file") from None
 
 
-def path_for(model: Path, format: str, packers: bytes, directory: Path | None = None) -> Path:
-    """Return the path of a model's cache file.
+def path_for(
+    model: Path, format: str, packers: bytes, directory: Path | None = None, called: str | None = None
+) -> Path:
+    """Return the path of a model's cache file; `called` is the model's name, if its folder has another.
 
     The path depends on where the model lies, the format and the packers, but not on the weights: a changed model
     replaces its file. The file's name begins with the model's, for people, and ends with a hash that distinguishes
@@ -58,7 +60,7 @@ def path_for(model: Path, format: str, packers: bytes, directory: Path | None = 
     """
     model = model.resolve()
     identity = hashlib.sha256("\0".join((str(model), format, packers.hex())).encode("utf-8", "surrogateescape"))
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", model.name)[:80] or "model"
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", called or model.name)[:80] or "model"
     return (directory or cache_directory()) / f"{readable}-{format}-{identity.hexdigest()[:16]}{SUFFIX}"
 
 

@@ -32,7 +32,7 @@ PACK_KEYS = ["state", "path", "reason", "packed_buffers", "packed_bytes", "load_
 
 
 FILE_KEYS = {"path", "bytes", "reason", "model", "format", "buffers", "packed_bytes", "chunks", "format_version",
-             "packers", "model_digest", "packing_s", "sources"}  # fmt: skip
+             "packers", "model_digest", "packing_s", "sources", "repository"}  # fmt: skip
 
 
 @pytest.mark.spec("CLI-10", "GEN-12")

@@ -176,10 +176,10 @@ def test_a_config_that_names_no_architecture_is_refused() -> None:
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: rope_type is 'linear'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling: rope_type is 'yarn'"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters: rope_type is 'dynamic'"),
-        ({"dtype": "float64"}, "dtype is 'float64'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'"),
     ],
-    ids=["act", "quantised", "partial", "partial rope", "linear", "yarn", "dynamic", "float64", "float8"],
+    ids=["act", "quantised", "partial", "partial rope", "linear", "yarn", "dynamic", "int8", "float8"],
 )
 def test_a_feature_that_is_not_implemented_is_refused_by_name(keys: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(why)):
@@ -275,16 +275,14 @@ def test_only_a_part_of_a_long_value_is_repeated(key: str, value: object) -> Non
 
 
 @pytest.mark.spec("INPUT-1")
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_a_config_that_is_no_regular_file_or_too_large_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(raw_config()))
-    (tmp_path / name).unlink(missing_ok=True)
-    os.mkfifo(tmp_path / name)
-    with pytest.raises(ConfigError, match=rf"/{name} cannot be read: it is not a regular file"):
+def test_a_config_that_is_no_regular_file_or_too_large_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match=r"/config\.json cannot be read: it is not a regular file"):
         load_config(tmp_path)
-    (tmp_path / name).unlink()
-    (tmp_path / name).write_bytes(b" " * 1_000_001)
-    with pytest.raises(ConfigError, match=rf"/{name} cannot be read: it is larger than the 1 MB"):
+    path.unlink()
+    path.write_bytes(b" " * 1_000_001)
+    with pytest.raises(ConfigError, match=r"/config\.json cannot be read: it is larger than the 1 MB"):
         load_config(tmp_path)
 
 
@@ -375,7 +373,7 @@ def test_end_of_text_ids_may_be_none_one_or_several(given_ids: object, ids: tupl
 
 
 @pytest.mark.spec("CONFIG-7", "CONFIG-9")
-@pytest.mark.parametrize("value", ["2", -1, 2.0, True, [2, "3"], [[2]], {}], ids=repr)
+@pytest.mark.parametrize("value", ["2", 2.0, True, [2, "3"], [[2]], {}], ids=repr)
 def test_an_end_of_text_id_that_is_no_token_id_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match="eos_token_id must be a token id or a list of them"):
         parse_config(raw_config(eos_token_id=value))
@@ -401,13 +399,6 @@ def test_the_generation_config_gives_nothing_but_end_of_text_ids(tmp_path: Path)
     assert load_config(tmp_path) == replace(parse_config(raw), eos_token_ids=(5,))
 
 
-@pytest.mark.spec("CONFIG-9")
-def test_a_generation_config_that_is_no_json_object_is_refused(tmp_path: Path) -> None:
-    write_folder(tmp_path, config=raw_config(), generation_config=[])
-    with pytest.raises(ConfigError, match=r"generation_config\.json must hold a JSON object"):
-        load_config(tmp_path)
-
-
 @pytest.mark.spec("CONFIG-6")
 def test_layers_that_do_not_attend_are_refused() -> None:
     raw = raw_config("qwen3", layer_types=["full_attention", "linear_attention"])
@@ -420,10 +411,3 @@ def test_sliding_layers_have_a_window_whatever_the_switch_says() -> None:
     raw = raw_config("qwen3", layer_types=["full_attention", "sliding_attention"], sliding_window=16)
     assert parse_config(raw).sliding_window == 16
     assert parse_config(raw | {"layer_types": ["full_attention"]}).sliding_window is None
-
-
-@pytest.mark.spec("CONFIG-9")
-def test_a_wrong_id_in_the_generation_config_is_refused_by_its_file(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path, config=raw_config(), generation_config={"eos_token_id": "end"})
-    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id"):
-        load_config(folder)

@@ -193,7 +193,7 @@ def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
 
 
 BAD_TENSORS = {
-    "unknown type": (entry("F8_E4M3"), "unknown type 'F8_E4M3'"),
+    "unknown type": (entry("F8_E3M4"), "unknown type 'F8_E3M4'"),
     "lower case": (entry("u8"), "unknown type 'u8'"),
     "type number": (entry(8), "unknown type 8"),
     "type list": (entry(["U8"]), "unknown type ['U8']"),

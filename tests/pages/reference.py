@@ -55,6 +55,7 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
     "The model room": {
         "model.config": "neither original; the published configs of Llama, Mistral, Qwen2 and Qwen3",
         "model.config_json": "neither original; `transformers`, `configuration_*.py`",
+        "model.config_keys": "neither original; what the code of `transformers` reads from a config",
         "model.weights": "refinfer itself; through this Protocol the article's weights and the paper's look alike",
         "model.layers": (
             "neither original; RMSNorm, rotary embeddings, grouped-query attention and SwiGLU, each from its "
@@ -67,6 +68,8 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
         "model.checkpoint": "neither original; Hugging Face's sharded checkpoints and their index",
         "model.tokenizer": "neither original; the file format of Hugging Face's `tokenizers`",
         "model.folder": OWN,
+        "model.hub": "neither original; the cache of `huggingface_hub`",
+        "model.other_forms": OWN,
         "model.synth": OWN,
     },
     "The packing room": {
