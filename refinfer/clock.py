@@ -7,6 +7,7 @@ Read more: tutorial 10; clause ERR-3.
 from __future__ import annotations
 
 import time
+from datetime import datetime
 from typing import Protocol
 
 __all__ = ["Clock", "RealClock", "wall_time_ns"]
@@ -39,3 +40,7 @@ class RealClock:
     def sleep(self, seconds: float) -> None:
         """Wait for `seconds`, at least."""
         time.sleep(seconds)
+
+    def local_time(self, form: str) -> str:
+        """Return the time of day where this machine is, in a form such as `%d %b %Y`."""
+        return datetime.now().strftime(form)  # noqa: DTZ005  (without a zone, as templates of chats expect it)

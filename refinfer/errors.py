@@ -12,6 +12,7 @@ from typing import ClassVar
 __all__ = [
     "BudgetError",
     "CacheFileError",
+    "ChatTemplateError",
     "ConfigError",
     "DamagedWeightsError",
     "GenerationError",
@@ -94,6 +95,10 @@ class TokenizerError(InputError):
 
 class TokenizerPackageMissingError(TokenizerError):
     """A tokenizer file needs the `tokenizers` package, which is not installed; token ids still work."""
+
+
+class ChatTemplateError(InputError):
+    """A model has no chat template, or the one it has cannot be used."""
 
 
 class WeightsError(InputError):

@@ -21,7 +21,7 @@ from refinfer.blas_threads import blas_threads, default_threads
 from refinfer.clock import Clock, RealClock
 from refinfer.engine import CacheOptions, Engine, EngineRequest, open_engine, require_finite_weights
 from refinfer.errors import DamagedWeightsError, GenerationError, RequestError
-from refinfer.model.folder import DEFAULT_POSITIONS, ModelFolder, open_folder
+from refinfer.model.folder import DEFAULT_POSITIONS, ModelFolder, checked_token_ids, open_folder
 from refinfer.model.sampler import Sampling, sample
 from refinfer.model.tokenizer import TextStream
 from refinfer.model.transformer import Transformer
@@ -276,7 +276,7 @@ class Session:
         room = self.max_positions
         if (prompt is None) == (token_ids is None):
             raise RequestError("give either a prompt or token_ids")
-        ids = [int(i) for i in token_ids] if token_ids is not None else self.model.encode(prompt or "")
+        ids = checked_token_ids(token_ids) if token_ids is not None else self.model.encode(prompt or "")
         if seed is not None and seed < 0:
             raise RequestError(f"seed must be at least 0, not {seed}")
         sampling = Sampling(temperature, top_k, top_p)
@@ -361,11 +361,11 @@ class Session:
         """Return the logits `[T, V]` after each of `token_ids`; does not disturb a generation under way.
 
         Raises:
-            RequestError: no tokens, an id out of range, or more tokens than the model has positions.
+            RequestError: no row of whole numbers, an id out of range, or more tokens than the model has positions.
             SessionInUseError: another thread is computing.
         """
         self._engine.now()
-        ids = [int(i) for i in token_ids]
+        ids = checked_token_ids(token_ids)
         if len(ids) > self.model.config.longest_request:
             raise RequestError(f"{len(ids)} tokens are more than this model's {self.model.config.longest_request}")
         with self._computing():

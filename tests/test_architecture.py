@@ -284,8 +284,8 @@ def test_no_module_imports_more_than_twenty_of_the_others() -> None:
 
 
 @pytest.mark.spec("HOUSE-3")
-def test_importing_refinfer_imports_neither_rich_nor_tokenizers() -> None:
-    code = "import sys, refinfer, refinfer.cli.main; print(sorted({'rich', 'tokenizers'} & set(sys.modules)))"
+def test_importing_refinfer_imports_neither_rich_nor_tokenizers_nor_jinja2() -> None:
+    code = "import sys, refinfer, refinfer.cli.main; print(sorted({'rich', 'tokenizers', 'jinja2'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

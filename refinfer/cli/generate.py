@@ -58,6 +58,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help=f"largest number of tokens to generate (default: {DEFAULT_MAX_TOKENS}, or as many as fit if that is less)",
     )
     _add_sampling(parser)
+    _add_chat(parser)
     parser.add_argument(
         "--threads", metavar="N", type=integer(1), help="number of BLAS threads (default: chosen by the model's size)"
     )
@@ -105,6 +106,16 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="ask a model that was taught to chat: put the prompt into its chat template, and print the answer only; a "
+        "model that can think before it answers does so",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="instructions for the model, ahead of the prompt of --chat")
+
+
 def run_generate(args: argparse.Namespace) -> None:
     """Run `refinfer generate`."""
     clock = RealClock()
@@ -113,13 +124,16 @@ def run_generate(args: argparse.Namespace) -> None:
     prompt = DEFAULT_PROMPT if args.prompt is None and args.token_ids is None else args.prompt
     with native_code_unheard():
         model = open_folder(args.model or STORYTELLER)
-        ids = args.token_ids if prompt is None else model.encode(prompt)
+        ids = args.token_ids if prompt is None else _encode(model, args, prompt, clock)
+        model = model.ending_turns() if args.chat else model
     max_tokens = model.plan_request(ids, args.max_tokens)
+    if prompt is not None and not args.chat and model.has_chat_template:
+        say("hint: this model was taught to chat; --chat puts the prompt into its chat template", sys.stderr)
     positions = len(ids) + max_tokens
     if args.budget is not None and args.max_tokens is None:  # as many as `plan` and `simulate` plan for
         positions = max(positions, min(DEFAULT_POSITIONS, model.config.longest_request))
     with _load(args, model, positions, clock, started) as session:
-        _generate(session, args, ids, max_tokens, prompt or "")
+        _generate(session, args, ids, max_tokens, "" if args.chat else prompt or "")
         if args.trace is not None:
             write_file(args.trace, CHROME_BEGINS, json.dumps(to_chrome(session.trace)))
         stats, prediction = session.stats, session.prediction
@@ -135,14 +149,23 @@ def run_generate(args: argparse.Namespace) -> None:
         say(line, sys.stderr)
 
 
+def _encode(model: ModelFolder, args: argparse.Namespace, prompt: str, clock: RealClock) -> list[int]:
+    return model.encode_chat(prompt, args.system, clock.local_time) if args.chat else model.encode(prompt)
+
+
 def _require_consistent(args: argparse.Namespace) -> None:
     """Refuse options that do not go together.
 
     Raises:
-        RequestError: two prompts, an option of a budget without one, or a trace that would replace another file.
+        RequestError: two prompts, an option of a budget or a chat without it, or a trace that would replace another
+            file.
     """
     if args.prompt is not None and args.token_ids is not None:
         raise RequestError("a prompt and --token-ids were both given; give one of them")
+    if args.chat and args.prompt is None:
+        raise RequestError("--chat needs a prompt: give the question as text")
+    if args.system is not None and not args.chat:
+        raise RequestError("--system can be used only in a chat; give --chat too")
     streaming = ("plan", "prefetch_threads", "prefetch_ring", "disk_bandwidth", "trace")
     given = [f"--{name.replace('_', '-')}" for name in streaming if getattr(args, name) is not None]
     if args.budget is None and given:

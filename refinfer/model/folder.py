@@ -1,28 +1,45 @@
 """A model folder in Hugging Face's form, read before any weights are loaded, and checks of requests to its model.
 
-Reads the config and the tokenizer, decides whether the two tables are one, and checks how many tokens a request may
-have. Leaves to others: weights.
-Read more: tutorial 00; clauses GEN-4, TOKEN-3, TENSOR-15.
+Reads the config and the tokenizer, decides whether the two tables are one, and checks the tokens of a request.
+Leaves to others: weights, chat templates (`chat`).
+Read more: tutorial 00; clauses GEN-4, GEN-24, TOKEN-3, TENSOR-15, CHAT-1.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from refinfer.errors import InputError, RequestError, SafetensorsError, TokenizerError, TokenizerPackageMissingError
+from refinfer.errors import (
+    ChatTemplateError,
+    InputError,
+    RequestError,
+    SafetensorsError,
+    TokenizerError,
+    TokenizerPackageMissingError,
+)
+from refinfer.model.chat import render_chat
 from refinfer.model.checkpoint import Checkpoint, open_checkpoint
 from refinfer.model.config import ModelConfig
 from refinfer.model.config_json import load_config
 from refinfer.model.hub import find_model
 from refinfer.model.tokenizer import Tokenizer, load_tokenizer
+from refinfer.model.tokenizer_config import load_chat_template, load_tokenizer_config
 from refinfer.units import shown
 
-__all__ = ["DEFAULT_MAX_TOKENS", "DEFAULT_POSITIONS", "ModelFolder", "open_folder", "open_weights", "readable"]
+__all__ = [
+    "DEFAULT_MAX_TOKENS",
+    "DEFAULT_POSITIONS",
+    "ModelFolder",
+    "checked_token_ids",
+    "open_folder",
+    "open_weights",
+    "readable",
+]
 
 DEFAULT_MAX_TOKENS: Final = 200
 """The default for the largest number of tokens to generate, if they fit."""
@@ -64,6 +81,40 @@ class ModelFolder:
             raise TokenizerError(self.why_no_tokenizer)
         return self.tokenizer.encode(prompt)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model was taught to answer in a chat."""
+        try:
+            return load_chat_template(self.path, load_tokenizer_config(self.path)) is not None
+        except TokenizerError:  # it has one, but not one that can be used
+            return False
+
+    def encode_chat(self, prompt: str, system: str | None, strftime_now: Callable[[str], str]) -> list[int]:
+        """Return the token ids that ask for an answer to `prompt`, in the form of the model's chat template.
+
+        `system` has instructions for the model, and `strftime_now` gives the time of day in a given form.
+
+        Raises:
+            TokenizerError: the model has no tokenizer, or the text cannot be expressed.
+            ChatTemplateError: the model has no chat template, or it cannot be used.
+        """
+        if self.tokenizer is None:
+            raise TokenizerError(self.why_no_tokenizer)
+        config = load_tokenizer_config(self.path)
+        template = load_chat_template(self.path, config)
+        if template is None:
+            raise ChatTemplateError(f"{self.path} has no chat template; give the prompt without --chat")
+        text = render_chat(template, config.names, prompt, system, strftime_now)
+        return self.tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+
+    def ending_turns(self) -> ModelFolder:
+        """Return this folder with the end token of its tokenizer's config among those that end a text."""
+        end = load_tokenizer_config(self.path).names.get("eos_token")
+        ids = self.tokenizer.encode(end, add_special_tokens=False) if self.tokenizer and end else []
+        if len(ids) != 1 or ids[0] in self.config.eos_token_ids:
+            return self
+        return replace(self, config=replace(self.config, eos_token_ids=(*self.config.eos_token_ids, *ids)))
+
     def plan_request(self, prompt_token_ids: Sequence[int], max_tokens: int | None) -> int:
         """Return the number of tokens to generate, after checking the request; nothing has been reserved for it yet.
 
@@ -89,6 +140,19 @@ class ModelFolder:
                 f"{config.longest_request} positions"
             )
         return max_tokens if max_tokens is not None else min(DEFAULT_MAX_TOKENS, room)
+
+
+def checked_token_ids(given: Iterable[Any]) -> list[int]:
+    """Return token ids, such as those of a list or an array, as a list of whole numbers.
+
+    Raises:
+        RequestError: they are not a row of whole numbers.
+    """
+    row = isinstance(given, Iterable) and not isinstance(given, str | bytes) and getattr(given, "ndim", 1) == 1
+    ids: list[Any] = [i.item() if getattr(i, "ndim", None) == 0 else i for i in given] if row else [given]
+    if not row or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise RequestError(f"token_ids must be one row of whole numbers, not {' '.join(shown(given).split())}")
+    return ids
 
 
 def open_folder(model: str | os.PathLike[str]) -> ModelFolder:

@@ -3,7 +3,7 @@
 The two forms of `tokenizer.json` that refinfer writes, a byte-pair encoding without merges over characters or over
 bytes, are read here without any package; any other form goes to the `tokenizers` package (extra `hf`). Leaves to
 others: models, sampling.
-Read more: tutorial 07; clauses TOKEN-1 to TOKEN-6.
+Read more: tutorial 07; clauses TOKEN-1 to TOKEN-7.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from refinfer.errors import TokenizerError, TokenizerPackageMissingError
+from refinfer.model.tokenizer_config import TokenizerConfig, load_tokenizer_config
 from refinfer.units import shortened, shown
 from refinfer.whole_file import parse_json, read_whole
 
@@ -37,8 +38,8 @@ _REPLACEMENT: Final = "\ufffd"
 class Tokenizer(Protocol):
     """Turns text into token ids and back."""
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of `text`, with the special tokens that the file asks for around it unless told otherwise.
 
         Raises:
             TokenizerError: the text has something the vocabulary cannot express.
@@ -63,7 +64,7 @@ class CharacterTokenizer:
         self._ids = dict(vocab)
         self._characters = {i: c for c, i in vocab.items()}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the id of each character; raises TokenizerError for one that is not in the alphabet."""
         try:
             return [self._ids[c] for c in text]
@@ -90,7 +91,7 @@ class ByteTokenizer:
         self._ids = dict(vocab)
         self._bytes = {i: bytes([b]) for b, i in vocab.items()}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the id of each UTF-8 byte; raises TokenizerError for half of a surrogate pair."""
         return [self._ids[byte] for byte in _utf8(text)]
 
@@ -102,7 +103,7 @@ class ByteTokenizer:
 class _PackageTokenizer:
     """A `tokenizer.json` of any kind, through the `tokenizers` package."""
 
-    def __init__(self, data: bytes, path: Path) -> None:
+    def __init__(self, data: bytes, path: Path, config: TokenizerConfig) -> None:
         try:
             import tokenizers
         except ImportError:
@@ -111,15 +112,20 @@ class _PackageTokenizer:
             ) from None
         with _in_the_package(f"{path} is not a usable tokenizer"):
             self._inner = tokenizers.Tokenizer.from_buffer(data)
+            # In two steps, as `transformers` does: a token that is named later keeps the flags given with its id.
+            self._inner.add_tokens([tokenizers.AddedToken(**entry) for entry in config.added])
+            known = {token.content for token in self._inner.get_added_tokens_decoder().values()}
+            special = [entry for entry in config.special if entry["content"] not in known]
+            self._inner.add_tokens([tokenizers.AddedToken(**entry) for entry in special])
         # Settings of training that would cut or lengthen a prompt; `transformers` does not apply them either.
         self._inner.no_truncation()
         self._inner.no_padding()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, with the special tokens the file asks for; raises TokenizerError."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of `text`; raises TokenizerError if the package cannot encode it."""
         text = _utf8(text).decode()
         with _in_the_package("the text cannot be encoded"):
-            ids: list[int] = self._inner.encode(text).ids
+            ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -156,8 +162,10 @@ def _is_character(token: str) -> bool:
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """Read `tokenizer.json` in `folder`, or return None if the folder has no such file.
 
+    Tokens that only `tokenizer_config.json` has are added, as `transformers` does.
+
     Raises:
-        TokenizerError: the file is malformed.
+        TokenizerError: one of the files is malformed.
         TokenizerPackageMissingError: it needs the `tokenizers` package, and that is not installed.
     """
     path = folder / TOKENIZER_NAME
@@ -170,12 +178,13 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise TokenizerError(f"{path} is not valid JSON: {error}") from None
-    vocab = _vocab_of(raw)
+    config = load_tokenizer_config(folder)
+    vocab = None if config.added or config.special else _vocab_of(raw)
     if vocab is not None and raw == _character_form(vocab) and all(map(_is_character, vocab)):
         return CharacterTokenizer(vocab)
     if vocab is not None and raw == _byte_form(vocab) and set(vocab) == set(_byte_alphabet().values()):
         return ByteTokenizer({byte: vocab[c] for byte, c in _byte_alphabet().items()})
-    return _PackageTokenizer(data, path)
+    return _PackageTokenizer(data, path, config)
 
 
 def _vocab_of(raw: object) -> dict[str, int] | None:
@@ -232,40 +241,76 @@ def _byte_alphabet() -> dict[int, str]:
 class TextStream:
     """Turns ids that arrive one by one into pieces of text that can be shown at once.
 
-    Law: the pieces together are the text that the ids add to the text of `context`. A character is held back until its
-    last token has arrived, so that half a character is never shown.
+    Laws: if the context and the ids encode a text, the pieces together are what the ids add to the text of the context.
+    If the context ends within a character, the first piece begins with that character. Half a character is never shown.
+    For ids that encode no text, what was shown stays. Decoding an id takes no longer the longer the text is.
+
+    Some decoders write a token differently at the start of a text, and some drop a whole run of bytes if one of them is
+    wrong. So ids are decoded after the ones before them, from a place where a character begins.
     """
 
-    _MOST_STILL_COMING: Final = 3  # tokens of an unfinished character: UTF-8 has at most four bytes
-    _CONTEXT: Final = 8  # earlier tokens that can change how the next one is written
+    _MOST_BYTES: Final = 4  # of a character in UTF-8
+    _MOST_WAITING: Final = 32  # ids, of which a text needs no more than three
+    _CONTEXT: Final = 8  # ids that are kept if so many had no clear text
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._shown = list(context[-self._CONTEXT :])
-        self._pending: list[int] = []
+        self._ids = list(context)
+        self._shown = tokenizer.decode(self._ids)  # what the reader has seen of the text of `_ids`
+        self._latest = [self._shown]  # the text of `_ids` now, and with up to three ids fewer
+        ends = range(len(self._ids), max(-1, len(self._ids) - self._MOST_BYTES), -1)
+        whole = (end for end in ends if not tokenizer.decode(self._ids[:end]).endswith(_REPLACEMENT))
+        self._whole = next(whole, len(self._ids))  # here ends the last of `_ids` that completed a character
 
     def push(self, token_id: int) -> str:
         """Take the next id and return what can be shown now; may be empty."""
-        self._pending.append(token_id)
-        piece = self._text_of(self._pending)
-        if not piece.endswith(_REPLACEMENT):
-            return self._show(len(self._pending), piece)
-        # Either half a character, or bytes that are not UTF-8. Text that later tokens cannot change may be shown.
-        settled = len(self._pending) - self._MOST_STILL_COMING
-        if settled > 0 and piece.startswith(start := self._text_of(self._pending[:settled])):
-            return self._show(settled, start)
-        return ""
+        self._ids.append(token_id)
+        before, text = self._latest[-1], self._tokenizer.decode(self._ids)
+        self._latest = [*self._latest[1 - self._MOST_BYTES :], text]
+        # A run of bytes that becomes a character has fewer characters than before, even if it becomes U+FFFD.
+        if not text.endswith(_REPLACEMENT) or len(text) < len(before):
+            return self._show_all(text)
+        if len(self._ids) - self._whole > self._MOST_WAITING:
+            piece = self._show(self._settled(text)) if text.startswith(self._shown) else self._show_all(text)
+            self._begin_at(len(self._ids) - self._CONTEXT, text)
+            return piece
+        return self._show(self._settled(text))
 
     def finish(self) -> str:
         """Return the text that was held back."""
-        return self._show(len(self._pending), self._text_of(self._pending))
+        return self._show_all(self._latest[-1])
 
-    def _text_of(self, ids: list[int]) -> str:
-        # Some tokenizers write a token differently at the start of a text: decode it after the tokens before it.
-        before = self._tokenizer.decode(self._shown)
-        return self._tokenizer.decode(self._shown + ids)[len(before) :]
+    def _settled(self, text: str) -> str:
+        """Return the beginning of a text that further ids cannot change, although it ends with U+FFFD."""
+        # Of any four texts in a row one ends with a whole character, so what they have in common is right.
+        enough = len(self._latest) == self._MOST_BYTES
+        common = os.path.commonprefix(self._latest) if enough else ""  # noqa: RUF071  (of texts, not of paths)
+        return max(common, text.rstrip(_REPLACEMENT), key=len)
 
-    def _show(self, n: int, piece: str) -> str:
-        self._shown = (self._shown + self._pending[:n])[-self._CONTEXT :]
-        del self._pending[:n]
+    def _show(self, text: str) -> str:
+        if not text.startswith(self._shown):
+            return ""
+        piece, self._shown = text[len(self._shown) :], text
         return piece
+
+    def _show_all(self, text: str) -> str:
+        if not text.startswith(self._shown):  # the context ended within a character
+            whole = self._tokenizer.decode(self._ids[: self._whole])
+            self._shown = max(whole, self._shown.rstrip(_REPLACEMENT), key=len)
+        if not text.startswith(self._shown):  # the bytes after what was shown are no character, and spoil it
+            del self._ids[: self._whole]
+            self._whole, self._shown, text = 0, "", self._tokenizer.decode(self._ids)
+        piece = self._show(text)
+        self._begin_at(self._whole, text)
+        return piece
+
+    def _begin_at(self, start: int, text: str) -> None:
+        """Forget the ids before `start`, or those after the context if they have had no text for too long."""
+        if recent := self._tokenizer.decode(self._ids[start:]):
+            waiting = len(text) - len(self._shown)
+            self._ids, self._shown, self._latest = self._ids[start:], recent[: len(recent) - waiting], [recent]
+            self._whole = len(self._ids)
+        elif len(self._ids) - self._whole > self._MOST_WAITING:
+            del self._ids[self._whole :]
+            self._shown = self._tokenizer.decode(self._ids)
+            self._latest = [self._shown]
