@@ -16,6 +16,7 @@ TYPE_CHECKING = False  # importing it would take longer than all else before the
 if TYPE_CHECKING:  # the names in `_NAMES`, for type checkers; a test compares the two
     from refinfer.errors import BudgetError as BudgetError
     from refinfer.errors import CacheFileError as CacheFileError
+    from refinfer.errors import ChatTemplateError as ChatTemplateError
     from refinfer.errors import ConfigError as ConfigError
     from refinfer.errors import DamagedWeightsError as DamagedWeightsError
     from refinfer.errors import GenerationError as GenerationError
@@ -48,6 +49,7 @@ _NAMES = {
     "refinfer.errors": (
         "BudgetError",
         "CacheFileError",
+        "ChatTemplateError",
         "ConfigError",
         "DamagedWeightsError",
         "GenerationError",

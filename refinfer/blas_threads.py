@@ -8,8 +8,9 @@ Read more: tutorial 00; clauses GEN-7, GEN-10, GEN-22.
 from __future__ import annotations
 
 import os
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Final
@@ -21,11 +22,20 @@ from refinfer.process import usable_cores
 __all__ = ["BlasThreads", "blas_libraries", "blas_threads", "default_threads"]
 
 _THREADS_PAY_FROM_BYTES: Final = 64 << 20
+_LIMITS: Final = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+_POSITIVE: Final = re.compile("0*[1-9][0-9]{0,8}")
 
 
-def default_threads(n_parameters: int) -> int:
-    """Return 1 for a small model, which more threads would only slow down, else the number of usable cores."""
-    return 1 if n_parameters * 4 < _THREADS_PAY_FROM_BYTES else usable_cores()
+def default_threads(n_parameters: int, environment: Mapping[str, str] = os.environ) -> int:
+    """Return 1 for a small model, which more threads would only slow down, else the number of usable cores.
+
+    It is never above what the environment allows: `OPENBLAS_NUM_THREADS` and `OMP_NUM_THREADS`.
+    """
+    if n_parameters * 4 < _THREADS_PAY_FROM_BYTES:
+        return 1
+    # OpenMP's variable may be a list, with a number for each level of nesting.
+    allowed = [environment.get(name, "").split(",")[0].strip() for name in _LIMITS]
+    return min([usable_cores(), *(int(number) for number in allowed if _POSITIVE.fullmatch(number))])
 
 
 def blas_libraries() -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ _NO_HELP: Final = "rebuilding the file did not help: remove it, or name another 
 
 @dataclass(frozen=True, slots=True)
 class GenerationStats:
-    """The figures of one generation: the fields of the command line's JSON, in the same order.
+    """The figures of one generation: the fields of the command line's JSON, in the same order, without `sampling`.
 
     `time_to_first_token_s` is the time from the start of loading to the first token; in later generations of a session,
     loading is not counted. `tokens_per_s` is the number of tokens after the first, divided by the time spent on them;

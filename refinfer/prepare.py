@@ -31,7 +31,14 @@ from refinfer.weight_cache.key import PackKey, WeightId
 from refinfer.weight_cache.load_or_build import SILENT, CacheOutcome, Contents, Listener, Prepared, load_or_build
 from refinfer.weight_cache.memory import MemoryWeightCacheProvider
 from refinfer.weight_cache.ownership import require_replaceable
-from refinfer.weight_cache.packers import matrix_key, pack_into, packer_fingerprint, rows_key, vectors_key
+from refinfer.weight_cache.packers import (
+    matrix_key,
+    pack_into,
+    packer_fingerprint,
+    padded_nbytes_of,
+    rows_key,
+    vectors_key,
+)
 from refinfer.weight_cache.provider import Pack
 
 __all__ = ["IN_MEMORY", "OFF", "cache_path", "choose_format", "contents_of", "prepare"]
@@ -171,6 +178,7 @@ def _in_memory(inventory: Inventory, checkpoint: Checkpoint, clock: Clock, liste
         for path in checkpoint.paths
     )
     provider, contents = MemoryWeightCacheProvider(), contents_of(inventory, checkpoint, sources)
+    listener.begin("packing the weights", sum(map(padded_nbytes_of, contents.packs)))
     for key, pack in contents.packs.items():
         provider.get_or_pack(key, _reporting(pack, listener.progress))
     provider.finalize()

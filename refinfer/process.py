@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -23,13 +24,48 @@ __all__ = [
 ]
 
 _NO_LIMIT_BYTES: Final = 1 << 60
+_MEMORY_FILES: Final = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    2: ("memory.max", "memory.current"),
+}
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use, or of all cores if the system does not report that."""
+    """Return the number of cores that this process may use, or of all cores if the system does not report that.
+
+    A control group that gives its processes the time of two and a half cores counts as two: more threads would be
+    stopped halfway through a product.
+    """
+    cores = os.cpu_count() or 1
     with contextlib.suppress(AttributeError, OSError):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    return min(cores, max(1, int(min(_cgroup_quotas(), default=cores))))
+
+
+def _cgroup_quotas() -> Iterator[float]:
+    """Yield how many cores' time each limit on this process's control group and its parents allows."""
+    for version, groups in _cgroups("cpu"):
+        for group in groups:
+            names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            words = [word for name in names for line in lines_of(group / name) for word in line.split()]
+            if len(words) == 2 and all(map(str.isdecimal, words)) and int(words[1]):  # no limit is "max" or -1
+                yield int(words[0]) / int(words[1])
+
+
+def _cgroups(controller: str) -> Iterator[tuple[int, list[Path]]]:
+    """Yield the versions of control groups that may have this controller: this process's group and its parents."""
+    for line in lines_of(Path("/proc/self/cgroup")):
+        if line.count(":") < 2:
+            continue
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            root, version = Path("/sys/fs/cgroup"), 2
+        elif controller in controllers.split(","):
+            root, version = Path("/sys/fs/cgroup") / controller, 1
+        else:
+            continue
+        leaf = root / path.lstrip("/")
+        yield version, [leaf, *(parent for parent in leaf.parents if parent == root or root in parent.parents)]
 
 
 def lines_of(path: Path) -> list[str]:
@@ -65,19 +101,8 @@ def cgroup_memory() -> dict[str, int | None] | None:
     `memory_used_bytes` is what counts against the limit and cannot simply be dropped: pages of files that were not
     used lately are left out. Returns None if there are no control groups.
     """
-    for line in lines_of(Path("/proc/self/cgroup")):
-        if line.count(":") < 2:
-            continue
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            root, limit, usage, version = Path("/sys/fs/cgroup"), "memory.max", "memory.current", 2
-        elif "memory" in controllers.split(","):
-            root, limit, version = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", 1
-            usage = "memory.usage_in_bytes"
-        else:
-            continue
-        leaf = root / path.lstrip("/")
-        groups = [leaf, *(parent for parent in leaf.parents if parent == root or root in parent.parents)]
+    for version, groups in _cgroups("memory"):
+        limit, usage = _MEMORY_FILES[version]
         found = [(lines[0], group) for group in groups if (lines := lines_of(group / limit))]
         if found:
             limits = [(int(text), group) for text, group in found if text != "max" and int(text) < _NO_LIMIT_BYTES]

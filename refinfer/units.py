@@ -27,14 +27,15 @@ def format_nbytes(nbytes: float) -> str:
     """Return a number of bytes as people read it, in powers of ten.
 
     Examples:
-        >>> format_nbytes(4_754_528), format_nbytes(12)
-        ('4.8 MB', '12 bytes')
+        >>> format_nbytes(4_754_528), format_nbytes(137_953_312_768), format_nbytes(12)
+        ('4.8 MB', '138 GB', '12 bytes')
     """
-    for unit in ("bytes", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if nbytes >= 100 or unit == "bytes" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} GB"
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if nbytes < 999.5:  # above it, 1000 would be shown
+            break
+        nbytes, unit = nbytes / 1000, larger
+    return f"{nbytes:.0f} {unit}" if nbytes >= 99.95 or unit == "bytes" else f"{nbytes:.1f} {unit}"
 
 
 def parse_nbytes(text: str) -> int:

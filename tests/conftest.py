@@ -83,6 +83,7 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         home = tmp_path_factory.mktemp("cache-home")
         patch.setenv("XDG_CACHE_HOME", str(home))
+        patch.delenv("REFINFER_CACHE_DIR", raising=False)
         yield home
 
 

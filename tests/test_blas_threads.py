@@ -42,14 +42,37 @@ def test_small_models_use_one_blas_thread_and_larger_ones_every_usable_core(
     name: str, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("refinfer.blas_threads.usable_cores", lambda: 7)
-    assert default_threads(SHAPES[name].n_parameters) == (1 if small else 7)
+    assert default_threads(SHAPES[name].n_parameters, {}) == (1 if small else 7)
 
 
 @pytest.mark.spec("GEN-10")
 def test_a_model_is_small_below_64_mib_of_float32_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("refinfer.blas_threads.usable_cores", lambda: 7)
     bound = (64 << 20) // 4
-    assert (default_threads(bound - 1), default_threads(bound)) == (1, 7)
+    assert (default_threads(bound - 1, {}), default_threads(bound, {})) == (1, 7)
+
+
+@pytest.mark.spec("GEN-10")
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, 7),
+        ({"OPENBLAS_NUM_THREADS": "2"}, 2),
+        ({"OMP_NUM_THREADS": "3"}, 3),
+        ({"OPENBLAS_NUM_THREADS": "5", "OMP_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": " 4,2 "}, 4),
+        ({"OPENBLAS_NUM_THREADS": "64"}, 7),
+        ({"OPENBLAS_NUM_THREADS": "0", "OMP_NUM_THREADS": "-1"}, 7),
+        ({"OPENBLAS_NUM_THREADS": "many", "OMP_NUM_THREADS": ""}, 7),
+        ({"OPENBLAS_NUM_THREADS": "9" * 5000, "OMP_NUM_THREADS": "²"}, 7),
+    ],
+    ids=str,
+)
+def test_the_environment_limits_the_default_number_of_threads(
+    environment: dict[str, str], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refinfer.blas_threads.usable_cores", lambda: 7)
+    assert default_threads(1 << 30, environment) == threads
 
 
 @pytest.mark.spec("GEN-22")

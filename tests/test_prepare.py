@@ -561,19 +561,24 @@ def test_building_keeps_less_than_64_mb_in_private_memory(tmp_path: Path) -> Non
     assert measured["growth"] < 64_000_000
 
 
-@pytest.mark.spec("PREP-8")
+@pytest.mark.spec("PREP-8", "CLI-36")
 @pytest.mark.parametrize("name", list(FORMATS))
 @pytest.mark.parametrize("where", [IN_MEMORY, "file"])
 def test_progress_adds_up_to_what_is_hashed_and_packed(name: str, where: str, tmp_path: Path) -> None:
     config = replace(SHAPES["tiny"], vocab_size=3000, hidden_size=512, tie_word_embeddings=False)
     write_checkpoint(tmp_path / "m", config, dtype="f32")
-    checkpoint, progress = open_checkpoint(tmp_path / "m"), list[int]()
-    listener = Listener(progress=progress.append)
+    checkpoint, progress, begun = open_checkpoint(tmp_path / "m"), list[int](), list[tuple[str, int, int]]()
+    listener = Listener(
+        progress=progress.append, begin=lambda what, nbytes: begun.append((what, nbytes, sum(progress)))
+    )
     place = where if where == IN_MEMORY else str(tmp_path / "cache")
     found = prepare(Inventory(config, name), checkpoint, place, clock=RealClock(), listener=listener)
     hashed = 0 if where == IN_MEMORY else sum(path.stat().st_size for path in checkpoint.paths)
     ends = [chunks_of(key)[-1] for key in found.keys.values()]
     assert sum(progress) == hashed + sum(chunk.offset + chunk.nbytes for chunk in ends)
+    padded = sum(chunk.offset + chunk.padded_nbytes for chunk in ends)
+    reading = [("reading the weights", hashed, 0)] if where == "file" else []
+    assert begun == [*reading, ("packing the weights", padded, hashed)]  # what is padding is not reported
     assert min(progress) > 0
     assert max(progress) < 7 << 20
     assert len(progress) > len(found.keys)

@@ -143,6 +143,41 @@ def test_here_auto_is_some_of_the_memory_that_is_left() -> None:
     pytest.fail("there is no MemTotal")
 
 
+QUOTAS: dict[str, tuple[dict[str, str], int]] = {
+    "no control group": ({}, 8),
+    "version 2, two cores and a half": (IN_V2 | {"/sys/fs/cgroup/a/b/cpu.max": "250000 100000\n"}, 2),
+    "version 2, less than a core": (IN_V2 | {"/sys/fs/cgroup/a/b/cpu.max": "10000 100000\n"}, 1),
+    "version 2, more than there are": (IN_V2 | {"/sys/fs/cgroup/a/b/cpu.max": "6400000 100000\n"}, 8),
+    "version 2, no limit": (IN_V2 | {"/sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 8),
+    "version 2, limit of a parent": (
+        IN_V2 | {"/sys/fs/cgroup/a/b/cpu.max": "max 100000\n", "/sys/fs/cgroup/a/cpu.max": "400000 100000\n"},
+        4,
+    ),
+    "version 1": (
+        {"/proc/self/cgroup": "5:cpu,cpuacct:/a\n"}
+        | {"/sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "150000\n", "/sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "50000\n"},
+        3,
+    ),
+    "version 1, no limit": (
+        {"/proc/self/cgroup": "5:cpu,cpuacct:/a\n"}
+        | {"/sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "-1\n", "/sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "100000\n"},
+        8,
+    ),
+    "nonsense": (IN_V2 | {"/sys/fs/cgroup/a/b/cpu.max": "1 0\n", "/sys/fs/cgroup/a/cpu.max": "a lot\n"}, 8),
+}
+
+
+@pytest.mark.spec("GEN-10")
+@pytest.mark.parametrize("name", QUOTAS)
+def test_a_core_is_usable_if_the_control_groups_leave_it_the_time(
+    system: System, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, cores = QUOTAS[name]
+    system(files)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert process.usable_cores() == cores
+
+
 CHILD = """
 import os, sys
 with open(sys.argv[1], "w") as group:

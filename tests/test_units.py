@@ -69,7 +69,12 @@ def test_a_size_below_one_byte_or_beyond_what_a_file_can_have_is_refused(text: s
         (123_456, "123 kB"),
         (4_754_528, "4.8 MB"),
         (2_097_152_000, "2.1 GB"),
-        (5 * 10**12, "5000.0 GB"),
+        (99_960, "100 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.0 MB"),
+        (137_953_300_000, "138 GB"),
+        (5 * 10**12, "5.0 TB"),
+        (5 * 10**15, "5000 TB"),
     ],
 )
 def test_bytes_are_shown_in_powers_of_ten(nbytes: int, text: str) -> None:
@@ -81,7 +86,12 @@ def test_bytes_are_shown_in_powers_of_ten(nbytes: int, text: str) -> None:
 def test_a_size_that_is_shown_is_right_to_one_in_twenty(nbytes: int) -> None:
     shown = format_nbytes(nbytes)
     number, unit = shown.split()
-    assert abs(float(number) * {"bytes": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}[unit] - nbytes) <= nbytes / 19
+    assert (
+        abs(float(number) * {"bytes": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}[unit] - nbytes)
+        <= nbytes / 19
+    )
+    assert float(number) < 1000
+    assert len(number.replace(".", "")) in ((1, 2, 3) if unit == "bytes" else (2, 3))
 
 
 OTHER_DIGITS = ["٣", "१०", "５０", "1_0", "", " ", "+", "-", "--1", "1 0", "x", "0x10", "1,5", "²", "Ⅷ"]

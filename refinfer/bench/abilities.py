@@ -70,8 +70,8 @@ def _of_the_cache_directory() -> Iterator[Ability]:
         why
         or {
             True: f"{kind} supports O_DIRECT",
-            False: f"{kind} does not support O_DIRECT; choose another place with XDG_CACHE_HOME",
-            None: f"{folder} cannot be written; choose another place with XDG_CACHE_HOME",
+            False: f"{kind} does not support O_DIRECT; choose another place with REFINFER_CACHE_DIR",
+            None: f"{folder} cannot be written; choose another place with REFINFER_CACHE_DIR",
         }[direct],
         ("generate --budget", "bench calibrate", "bench offload"),
         "reads are ordinary ones, and the page cache is asked to drop them",

@@ -70,7 +70,9 @@ def run_arm(
         if group is not None:
             joining = f"import os,sys; open({str(group / 'cgroup.procs')!r},'w').write(str(os.getpid())); "
             command = [sys.executable, "-c", joining + "os.execv(sys.argv[1], sys.argv[1:])", *command]
-        environment = os.environ | ({} if cache_home is None else {"XDG_CACHE_HOME": str(cache_home)})
+        environment = os.environ | (
+            {} if cache_home is None else {"XDG_CACHE_HOME": str(cache_home), "REFINFER_CACHE_DIR": ""}
+        )
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603  (this very program)
         if done.returncode:
             why = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from refinfer.cli.options import MODEL, add_json, add_weights
+from refinfer.cli.options import MODEL, add_json, add_quiet, add_weights
 from refinfer.cli.show import cache_line, listening
 from refinfer.cli.table import Cell, print_table
 from refinfer.cli.terminal import native_code_unheard, say, words_of
@@ -49,6 +49,7 @@ def add_pack(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", metavar="FILE", help="file to write (default: one in the user's cache directory)"
     )
     add_json(parser)
+    add_quiet(parser, "print the file's name alone, without a summary and without a progress bar")
 
 
 def run_pack(args: argparse.Namespace) -> None:
@@ -59,7 +60,7 @@ def run_pack(args: argparse.Namespace) -> None:
         model = open_folder(args.folder)
         checkpoint = model.checkpoint()
     inventory = Inventory(model.config, choose_format(checkpoint, args.weights))
-    with listening() as listener:
+    with listening(quiet=args.quiet) as listener:
         for warning in model.warnings:
             listener.warn(warning)
         outcome = prepare(inventory, checkpoint, args.output, clock=RealClock(), listener=listener).outcome
@@ -68,7 +69,8 @@ def run_pack(args: argparse.Namespace) -> None:
     else:
         print(outcome.path)
         sys.stdout.flush()
-        say(cache_line(outcome), sys.stderr)
+        if not args.quiet:
+            say(cache_line(outcome), sys.stderr)
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:

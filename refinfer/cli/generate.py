@@ -1,22 +1,27 @@
 """The command `generate`: a prompt in, a text out, and a summary of the run.
 
-Defines the options, and prints text and figures. Leaves to others: generating (`generate`), the weight cache's line
-(`show`).
-Read more: tutorials 00, 12; clauses CLI-1, CLI-2.
+Defines the options, and prints text and figures. Leaves to others: where the prompt comes from (`prompt`), how the
+checkpoint wants tokens to be chosen (`generation_config`), generating (`generate`), the weight cache's line (`show`).
+Read more: tutorials 00, 12; clauses CLI-1, CLI-2, CLI-32, CLI-33, CLI-37.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import secrets
 import sys
+from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import chain
+from typing import Final
 
 from refinfer.cli.options import (
     MODEL,
     add_json,
     add_plan_choice,
     add_prefetch,
+    add_quiet,
     add_weights,
     integer,
     number,
@@ -24,23 +29,29 @@ from refinfer.cli.options import (
     token_ids,
 )
 from refinfer.cli.pictures import CHROME_BEGINS, to_chrome
+from refinfer.cli.prompt import add_prompt, prompt_of, require_one_prompt
 from refinfer.cli.show import cache_line, format_seconds, listening, require_writable, write_file
 from refinfer.cli.terminal import native_code_unheard, say
 from refinfer.clock import Clock, RealClock
 from refinfer.errors import RequestError
-from refinfer.generate import DEFAULT_PROMPT, STORYTELLER, GenerationStats, Session, load
+from refinfer.generate import STORYTELLER, GenerationStats, Session, load
 from refinfer.model.folder import DEFAULT_MAX_TOKENS, DEFAULT_POSITIONS, ModelFolder, open_folder
+from refinfer.model.generation_config import GenerationConfig, read_generation_config
+from refinfer.model.sampler import Sampling
+from refinfer.model.synth import has_random_weights
 from refinfer.offload.prediction import Prediction
 from refinfer.planning.cost import PREFETCH_THREADS
 from refinfer.units import format_nbytes
 
 __all__ = ["add_generate", "run_generate"]
 
+_MOST_SEEDS: Final = 1_000_000  # few digits, to type again
+
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     """Add the options of `refinfer generate`."""
     parser.set_defaults(run=run_generate)
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help=f"text to continue (default: {DEFAULT_PROMPT!r})")
+    add_prompt(parser)
     parser.add_argument("--model", metavar="DIR", help=f"{MODEL} (default: the storyteller)")
     add_weights(parser, "auto, which is bf16 for bfloat16 checkpoints and f32 for others")
     parser.add_argument(
@@ -63,6 +74,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--threads", metavar="N", type=integer(1), help="number of BLAS threads (default: chosen by the model's size)"
     )
     add_json(parser, "print one JSON object instead of text")
+    add_quiet(parser, "print the text alone, without a summary and without a progress bar")
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
@@ -90,19 +102,28 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         metavar="T",
         type=number,
-        default=0.0,
         help="sampling temperature: 0 always takes the likeliest token, 1 draws from the model's own distribution "
-        "(default: 0)",
+        "(default: as the model's generation_config.json asks, or else 0)",
     )
-    parser.add_argument("--top-k", metavar="K", type=integer(1), help="draw from the K likeliest tokens (default: all)")
+    parser.add_argument(
+        "--top-k",
+        metavar="K",
+        type=integer(0),
+        help="draw from the K likeliest tokens; 0 draws from all "
+        "(default: as the model's generation_config.json asks, or else 50)",
+    )
     parser.add_argument(
         "--top-p",
         metavar="P",
         type=number,
-        help="draw from the likeliest tokens that together have probability P (default: all)",
+        help="draw from the likeliest tokens that together have probability P "
+        "(default: as the model's generation_config.json asks, or else 1)",
     )
     parser.add_argument(
-        "--seed", metavar="S", type=integer(0), help="random seed for sampling (default: a different one each run)"
+        "--seed",
+        metavar="S",
+        type=integer(0),
+        help="random seed for sampling (default: a different one each run, which the summary prints)",
     )
 
 
@@ -121,32 +142,45 @@ def run_generate(args: argparse.Namespace) -> None:
     clock = RealClock()
     started = clock.now()
     _require_consistent(args)
-    prompt = DEFAULT_PROMPT if args.prompt is None and args.token_ids is None else args.prompt
     with native_code_unheard():
         model = open_folder(args.model or STORYTELLER)
+    config = read_generation_config(model.path)
+    sampling, seed = _sampling_and_seed(args, config)
+    prompt = prompt_of(args)
+    with native_code_unheard():
         ids = args.token_ids if prompt is None else _encode(model, args, prompt, clock)
         model = model.ending_turns() if args.chat else model
     max_tokens = model.plan_request(ids, args.max_tokens)
-    if prompt is not None and not args.chat and model.has_chat_template:
+    _warn_of_what_is_not_applied(config, sampling)
+    if not args.quiet and prompt is not None and not args.chat and model.has_chat_template:
         say("hint: this model was taught to chat; --chat puts the prompt into its chat template", sys.stderr)
-    positions = len(ids) + max_tokens
-    if args.budget is not None and args.max_tokens is None:  # as many as `plan` and `simulate` plan for
-        positions = max(positions, min(DEFAULT_POSITIONS, model.config.longest_request))
-    with _load(args, model, positions, clock, started) as session:
-        _generate(session, args, ids, max_tokens, "" if args.chat else prompt or "")
+    with _load(args, model, _positions(args, model, len(ids) + max_tokens), clock, started) as session:
+        pieces = session.generate(token_ids=ids, max_tokens=max_tokens, seed=seed, **asdict(sampling))
+        _write(chain(["" if args.chat else prompt or ""], pieces), heard=not args.json)
         if args.trace is not None:
             write_file(args.trace, CHROME_BEGINS, json.dumps(to_chrome(session.trace)))
         stats, prediction = session.stats, session.prediction
         cache = cache_line(session.weight_cache, mapped=args.budget is None)
     assert stats is not None
     if args.json:
-        print(json.dumps(stats.to_json()))
+        print(json.dumps(stats.to_json() | {"sampling": asdict(sampling) | {"seed": seed}}))
         return
     print("" if model.tokenizer else ",".join(map(str, stats.token_ids)))
     sys.stdout.flush()
+    if args.quiet:
+        return
     print(file=sys.stderr)
-    for line in (_summary(stats), cache, *_offload_lines(stats, prediction)):
+    noise = ["this model has random weights, so its text is noise"] if has_random_weights(model.path) else []
+    drawn = seed if args.seed is None else None
+    for line in (_summary(stats, drawn), *noise, cache, *_offload_lines(stats, prediction)):
         say(line, sys.stderr)
+
+
+def _positions(args: argparse.Namespace, model: ModelFolder, least: int) -> int:
+    """Return how many positions to reserve: within a budget, as many as `plan` and `simulate` plan for, if not told."""
+    if args.budget is None or args.max_tokens is not None:
+        return least
+    return max(least, min(DEFAULT_POSITIONS, model.config.longest_request))
 
 
 def _encode(model: ModelFolder, args: argparse.Namespace, prompt: str, clock: RealClock) -> list[int]:
@@ -157,12 +191,10 @@ def _require_consistent(args: argparse.Namespace) -> None:
     """Refuse options that do not go together.
 
     Raises:
-        RequestError: two prompts, an option of a budget or a chat without it, or a trace that would replace another
-            file.
+        RequestError: two prompts, an option of a budget or a chat without it, or a trace that cannot be written there.
     """
-    if args.prompt is not None and args.token_ids is not None:
-        raise RequestError("a prompt and --token-ids were both given; give one of them")
-    if args.chat and args.prompt is None:
+    require_one_prompt(args)
+    if args.chat and args.prompt is None and args.prompt_file is None:
         raise RequestError("--chat needs a prompt: give the question as text")
     if args.system is not None and not args.chat:
         raise RequestError("--system can be used only in a chat; give --chat too")
@@ -174,8 +206,31 @@ def _require_consistent(args: argparse.Namespace) -> None:
         require_writable(args.trace, CHROME_BEGINS)  # now, and not only when the text has been written
 
 
+def _sampling_and_seed(args: argparse.Namespace, config: GenerationConfig) -> tuple[Sampling, int | None]:
+    """Return how tokens are chosen, and the random seed if they are drawn.
+
+    Raises:
+        RequestError: an option of drawing is given, but the likeliest token is always taken.
+    """
+    sampling = config.sampling(args.temperature, args.top_k, args.top_p)
+    if sampling.temperature > 0:
+        return sampling, secrets.randbelow(_MOST_SEEDS) if args.seed is None else args.seed
+    given = [f"--{name.replace('_', '-')}" for name in ("top_k", "top_p", "seed") if getattr(args, name) is not None]
+    if given:
+        raise RequestError(
+            f"{' and '.join(given)} would change nothing, because the likeliest token is always taken here; "
+            "give a --temperature above 0 too"
+        )
+    return sampling, None
+
+
+def _warn_of_what_is_not_applied(config: GenerationConfig, sampling: Sampling) -> None:
+    if missing := config.not_applied(sampling):
+        print(f"refinfer: warning: {config.where} asks for {' and '.join(missing)}, not applied here", file=sys.stderr)
+
+
 def _load(args: argparse.Namespace, model: ModelFolder, max_positions: int, clock: Clock, started: float) -> Session:
-    with listening() as listener:
+    with listening(quiet=args.quiet) as listener:
         return load(
             model,
             weights=args.weights,
@@ -194,19 +249,11 @@ def _load(args: argparse.Namespace, model: ModelFolder, max_positions: int, cloc
         )
 
 
-def _generate(session: Session, args: argparse.Namespace, ids: list[int], max_tokens: int, prompt: str) -> None:
-    """Generate, and print the text as it comes, unless JSON is printed afterwards."""
-    pieces = session.generate(
-        token_ids=ids,
-        max_tokens=max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+def _write(pieces: Iterable[str], *, heard: bool) -> None:
+    """Take the pieces of the text as they come, and print them if they are to be heard."""
     try:
-        for piece in chain([prompt], pieces):
-            if not args.json:
+        for piece in pieces:
+            if heard:
                 sys.stdout.write(piece)
                 sys.stdout.flush()  # the next token may be a while
     except KeyboardInterrupt:
@@ -215,8 +262,8 @@ def _generate(session: Session, args: argparse.Namespace, ids: list[int], max_to
         raise
 
 
-def _summary(stats: GenerationStats) -> str:
-    """Return one line that sums up a generation."""
+def _summary(stats: GenerationStats, drawn_seed: int | None) -> str:
+    """Return one line that sums up a generation; it has the seed if that was not the user's choice."""
     n = len(stats.token_ids)
     parts = [
         f"{n} token{'s' if n != 1 else ''}{' (the model ended the text)' if stats.finish_reason == 'stop' else ''}",
@@ -226,6 +273,8 @@ def _summary(stats: GenerationStats) -> str:
         parts.append(f"then {_rate(stats.tokens_per_s)} tokens/s")
     if stats.peak_rss_bytes is not None:
         parts.append(f"peak memory {format_nbytes(stats.peak_rss_bytes)}")
+    if drawn_seed is not None:
+        parts.append(f"seed {drawn_seed}")
     return " · ".join(parts)
 
 

@@ -2,7 +2,7 @@
 
 Keeps the table of commands, exit statuses, the standard streams and the form of help. Leaves to others: the options of
 a command and what it does (only the module of the command that is named is imported), signals (`ending`).
-Read more: tutorial 00; clauses CLI-3, CLI-4, CLI-8, CLI-20, CLI-23.
+Read more: tutorial 00; clauses CLI-3, CLI-4, CLI-8, CLI-20, CLI-23, CLI-34, CLI-35.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     _mend_streams()
     try:
+        if not argv:
+            make_parser(argv).print_help()
+            return 0
         args = make_parser(argv).parse_args(argv)
         run: Callable[[argparse.Namespace], None] = args.run
         run(args)
@@ -75,6 +78,9 @@ def _complain(message: str, status: int) -> int:
     with contextlib.suppress(OSError):
         sys.stderr.write(f"refinfer: {one_line}\n")
     return status
+
+
+_DASHED: Final = re.compile(r"unrecognized arguments:(?s:.*) -|ignored explicit argument")
 
 
 class _Help(argparse.HelpFormatter):
@@ -119,7 +125,9 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: always.
         """
-        raise InputError(f"{message} (see {self.prog} --help)")
+        dashed = _DASHED.search(message) and self._get_positional_actions() and not self._subparsers
+        hint = "; an argument that begins with a dash, such as a prompt, goes last, after --" if dashed else ""
+        raise InputError(f"{message}{hint} (see {self.prog} --help)")
 
 
 def make_parser(argv: Sequence[str]) -> Parser:
@@ -128,7 +136,7 @@ def make_parser(argv: Sequence[str]) -> Parser:
         prog="refinfer",
         description="Weight caches and weight offloading for language models, in readable numpy.",
     )
-    parser.add_argument("--version", action="version", version=f"refinfer {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"refinfer {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     named = next((word for word in argv if not word.startswith("-")), None)
     for name, (module, text) in COMMANDS.items():

@@ -23,6 +23,7 @@ __all__ = [
     "add_json",
     "add_plan_choice",
     "add_prefetch",
+    "add_quiet",
     "add_weights",
     "integer",
     "nbytes",
@@ -39,6 +40,11 @@ MODEL: Final = "a model folder in Hugging Face's form, or the name of a download
 def add_json(parser: argparse.ArgumentParser, text: str = "print one JSON object") -> None:
     """Add the option `--json`."""
     parser.add_argument("--json", action="store_true", help=text)
+
+
+def add_quiet(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add the option `--quiet`, or `-q`; warnings and errors are always printed."""
+    parser.add_argument("-q", "--quiet", action="store_true", help=text)
 
 
 def add_weights(parser: argparse.ArgumentParser, about_default: str, default: str | None = "auto") -> None:

@@ -1,12 +1,13 @@
 """What people see during and after a run: a progress bar, the outcome of the weight cache, and written files.
 
 Leaves to others: tables (`table`), timelines (`simulate`).
-Read more: tutorial 00; clauses CLI-1, CLI-10.
+Read more: tutorial 00; clauses CLI-1, CLI-10, CLI-24, CLI-36.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import sys
@@ -24,9 +25,9 @@ __all__ = ["cache_line", "format_seconds", "listening", "progress_bar", "require
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal, nothing in a pipe; yield the function that advances it."""
-    if not sys.stderr.isatty():
+def progress_bar(title: str, total: int | None, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on a terminal, nothing in a pipe or if it is quiet; yield the function that advances it."""
+    if quiet or not sys.stderr.isatty():
         yield lambda amount: None
         return
     from rich.console import Console
@@ -38,21 +39,29 @@ def progress_bar(title: str, total: int | None) -> Iterator[Callable[[int], None
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Listener]:
-    """Yield a listener that shows the progress of packing, and prints messages on standard error."""
+def listening(*, quiet: bool = False) -> Iterator[Listener]:
+    """Yield a listener that shows the progress of packing unless it is quiet, and prints messages on standard error."""
 
     def tell(message: str) -> None:
         print(f"refinfer: {message}", file=sys.stderr)
 
     with contextlib.ExitStack() as stack:
-        advance: list[Callable[[int], None]] = []
+        advance: Callable[[int], None] | None = None
+        title, total = "", 0
+
+        def begin(what: str, nbytes: int) -> None:
+            nonlocal advance, title, total
+            stack.close()
+            advance, title, total = None, what, nbytes
 
         def progress(nbytes: int) -> None:
-            if not advance:  # nothing is shown unless there is something to wait for
-                advance.append(stack.enter_context(progress_bar("packing the weights", None)))
-            advance[0](nbytes)
+            nonlocal advance
+            if advance is None:  # nothing is shown unless there is something to wait for
+                advance = stack.enter_context(progress_bar(title, total, quiet=quiet))
+            advance(nbytes)
 
         yield Listener(
+            begin=begin,
             progress=progress,
             on_wait=lambda: tell("waiting for another process that is packing the same weights"),
             on_long_wait=lambda draft: tell(f"still waiting: another process has {draft} locked"),
@@ -90,13 +99,30 @@ def format_seconds(seconds: float) -> str:
 
 
 def require_writable(path: str, begin: str) -> None:
-    """Require that no other file is lost when a text that begins with `begin` is written to `path`.
+    """Require that a text that begins with `begin` can be written to `path`, and that no other file is lost by it.
 
     Raises:
-        InputError: a file lies there that does not begin so.
+        InputError: there is no such folder, it may not be written to, or a file lies there that does not begin so.
     """
+    try:
+        obstacle = _obstacle(Path(os.path.realpath(path)))
+    except OSError as error:
+        obstacle = error.strerror
+    if obstacle is not None:
+        raise InputError(f"{path} cannot be written: {obstacle}")
     if os.path.isfile(path):  # noqa: PTH113  (false, and no error, for a name that no file can have)
         require_replaceable(Path(os.path.realpath(path)), begin.encode(), "what this command writes there")
+
+
+def _obstacle(place: Path) -> str | None:
+    with contextlib.suppress(FileNotFoundError):
+        mode = place.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return os.strerror(errno.EISDIR)
+        if not stat.S_ISREG(mode):  # a device or a pipe
+            return None
+    place.parent.stat()
+    return None if os.access(place.parent, os.W_OK) else os.strerror(errno.EACCES)
 
 
 def write_file(path: str, begin: str, text: str) -> None:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from refinfer.cli.options import integer, nbytes
+from refinfer.cli.options import add_quiet, integer, nbytes
 from refinfer.cli.show import progress_bar
 from refinfer.cli.terminal import say, words_of
 from refinfer.model.config import SHAPES
@@ -43,15 +43,18 @@ def add_synth(parser: argparse.ArgumentParser) -> None:
         type=nbytes,
         help="largest size of a file, such as 2GB (default: one file for all weights)",
     )
+    add_quiet(parser, "print nothing, and show no progress bar")
 
 
 def run_synth(args: argparse.Namespace) -> None:
     """Run `refinfer synth`."""
     config = SHAPES[args.shape]
     total = checkpoint_nbytes(config, args.dtype)
-    with progress_bar(f"writing {args.folder}", total) as advance:
+    with progress_bar(f"writing {args.folder}", total, quiet=args.quiet) as advance:
         write_checkpoint(
             args.folder, config, dtype=args.dtype, seed=args.seed, shard_nbytes=args.shard_size, progress=advance
         )
+    if args.quiet:
+        return
     about = f"{args.shape}, {config.n_parameters:,} parameters, {format_nbytes(total)} in {args.dtype}"
     say([f"{args.folder}:", *words_of(about)], sys.stderr)

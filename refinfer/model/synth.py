@@ -1,7 +1,8 @@
 """Random-weight checkpoints in Hugging Face's form: a model of any published shape, without a download.
 
-Writes a config, weights and a byte tokenizer. The weights are noise. Leaves to others: using them.
-Read more: tutorial 12; clauses SYNTH-1 to SYNTH-4.
+Writes a config, weights and a byte tokenizer. The weights are noise, and the config says so. Leaves to others: using
+them.
+Read more: tutorial 12; clauses SYNTH-1 to SYNTH-5.
 """
 
 from __future__ import annotations
@@ -27,18 +28,33 @@ from refinfer.model.config_json import to_json
 from refinfer.model.safetensors import DTYPES as STORED_DTYPES
 from refinfer.model.safetensors import TensorSpec, write_safetensors
 from refinfer.model.tokenizer import TOKENIZER_NAME, byte_tokenizer_json
+from refinfer.units import format_nbytes
+from refinfer.whole_file import read_json
 
-__all__ = ["DTYPES", "checkpoint_nbytes", "write_checkpoint"]
+__all__ = ["DTYPES", "checkpoint_nbytes", "has_random_weights", "write_checkpoint"]
 
 DTYPES: Final = {"f32": ("F32", "float32"), "f16": ("F16", "float16"), "bf16": ("BF16", "bfloat16")}
 """The stored types by short name: their names in safetensors and in `config.json`."""
 
+_MARK: Final = "refinfer_random_weights"
+"""The key in `config.json` that says so."""
+
+_LARGEST_CONFIG_BYTES: Final = 1_000_000
 _PIECE_BYTES: Final = 2 << 20  # in float32; rounding to bfloat16 takes a few copies more
 
 
 def checkpoint_nbytes(config: ModelConfig, dtype: str) -> int:
     """Return the bytes of all tensors of a checkpoint stored as `dtype`."""
     return config.n_parameters * (4 if dtype == "f32" else 2)
+
+
+def has_random_weights(folder: Path) -> bool:
+    """Return whether `write_checkpoint` has written the model in `folder`."""
+    try:
+        raw = read_json(folder / "config.json", _LARGEST_CONFIG_BYTES)
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, dict) and raw.get(_MARK) is True
 
 
 def write_checkpoint(
@@ -79,7 +95,7 @@ def write_checkpoint(
     try:
         need, free = checkpoint_nbytes(config, dtype), shutil.disk_usage(folder).free
         if need > free:
-            raise RequestError(f"{folder} needs {need / 1e6:.1f} MB, but the disk has {free / 1e6:.1f} MB left")
+            raise RequestError(f"{folder} needs {format_nbytes(need)}, but the disk has {format_nbytes(free)} left")
         specs = [
             TensorSpec(name, DTYPES[dtype][0], shape, _pieces(name, shape, dtype, seed, progress))
             for name, shape in config.tensor_shapes().items()
@@ -87,7 +103,8 @@ def write_checkpoint(
         _write_weights(folder, specs, shard_nbytes, written)
         if config.vocab_size >= 256:
             _write_json(folder / TOKENIZER_NAME, byte_tokenizer_json(), written)
-        _write_json(folder / "config.json", to_json(replace(config, dtype=DTYPES[dtype][1])), written)
+        about = to_json(replace(config, dtype=DTYPES[dtype][1])) | {_MARK: True}
+        _write_json(folder / "config.json", about, written)
     except BaseException as error:
         # Only what was made here: somebody else may have put something into the folder meanwhile.
         for file in written:

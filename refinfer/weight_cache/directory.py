@@ -38,7 +38,9 @@ SUFFIX: Final = ".packed"
 
 
 def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder of cache files: `refinfer` in `$XDG_CACHE_HOME`, or in `~/.cache`."""
+    """Return the folder of cache files: `$REFINFER_CACHE_DIR`, or `refinfer` in `$XDG_CACHE_HOME` or in `~/.cache`."""
+    if own := environment.get("REFINFER_CACHE_DIR"):
+        return Path(os.path.abspath(os.path.expanduser(own)))  # noqa: PTH100, PTH111  (an unknown ~name stays as it is)
     base = environment.get("XDG_CACHE_HOME", "")
     # The XDG specification says that a relative path is to be ignored.
     if Path(base).is_absolute():
@@ -46,7 +48,7 @@ def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
     try:
         return Path.home() / ".cache" / "refinfer"
     except RuntimeError:
-        raise InputError("there is no home folder for cache files: set XDG_CACHE_HOME, or name a file") from None
+        raise InputError("there is no home folder for cache files: set REFINFER_CACHE_DIR, or name a file") from None
 
 
 def path_for(

@@ -64,7 +64,8 @@ class Contents:
 class Listener:
     """Callbacks that report progress, waiting and warnings.
 
-    `progress` gets the number of bytes that were read or packed since the last call. `on_wait` is called when another
+    `progress` gets the number of bytes that were read or packed since the last call, and `begin`, before the first of
+    them, what is done and the number of bytes of all of it. `on_wait` is called when another
     process is packing, and `on_long_wait` with the path of its draft if it still is after five seconds. `warn` gets a
     sentence about something that does not work as asked, but is no reason to stop.
     """
@@ -73,6 +74,7 @@ class Listener:
     on_wait: Callable[[], None] = lambda: None
     on_long_wait: Callable[[Path], None] = lambda draft: None
     warn: Callable[[str], None] = lambda message: warnings.warn(message, RuntimeWarning, stacklevel=2)
+    begin: Callable[[str, int], None] = lambda what, nbytes: None
 
 
 SILENT: Final = Listener()
@@ -209,6 +211,7 @@ def _load_believed(request: _Request) -> Prepared | None:
 def _load_identified(request: _Request, now_ns: int) -> tuple[Prepared | None, _Found, tuple[Record, ...]]:
     """Hash the source files without a believed digest, and map the cache file if it is good and whole."""
     side = SideFile.read(side_path(request.path))
+    request.listener.begin("reading the weights", sum(map(_nbytes_of, request.sources)))
     records = identify(request.sources, side, now_ns, request.listener.progress)
     found = _look(request.path, request.contents_of(tuple(record.source for record in records)))
     return found.loaded(request, side) if found.is_whole else None, found, records
@@ -284,7 +287,9 @@ def _pack(provider: FileWeightCacheProvider, found: _Found, listener: Listener) 
     packs, partial = found.contents.packs, found.provider
     stored = {entry.key: entry for entry in partial.entries} if partial else {}
     packed = []
-    for key in [*packs, *(key for key in stored if key not in packs)]:
+    keys = [*packs, *(key for key in stored if key not in packs)]
+    listener.begin("packing the weights", sum(map(padded_nbytes_of, keys)))
+    for key in keys:
         copy = _copy_of(partial.mapped, stored[key]) if partial and key in stored else None
         pack = copy or packs.get(key)
         if pack is None:
@@ -299,6 +304,13 @@ def _pack(provider: FileWeightCacheProvider, found: _Found, listener: Listener) 
         if copy is None:
             packed.append(key)
     return packed
+
+
+def _nbytes_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # whoever reads it says why
+        return 0
 
 
 def _copy_of(mapped: MappedFile, entry: Entry) -> Pack | None:

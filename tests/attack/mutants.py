@@ -66,6 +66,7 @@ SHARED: Final = {
     "cli/pictures": ["test_trace", "planning/test_report"],
     "cli/plan": ["cli/test_cli_planning"],
     "cli/simulate": ["cli/test_cli_planning"],
+    "cli/prompt": ["wild/test_wild_prompts"],
     "cli/show": ["cli/test_cli_generate", "cli/test_cli_plan*"],
     "engine": ["engine/test_*"],
     "errors": ["test_front_door", "cli/test_cli_main"],

@@ -36,7 +36,7 @@ def test_every_verdict_has_a_reason_and_names_who_needs_it(machine: dict[str, An
 
 @pytest.mark.spec("CLI-22")
 @pytest.mark.parametrize(
-    ("works", "why"), [(True, "supports O_DIRECT"), (False, "XDG_CACHE_HOME"), (None, "XDG_CACHE_HOME")]
+    ("works", "why"), [(True, "supports O_DIRECT"), (False, "REFINFER_CACHE_DIR"), (None, "REFINFER_CACHE_DIR")]
 )
 def test_direct_reads_are_tried_in_what_there_is_of_the_cache_directory(
     works: bool | None, why: str, machine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,7 +68,7 @@ def test_a_user_without_a_home_has_no_cache_directory_to_try(
     found = verdicts(machine)
     for ability in ("direct reads in the cache directory", "file locks in the cache directory"):
         assert not found[ability].works
-        assert "set XDG_CACHE_HOME" in found[ability].why
+        assert "set REFINFER_CACHE_DIR" in found[ability].why
 
 
 @pytest.mark.spec("CLI-22")

@@ -26,12 +26,13 @@ GENERATE_KEYS = {
     "peak_rss_bytes": int,
     "weight_cache": dict,
     "offload": type(None),
+    "sampling": dict,
 }
 
 
 @pytest.mark.spec("CLI-1")
 def test_generate_writes_the_text_to_standard_output_and_a_summary_to_standard_error(storyteller: Session) -> None:
-    status, out, err = run("generate", "JULIET:", "--max-tokens", 30)
+    status, out, err = run("generate", "JULIET:", "--max-tokens", 30, "--temperature", 0)
     text = "".join(storyteller.generate("JULIET:", max_tokens=30))
     assert (status, out) == (0, f"JULIET:{text}\n")
     assert "30 tokens · first after" in err
@@ -60,9 +61,9 @@ def test_generate_json_is_one_object_with_the_documented_keys() -> None:
 
 @pytest.mark.spec("CLI-2", "GEN-2")
 def test_token_ids_and_their_text_are_the_same_prompt() -> None:
-    _, by_text, _ = run("generate", "ROMEO:", "--max-tokens", 9, "--json")
+    _, by_text, _ = run("generate", "ROMEO:", "--max-tokens", 9, "--seed", 5, "--json")
     ids = ",".join(map(str, json.loads(by_text)["prompt_token_ids"]))
-    _, by_ids, _ = run("generate", "--token-ids", ids, "--max-tokens", 9, "--json")
+    _, by_ids, _ = run("generate", "--token-ids", ids, "--max-tokens", 9, "--seed", 5, "--json")
     assert json.loads(by_ids)["text"] == json.loads(by_text)["text"]
 
 
@@ -72,6 +73,7 @@ def test_sampling_options_reach_the_sampler(storyteller: Session) -> None:
     _, out, _ = run("generate", "KING", "--max-tokens", 25, *options, "--json")
     expected = storyteller.generate("KING", max_tokens=25, temperature=0.9, top_k=20, top_p=0.95, seed=11)
     assert json.loads(out)["text"] == "".join(expected)
+    assert json.loads(out)["sampling"] == {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 11}
 
 
 @pytest.mark.spec("CLI-2", "PACK-28")
@@ -79,7 +81,7 @@ def test_sampling_options_reach_the_sampler(storyteller: Session) -> None:
     "options", [["--weights", "int8"], ["--weights", "int4", "--weight-cache", "off"]], ids=" ".join
 )
 def test_weight_formats_are_chosen_on_the_command_line(options: list[str]) -> None:
-    status, out, _ = run("generate", "ROMEO:", "--max-tokens", 20, *options, "--json")
+    status, out, _ = run("generate", "ROMEO:", "--max-tokens", 20, "--temperature", 0, *options, "--json")
     with load(weights=options[1], weight_cache="off") as session:
         assert (status, json.loads(out)["text"]) == (0, "".join(session.generate("ROMEO:", max_tokens=20)))
 

@@ -80,7 +80,7 @@ def test_json_says_what_the_cache_did_and_where_the_budget_went(
         captured = capsys.readouterr()
         result = json.loads(captured.out)
         assert captured.err == ""
-        assert list(result) == GENERATION_KEYS
+        assert list(result) == [*GENERATION_KEYS, "sampling"]
         assert list(result["weight_cache"]) == WEIGHT_CACHE_KEYS
         about = result["weight_cache"]
         assert (about["state"], about["path"]) == (state, str(cache))

@@ -59,6 +59,17 @@ def test_a_relative_cache_home_is_ignored(relative: str) -> None:
 
 
 @pytest.mark.spec("DIR-1")
+def test_a_directory_of_our_own_is_preferred_and_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    given = {"REFINFER_CACHE_DIR": str(tmp_path / "own"), "XDG_CACHE_HOME": str(tmp_path / "xdg")}
+    assert cache_directory(given) == tmp_path / "own"
+    assert cache_directory({"REFINFER_CACHE_DIR": "own"}) == tmp_path / "own"
+    assert cache_directory({"REFINFER_CACHE_DIR": "~/own"}) == tmp_path / "home" / "own"
+    assert cache_directory(given | {"REFINFER_CACHE_DIR": ""}) == tmp_path / "xdg" / "refinfer"
+
+
+@pytest.mark.spec("DIR-1")
 def test_a_home_elsewhere_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -90,7 +90,7 @@ def test_simulate_runs_somebodys_plan_and_sweeps_it_next_to_the_seven(here: Path
 
 @pytest.mark.spec("PLAN-16", "OFFLOAD-3", "CLI-28")
 def test_generate_runs_somebodys_plan_and_gives_the_same_text(here: Path) -> None:
-    common = ["generate", *PROMPT, "--weights", "int8", "--json"]
+    common = ["generate", *PROMPT, "--weights", "int8", "--temperature", "0", "--json"]
     planned = json.loads(refinfer_in(here, "plan", *QUESTION, "--plan", "mine:largest", "--json").stdout)["plans"][-1]
     done = refinfer_in(here, *common, "--budget", "1500kB", "--plan", "mine:largest")
     assert done.returncode == 0, done.stderr
