@@ -76,8 +76,8 @@ class BudgetError(InputError):
 class CacheFileError(InputError):
     """A file is not a weight cache that can be used; `reason` says why, without naming the file."""
 
-    def __init__(self, reason: str, path: object = None) -> None:
-        super().__init__(reason if path is None else f"{path}: {reason}")
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
         self.reason = reason
 
 

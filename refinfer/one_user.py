@@ -133,4 +133,4 @@ class Kept(Generic[_Thing]):
         if os.getpid() == self._process:
             self.close()
             why = f"{self._name} was dropped without close(); close it, or load it in a `with` statement"
-            warnings.warn(why, ResourceWarning, stacklevel=2, source=self)
+            warnings.warn(why, ResourceWarning, stacklevel=3, source=self)  # 2 is the finaliser's own line

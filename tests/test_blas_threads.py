@@ -126,6 +126,20 @@ def test_a_limit_applies_in_a_thread_other_than_the_one_that_set_the_number_befo
 
 
 @pytest.mark.spec("GEN-22")
+def test_after_a_limit_any_other_thread_may_change_the_number() -> None:
+    """Also one that knows nothing of this module, while the thread that had the limit still runs."""
+
+    def other() -> int:
+        with threadpool_limits(3, "blas"):
+            return in_force()
+
+    with blas_threads.limited(1):
+        pass
+    assert within(other) == 3
+    assert in_force() == FOUND
+
+
+@pytest.mark.spec("GEN-22")
 def test_a_limit_ends_with_the_block_that_fails() -> None:
     with pytest.raises(AssertionError, match="inside"), blas_threads.limited(1):
         assert in_force() != 1, "inside"

@@ -181,6 +181,14 @@ def test_what_a_dropped_owner_kept_is_closed_at_once_and_a_warning_says_what_to_
 
 
 @pytest.mark.spec("GEN-21")
+def test_the_warning_names_the_line_that_dropped_the_owner() -> None:
+    owners = [Owner(Thing())]
+    with pytest.warns(ResourceWarning) as caught:
+        owners.clear()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.spec("GEN-21")
 def test_the_warning_as_an_error_does_not_prevent_closing() -> None:
     thing, owners = Thing(), [Owner(Thing())]
     owners[0].kept.renew(lambda: thing)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -235,3 +237,24 @@ def test_figures_that_the_system_does_not_report_are_none(system: System, monkey
     assert process.cgroup_memory() is None
     assert process.available_bytes() is None
     assert process.usable_cores() == (os.cpu_count() or 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert process.usable_cores() == 1
+
+
+@pytest.mark.spec("GEN-10")
+def test_the_usable_cores_are_those_of_this_very_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        os, "sched_getaffinity", lambda pid: {3, 5, 7} if pid in (0, os.getpid()) else {1}, raising=False
+    )
+    assert process.usable_cores() == 3
+
+
+@pytest.mark.spec("CLI-2", "CLI-25")
+@pytest.mark.parametrize(("platform", "nbytes"), [("linux", 5_120), ("darwin", 7), ("win32", None)])
+def test_the_peak_memory_is_reported_as_each_system_counts_it(
+    platform: str, nbytes: int | None, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system({"/proc/self/status": "Name:\tpython\nVmPeak:\t 9 kB\nVmHWM:\t 5 kB\nVmRSS:\t 4 kB\n"})
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=7))
+    monkeypatch.setattr(sys, "platform", platform)
+    assert process.peak_rss_bytes() == nbytes

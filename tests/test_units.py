@@ -35,6 +35,12 @@ def test_a_size_is_its_number_times_its_unit(
 
 
 @pytest.mark.spec("UNIT-1")
+@pytest.mark.parametrize("unit", UNITS)
+def test_one_of_each_unit_is_that_unit(unit: str) -> None:
+    assert parse_nbytes(f"1{unit}") == UNITS[unit]
+
+
+@pytest.mark.spec("UNIT-1")
 def test_the_smallest_and_the_largest_size_are_read() -> None:
     assert parse_nbytes("1") == 1
     assert parse_nbytes("0.001KB") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 from collections.abc import Iterator
@@ -99,6 +100,15 @@ def test_an_opened_file_is_not_passed_on_to_programs_and_closes(tmp_path: Path) 
         assert not os.get_inheritable(file.fileno())
         assert file.read(2) == b"ab"
     assert file.closed
+
+
+@pytest.mark.spec("INPUT-1")
+def test_an_opened_file_is_buffered_unless_asked_otherwise(tmp_path: Path) -> None:
+    """An unbuffered file may return fewer bytes than asked for, and most readers ask once."""
+    (tmp_path / "x").write_bytes(b"abc")
+    with open_regular(tmp_path / "x") as file, open_regular(tmp_path / "x", buffering=0) as raw:
+        assert isinstance(file, io.BufferedReader)
+        assert isinstance(raw, io.FileIO)
 
 
 BAD = {

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -71,8 +71,18 @@ def command(folder: Path, *argv: object, memory: int | None = 256 << 20, seconds
     return caged(folder, work, memory=memory, seconds=seconds)
 
 
-def caged(folder: Path, work: Callable[[], int], *, memory: int | None = 256 << 20, seconds: int = 20) -> Ran:
-    """Do `work` in a forked process that gets `memory` more bytes of address space and `seconds` of time."""
+def caged(
+    folder: Path,
+    work: Callable[[], int],
+    *,
+    memory: int | None = 256 << 20,
+    seconds: int = 20,
+    elsewhere: Sequence[Path] = (),
+) -> Ran:
+    """Do `work` in a forked process that gets `memory` more bytes of address space and `seconds` of time.
+
+    It may write into `folder`, and into the folders `elsewhere`.
+    """
     out, err = os.memfd_create("out"), os.memfd_create("err")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -82,7 +92,7 @@ def caged(folder: Path, work: Callable[[], int], *, memory: int | None = 256 << 
     if pid == 0:
         status = 1
         try:
-            _enter(folder.resolve(), out, err, memory)
+            _enter((folder.resolve(), *elsewhere), out, err, memory)
             status = work()
         except BaseException:  # noqa: BLE001, RUF100 -- the child must not return into pytest
             traceback.print_exc()
@@ -98,24 +108,25 @@ def caged(folder: Path, work: Callable[[], int], *, memory: int | None = 256 << 
         os.close(err)
 
 
-def _enter(folder: Path, out: int, err: int, memory: int | None) -> None:
+def _enter(folders: Sequence[Path], out: int, err: int, memory: int | None) -> None:
     os.setpgid(0, 0)
     os.dup2(out, 1)
     os.dup2(err, 2)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "wb", closefd=False), encoding="utf-8", write_through=True)
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "wb", closefd=False), encoding="utf-8", write_through=True)
     warnings.resetwarnings()
-    os.environ["TMPDIR"] = str(folder)
+    os.environ["TMPDIR"] = str(folders[0])
     if memory is not None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.addaudithook(guard(folder))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also if whoever started it ignores it, as `nohup` does
+    sys.addaudithook(guard(*folders))
 
 
-def guard(folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
-    """Return an audit hook that ends the process when it writes to a path outside `folder`."""
+def guard(*folders: Path) -> Callable[[str, tuple[Any, ...]], None]:
+    """Return an audit hook that ends the process when it writes to a path outside all of `folders`."""
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
@@ -128,7 +139,7 @@ def guard(folder: Path) -> Callable[[str, tuple[Any, ...]], None]:
         for path in paths:
             if isinstance(path, (str, bytes, os.PathLike)):
                 where = Path(os.fsdecode(path)).parent.resolve()
-                if where.is_dir() and folder not in (where, *where.parents) and where != Path("/dev"):
+                if where.is_dir() and where != Path("/dev") and not any(map(where.is_relative_to, folders)):
                     os.write(2, f"{event} {path!r}\n".encode())
                     os._exit(ESCAPED)
 

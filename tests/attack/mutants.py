@@ -55,13 +55,20 @@ PRELOADED: Final = (
 MEMORY: Final = 4 << 30
 """The address space that tests may take, in bytes."""
 
+ELSEWHERE: Final = (Path("/dev/shm"), Path("/sys/fs/cgroup"))
+"""Where tests may write, too: some build hundreds of files in memory, some limit a group of processes."""
+
+NO_TESTS: Final = 5
+"""What pytest ends with if every test is left out."""
+
 SHARED: Final = {
     "__init__": ["test_front_door"],
-    "__main__": ["cli/test_cli_main"],
+    "__main__": ["cli/test_cli_main", "cli/test_cli_ending"],
     "bench/calibrate": ["offload/test_calibration", "test_json_names"],
     "bench/entry": ["bench/test_*"],
     "bench/machine": ["bench/test_bench_abilities", "cli/test_cli_columns"],
     "bench/naive": ["bench/test_bench_decode"],
+    "cli/[cgmps]*": ["cli/test_cli_main"],
     "cli/options": ["cli/test_cli_main", "cli/test_cli_generate"],
     "cli/pictures": ["test_trace", "planning/test_report"],
     "cli/plan": ["cli/test_cli_planning"],
@@ -76,6 +83,7 @@ SHARED: Final = {
     "sources/*": ["sources/test_*"],
     "weight_cache/file": ["weight_cache/test_provider"],
     "weight_cache/identity": ["weight_cache/test_side_file"],
+    "weight_cache/load_or_build": ["weight_cache/test_ownership"],
     "weight_cache/memory": ["weight_cache/test_provider"],
 }
 """Tests that several modules share, or that have another name than their module."""
@@ -97,6 +105,12 @@ class Module:
     def dotted(self) -> str:
         """The name under which it is imported."""
         return ".".join(["refinfer", *self.name.split("/")]).removesuffix(".__init__")
+
+    @property
+    def mirror(self) -> str:
+        """The test file that it should have, inside the folder of tests."""
+        *room, name = self.name.split("/")
+        return "/".join([*room, f"test_{name}.py"])
 
     @property
     def tests(self) -> list[Path]:
@@ -129,7 +143,7 @@ _CUSTOMISED: Final = """
 import pathlib, sys
 sys.path.append({here!r})
 import cage, mutants
-sys.addaudithook(cage.guard(pathlib.Path({folder!r})))
+sys.addaudithook(cage.guard(pathlib.Path({folder!r}), *mutants.ELSEWHERE))
 mutants.replace_source({name!r}, {path!r}, {source!r})
 """
 """What the programs that tests start do first."""
@@ -145,6 +159,7 @@ def run_tests(module: Module, source: str, seconds: float) -> Ran:
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         here, replaced = str(Path(__file__).parent), (module.dotted, str(module.path), source)
         names = {"name": module.dotted, "path": str(module.path), "source": source}
+        Path(folder).chmod(0o755)  # some tests continue as another user
         (Path(folder) / "tmp").mkdir()
         (Path(folder) / "sitecustomize.py").write_text(_CUSTOMISED.format(here=here, folder=folder, **names))
 
@@ -153,7 +168,7 @@ def run_tests(module: Module, source: str, seconds: float) -> Ran:
             os.environ["TMPDIR"] = f"{folder}/tmp"
             os.environ |= {"PYTHONPATH": f"{folder}:{module.root}", "PYTHONDONTWRITEBYTECODE": "1"}
             sys.dont_write_bytecode = True
-            sys.path.insert(0, str(module.root))
+            sys.path[:0] = [folder, str(module.root)]  # some tests give their own path to the programs they start
             tempfile.tempdir = f"{folder}/tmp"
             os.chdir(tempfile.tempdir)
             replace_source(*replaced)
@@ -161,7 +176,7 @@ def run_tests(module: Module, source: str, seconds: float) -> Ran:
             where = ["-c", str(module.root / "pyproject.toml"), f"--basetemp={folder}/tests"]
             return int(importlib.import_module("pytest").main([*options, *where, *map(str, module.tests)]))
 
-        return caged(Path(folder), work, memory=MEMORY, seconds=ceil(seconds))
+        return caged(Path(folder), work, memory=MEMORY, seconds=ceil(seconds), elsewhere=ELSEWHERE)
 
 
 def outcome(task: tuple[Module, Mutant, float]) -> dict[str, Any]:
@@ -208,14 +223,18 @@ def try_mutants(module: Module, mutants: Sequence[Mutant], results: Results, poo
     """Try the mutants that have no result yet; return the results of all.
 
     Raises:
-        ValueError: the tests fail without a mutant.
+        ValueError: no tests mirror the module, or they fail without a mutant.
     """
+    if not module.tests:
+        raise ValueError(f"no tests mirror it: write tests/{module.mirror}, or name others in SHARED of {__file__}")
     rows = {mutant: results.known(module, mutant) for mutant in mutants}
     left = [mutant for mutant in mutants if rows[mutant] is None]
     tried = []
     if left:
         began = time.monotonic()
         ran = pool.apply(run_tests, (module, module.path.read_text(), 600))
+        if ran.status == NO_TESTS:
+            raise ValueError("none of the tests that mirror it is in the default run")
         if ran.status:
             raise ValueError(f"its tests end with {ran.status} without a mutant:\n{ran.out[-1000:]}{ran.err[-1000:]}")
         limit = 15 + 5 * (time.monotonic() - began)

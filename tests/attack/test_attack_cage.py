@@ -30,6 +30,8 @@ def test_a_process_that_writes_outside_its_folder_is_ended(tmp_path: Path) -> No
     assert caged(inside, lambda: write(inside / "file")).status == 0
     assert caged(inside, lambda: write(outside)).status == ESCAPED
     assert not outside.exists()
+    assert caged(inside, lambda: write(outside), elsewhere=[tmp_path]).status == 0
+    outside.unlink()
     assert caged(inside, lambda: len(str((inside / "file").rename(outside)))).status == ESCAPED
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -127,15 +128,55 @@ def test_a_run_goes_on_where_it_was_broken_off(toy: mutants.Module) -> None:
     assert len(anew) == len(again) + 2
 
 
-def test_tests_that_fail_without_a_mutant_say_nothing_about_mutants(toy: mutants.Module) -> None:
-    toy.tests[0].write_text("def test_nothing():\n    assert not 1\n")
+@pytest.mark.parametrize(
+    ("tests", "why"),
+    [
+        ("def test_nothing():\n    assert not 1\n", "its tests end with 1 without a mutant"),
+        ("", "none of the tests that mirror it is in the default run"),
+    ],
+    ids=["failing", "none"],
+)
+def test_tests_that_fail_or_are_not_run_say_nothing_about_mutants(toy: mutants.Module, tests: str, why: str) -> None:
+    toy.tests[0].write_text(tests)
     root = toy.root.parent
     printed = subprocess.run(
         [sys.executable, mutants.__file__, "--root", toy.root, "--results", root / "results"],
         check=True, stdout=subprocess.PIPE, text=True, timeout=300,
     ).stdout  # fmt: skip
-    assert "toy: its tests end with 1 without a mutant" in printed
+    assert f"toy: {why}" in printed
     assert not (root / "results").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_tests_may_go_on_as_another_user_and_write_to_memory(toy: mutants.Module) -> None:
+    toy.tests[0].write_text(
+        "import os, tempfile\n"
+        "def test_it():\n"
+        "    with tempfile.TemporaryDirectory(dir='/dev/shm'), tempfile.TemporaryDirectory() as folder:\n"
+        "        os.chmod(folder, 0o777)\n"
+        "        if (pid := os.fork()) == 0:\n"
+        "            os.setuid(65534)\n"
+        "            open(f'{folder}/file', 'w').close()\n"
+        "            os._exit(0)\n"
+        "        assert os.waitpid(pid, 0)[1] == 0\n"
+    )
+    assert run_tests(toy, TOY, 60) == 0
+
+
+def test_a_module_without_tests_is_named_and_the_others_are_tried(toy: mutants.Module) -> None:
+    for name in ("bare", "zoo"):
+        (toy.root / "refinfer" / f"{name}.py").write_text(TOY)
+    (toy.root / "tests" / "test_zoo.py").write_text(TESTS.replace("toy", "zoo"))
+    rows, printed = script(toy, "--sample", 2)
+    assert "bare: no tests mirror it: write tests/test_bare.py, or name others in SHARED of " in printed
+    assert {row["module"] for row in rows} == {"toy", "zoo"}
+
+
+def test_every_module_of_this_checkout_has_tests_that_mirror_it() -> None:
+    paths = (mutants.ROOT / "refinfer").rglob("*.py")
+    changed = [mutants.Module(mutants.ROOT, path) for path in paths if draw(path.read_text(), 1, Random(1))]
+    assert len(changed) > 80
+    assert [module.name for module in changed if not module.tests] == []
 
 
 @pytest.mark.parametrize(

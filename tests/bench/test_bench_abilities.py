@@ -127,7 +127,24 @@ def test_huge_pages_are_there_unless_they_are_switched_off(
     if text is not None:
         (tmp_path / "enabled").write_text(f"{text}\n")
     monkeypatch.setattr(bench_abilities, "_HUGE_PAGES", tmp_path / "enabled")
-    assert verdicts(machine)["huge pages"].works == works
+    verdict = verdicts(machine)["huge pages"]
+    assert verdict.works == works
+    chosen = text and text.split("[")[1].split("]")[0]
+    assert verdict.why == (
+        f"transparent huge pages are set to {chosen}" if text else f"this system has no {tmp_path}/enabled"
+    )
+
+
+@pytest.mark.spec("CLI-22")
+@pytest.mark.parametrize("there", [True, False])
+def test_counts_of_the_system_are_there_if_their_files_can_be_read(
+    there: bool, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_abilities, "lines_of", lambda path: ["a line"] if there else [])
+    found = verdicts(machine)
+    for ability, file in (("bytes read from disks are counted", "io"), ("shared memory is counted", "smaps_rollup")):
+        why = f"in /proc/self/{file}" if there else f"this system has no /proc/self/{file}"
+        assert (found[ability].works, found[ability].why) == (there, why)
 
 
 @pytest.mark.spec("CLI-22")

@@ -79,8 +79,9 @@ def test_a_chunk_multiplied_many_times_gives_the_same_tokens() -> None:
 
 
 @pytest.mark.spec("BENCH-12")
-def test_compute_heavy_products_are_repeated_wherever_the_weights_are(tmp_path: Path) -> None:
-    """Resident and streamed: each chunk is multiplied three times, as counted in a process of its own."""
+@pytest.mark.parametrize("products", [1, 2, 3])
+def test_compute_heavy_products_are_repeated_wherever_the_weights_are(products: int, tmp_path: Path) -> None:
+    """Resident and streamed: each chunk is multiplied that often, as counted in a process of its own."""
     code = """
 import sys
 import refinfer.bench.arm as bench
@@ -92,7 +93,7 @@ def counted(*args):
     calls += 1
     once(*args)
 bf16.multiply = counted
-bench._multiply_often(3)
+bench._multiply_often(int(sys.argv[2]))
 for budget in (None, "90%"):
     with load(weight_cache=sys.argv[1], budget=budget, threads=1, max_positions=8) as session:
         calls = 0
@@ -101,11 +102,25 @@ for budget in (None, "90%"):
     print(calls)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "w")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(tmp_path / "w"), str(products)], capture_output=True, text=True, check=True
     ).stdout
     resident, streamed = map(int, done.split())
     chunks = len(Inventory(open_folder(STORYTELLER).config, "bf16").cycle)
-    assert resident == streamed == 3 * 2 * chunks
+    assert resident == streamed == products * 2 * chunks
+
+
+@pytest.mark.spec("BENCH-11")
+@pytest.mark.parametrize("name", ["mmap", "resident", "balanced", "synchronous", "lru-paged"])
+def test_an_arm_reports_its_budget_and_its_reads_if_it_has_any_and_its_time_in_any_case(
+    name: str, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "m", replace(TINY, vocab_size=256, num_hidden_layers=1), dtype="f32")
+    measured = run_arm(tmp_path / "m", tmp_path / "w", Arm("f32", 0.8, name))
+    assert measured["token_s"] > 0
+    assert (measured["offload"] is None) == (measured["read_s"] is None) == (name in ("mmap", "resident"))
+    if measured["offload"] is not None:
+        assert measured["read_s"] > 0
+        assert measured["offload"]["plan"] == ("balanced" if name == "balanced" else "optimal")
 
 
 @pytest.mark.skipif(not can_limit_memory(), reason="needs control groups, version 1, that can be written")

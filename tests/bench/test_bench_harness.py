@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -33,3 +34,12 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
     timings = Timings({"new": (1.0, 1.0, 10.0), "old": (2.0, 3.0, 10.0)})
     assert timings.ratio("new", "old") == 2.0
     assert timings.spread("new", "old") == (1.0, 3.0)
+
+
+@pytest.mark.spec("BENCH-1")
+@pytest.mark.parametrize("n", [1, 5, 9, 41])
+def test_a_spread_is_from_the_first_to_the_third_quartile(n: int) -> None:
+    ratios = [float(ratio) for ratio in range(10, 10 + n)]
+    timings = Timings({"new": (1.0,) * n, "old": tuple(reversed(ratios))})
+    first, _, third = statistics.quantiles(ratios, method="inclusive") if n > 1 else ratios * 3
+    assert timings.spread("new", "old") == (first, third)

@@ -151,6 +151,8 @@ def test_bench_offload_compares_each_run_with_the_legs_of_its_own_round(monkeypa
     monkeypatch.setattr(offload, "can_limit_memory", lambda: False)
     rows = list(offload_bench(config=TINY, rounds=3, quick=True)["rows"])
     assert "mmap" not in {row["arm"] for row in rows}
+    keys = list(offload.BENCH.columns.values())[: offload.BENCH.keys]
+    assert len({tuple(show(row) for show in keys) for row in rows}) == len(rows)  # its first columns name a row
     for row in rows:  # the first resident run builds: rounds are slower by 2, 4 and 8
         fixed = fixed_of(inventory, POSITIONS, row["prefetch_threads"]).total
         must = inventory.streamable_nbytes - (budget - fixed - ring)
@@ -181,7 +183,8 @@ def test_every_arm_within_a_budget_has_a_limit_of_its_own_memory_the_budget_and_
     monkeypatch.setattr(offload, "run_arm", run_arm)
     monkeypatch.setattr(offload, "run_start", lambda *_: {"peak_rss_bytes": own})
     monkeypatch.setattr(offload, "_calibrate", lambda *_, **__: 1)
-    monkeypatch.setattr(offload, "drop_page_cache", lambda _: None)
+    dropped: list[str] = []
+    monkeypatch.setattr(offload, "drop_page_cache", lambda path: dropped.append(path.name))
     monkeypatch.setattr(offload, "can_limit_memory", lambda: True)
     assert list(offload_bench(config=TINY, rounds=1, quick=True)["rows"])
     budget = Inventory(TINY, "f32").streamable_nbytes // 2
@@ -191,6 +194,7 @@ def test_every_arm_within_a_budget_has_a_limit_of_its_own_memory_the_budget_and_
             assert limit is None
         else:
             assert limit == own + budget + (0 if arm.arm == "mmap" else 16_000_000)
+    assert dropped == ["f32.packed"] * len(arms(quick=True))  # no arm finds in memory what the one before it has read
 
 
 @pytest.mark.spec("BENCH-11")

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from refinfer.bench import share
+from refinfer.errors import GenerationError
 from refinfer.model.config import SHAPES
+from refinfer.model.synth import write_checkpoint
 
 
 @pytest.mark.slow
@@ -23,3 +25,52 @@ def test_bench_share_measures_processes_that_live_at_once() -> None:
     pss = {(r["format"], r["mapped"], r["processes"]): r["pss_bytes"] for r in rows}
     shared, own = pss["f32", True, 4], pss["f32", False, 4]
     assert own - shared > 5_000_000  # three quarters of ten megabytes, and some
+
+
+@pytest.mark.spec("BENCH-10")
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux reports proportional set sizes")
+def test_processes_that_are_measured_at_once_have_the_model_loaded_and_end_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "m", SHAPES["tiny"])
+    measured: list[int] = []
+    really = share._pss
+
+    def pss(pid: int) -> int:
+        measured.append(pid)
+        assert all(Path(f"/proc/{other}").exists() for other in measured)
+        return really(pid)
+
+    monkeypatch.setattr(share, "_pss", pss)
+    sizes = share._pss_of(2, [str(tmp_path / "m"), "f32", str(tmp_path / "w")])
+    assert len(set(measured)) == len(sizes) == 2
+    assert all(10_000_000 < nbytes < 1_000_000_000 for nbytes in sizes)
+    assert (tmp_path / "w").exists()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in measured)
+    with pytest.raises(GenerationError, match="a process of bench share failed"):
+        share._pss_of(1, [str(tmp_path / "nothing"), "f32", str(tmp_path / "w")])
+
+
+@pytest.mark.spec("BENCH-10")
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux reports proportional set sizes")
+def test_bench_share_has_a_row_for_each_format_place_and_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str, str, bool]] = []
+    done: list[None] = []
+
+    def pss_of(processes: int, arguments: list[str]) -> list[int]:
+        model, weights, place = arguments
+        assert Path(model).is_dir()
+        if place != ":memory":
+            Path(place).touch()
+        asked.append((processes, weights, Path(place).name, place == ":memory"))
+        return [100 * processes, 101 * processes]
+
+    monkeypatch.setattr(share, "_pss_of", pss_of)
+    rows = list(share.share_rows(SHAPES["tiny"], lambda: done.append(None)))
+    ways = [(name, mapped, n) for name in ("f32", "bf16") for mapped in (True, False) for n in (1, 2, 4)]
+    assert [(row["format"], row["mapped"], row["processes"]) for row in rows] == ways
+    assert [row["pss_bytes"] for row in rows] == [round(100.5 * n) for _, _, n in ways]
+    assert asked == [(n, name, f"{name}.packed" if mapped else ":memory", not mapped) for name, mapped, n in ways]
+    assert len(done) == share.BENCH.steps() == len(rows)
+    keys = list(share.BENCH.columns.values())[: share.BENCH.keys]
+    assert len({tuple(show(row) for show in keys) for row in rows}) == len(rows)  # its first columns name a row

@@ -236,6 +236,25 @@ def run():
     assert ends(run) == (0, "", "")
 
 
+@pytest.mark.spec("CLI-5")
+def test_a_signal_that_comes_when_the_program_has_its_status_changes_nothing() -> None:
+    run = """
+from refinfer.cli import ending
+
+leave = ending._Signals.leave
+
+def interrupted(signals, interrupt):
+    send("SIGINT")
+    leave(signals, interrupt)
+
+ending._Signals.leave = interrupted
+
+def run():
+    return 4
+"""
+    assert ends(run) == (4, "", "")
+
+
 @pytest.mark.spec("CLI-27")
 def test_the_library_changes_no_answer_to_a_signal() -> None:
     code = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,22 @@ def test_generate_writes_the_text_to_standard_output_and_a_summary_to_standard_e
     assert "30 tokens · first after" in err
     assert "tokens/s" in err
     assert "peak memory" in err
+
+
+@pytest.mark.spec("CLI-1", "CAL-4")
+def test_generate_within_a_budget_shows_where_the_budget_went_what_was_read_and_how_fast_that_could_be() -> None:
+    status, _, err = run("generate", "--max-tokens", 3, "--budget", "70%")
+    assert status == 0
+    budget, plan, rates = err.splitlines()[-3:]
+    assert re.fullmatch(r"budget: [\d.]+ MB, peak [\d.]+ MB: locked .* [\d.]+ [kM]B", budget)
+    assert re.fullmatch(
+        r"plan optimal: [\d.]+ [kM]B streamed per token, [\d.]+ [kM]B read in total; waited .*s for it, computed .*s",
+        plan,
+    )
+    number = r"[\d.,]+"
+    assert re.fullmatch(rf"tokens/s: predicted {number}, measured {number}, ideal {number} \(disk .+\)", rates)
+    one_token = run("generate", "--max-tokens", 1, "--budget", "70%")[2].splitlines()[-1]
+    assert re.fullmatch(rf"tokens/s: predicted {number}, ideal {number} \(disk .+\)", one_token)
 
 
 @pytest.mark.spec("CLI-1")

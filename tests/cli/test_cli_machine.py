@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from refinfer.bench import abilities, offload
-from refinfer.cli.machine import benches
+from refinfer.cli.machine import _facts, benches
 from refinfer.cli.main import main
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -36,6 +36,45 @@ def test_doctor_describes_the_machine() -> None:
     assert (facts["cores for this process"], facts["numpy"]) == (str(machine["cores"]), machine["numpy"])
     assert facts["page of memory"] == f"{machine['page_bytes']} bytes"
     assert facts["this folder"] == machine["folder"]["path"]
+
+
+UNKNOWN = {
+    "cpu": "a processor", "cores": 3, "memory_bytes": None, "memory_available_bytes": None, "cgroup": None,
+    "memlock_limit_bytes": None, "page_bytes": 4096, "blas": [], "numpy": "9.8", "python": "3.21", "system": "a system",
+    "folder": {"path": "/here", "file_system": None, "direct_io": None, "read_ahead_kb": None},
+}  # fmt: skip
+KNOWN = UNKNOWN | {
+    "memory_bytes": 8_000_000, "memory_available_bytes": 7_000_000, "memlock_limit_bytes": 6_000_000,
+    "cgroup": {"version": 2, "memory_limit_bytes": 5_000_000, "memory_used_bytes": 4_000_000},
+    "blas": [{"name": "ablas", "version": "1.2", "core": "acore", "threads": 5}],
+    "folder": {"path": "/here", "file_system": "afs", "direct_io": True, "read_ahead_kb": 0},
+}  # fmt: skip
+SHOWN = {
+    "processor": "a processor", "cores for this process": "3", "page of memory": "4096 bytes",
+    "this folder": Path("/here"), "numpy": "9.8", "Python": "3.21", "system": "a system",
+}  # fmt: skip
+
+
+def shown(machine: dict[str, Any]) -> dict[Any, Any]:
+    """Return what the table of `doctor` has in its rows."""
+    return {what: value for what, value in _facts(machine)}  # noqa: C416  (mypy cannot tell a row from a list)
+
+
+@pytest.mark.spec("CLI-7", "CLI-25")
+def test_doctor_shows_each_figure_and_says_of_each_that_is_not_reported_that_it_is_not_known() -> None:
+    assert shown(UNKNOWN) == SHOWN | {
+        "memory": "not known", "memory that is left": "not known", "control group": "none",
+        "limit on locked memory": "none, or not known", "its file system": "not known",
+        "direct reads there": "cannot be tried", "read-ahead there": "not known",
+    }  # fmt: skip
+    assert shown(KNOWN) == SHOWN | {
+        "memory": "8.0 MB", "memory that is left": "7.0 MB", "control group": "version 2",
+        "memory limit of the group": "5.0 MB", "memory used by the group": "4.0 MB", "limit on locked memory": "6.0 MB",
+        "its file system": "afs", "direct reads there": "yes", "read-ahead there": "0 kB",
+        "BLAS": "ablas 1.2, acore, 5 threads",
+    }  # fmt: skip
+    no_limit = KNOWN | {"cgroup": {"version": 1, "memory_limit_bytes": None, "memory_used_bytes": None}}
+    assert "memory limit of the group" not in shown(no_limit)
 
 
 @pytest.mark.spec("CLI-22")

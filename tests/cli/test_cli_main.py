@@ -251,7 +251,7 @@ def test_help_shows_every_command_with_its_line(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.spec("CLI-7")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_has_a_help_that_names_its_default(name: str) -> None:
+def test_every_option_has_a_help_that_names_its_default_and_a_word_for_its_value(name: str) -> None:
     for typed, parser in parsers(name):
         assert parser.description
         for action in parser._actions:
@@ -261,6 +261,8 @@ def test_every_option_has_a_help_that_names_its_default(name: str) -> None:
             assert len(text) >= len("print JSON"), f"refinfer {typed} {action.dest}"
             if action.default not in (None, False, argparse.SUPPRESS):
                 assert "(default: " in text, f"refinfer {typed} {action.dest}"
+            if action.option_strings and action.nargs != 0:
+                assert action.metavar or action.choices, f"refinfer {typed} {action.dest}"
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from refinfer.cli import planning
 from refinfer.cli.planning import format_rate
 from refinfer.inventory import Inventory
 from refinfer.model.folder import DEFAULT_POSITIONS, open_folder
@@ -202,6 +203,19 @@ def test_a_picture_takes_the_place_of_a_picture_of_ours_only(command: str, conte
     assert run(*options)[0] == 0
     assert (tmp_path / "x.svg").stat().st_mode & 0o777 == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["x.svg"]
+
+
+@pytest.mark.spec("CLI-24")
+@both
+def test_a_picture_that_would_replace_another_file_is_refused_before_anything_is_computed(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis").write_text("dear")
+    monkeypatch.setattr(planning, "_inventory", lambda args: pytest.fail("it computes"))
+    assert "thesis is not what this command writes there" in refused(
+        command, "--shape", "tiny", "--svg", tmp_path / "thesis"
+    )
+    assert (tmp_path / "thesis").read_text() == "dear"
 
 
 @pytest.mark.spec("CLI-14", "CLI-15", "ERR-2")

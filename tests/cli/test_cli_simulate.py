@@ -102,6 +102,8 @@ def test_the_blocks_of_each_kind_have_a_colour_of_their_own(monkeypatch: pytest.
     shown = on_terminal(partial(run_on, *argv), 80, codes=True)
     blocks = set(re.findall(r"\x1b\[(\d+)m█", shown))
     assert blocks == {"34", "32", "31"}
+    legend = dict(re.findall(r"\x1b\[(\d+)m█ (\w+)", shown))
+    assert (set(legend), set(legend.values())) == (blocks, {"read", "compute", "wait"})
 
 
 def run_on(*argv: str) -> None:
@@ -133,10 +135,12 @@ def test_the_gains_of_the_papers_experiment_stand_in_the_table_of_their_model(mo
         for share in (0.1, 0.4)
     ]
     monkeypatch.setattr(simulate, "paper_rows", lambda: rows)
+    monkeypatch.setenv("COLUMNS", "60")
     status, out, _ = run("simulate", "--paper")
     small, large = out.split("\nlarge, 4.5 bits")
     assert status == 0
     assert small.startswith("small, 4.5 bits")
+    assert "┃ published " in small  # what was published is broken into lines before the table loses its frame
     assert (small.count("1.25 - 1.50"), small.count("7.00")) == (2 * len(PUBLISHED), 0)
     assert (large.count("7.00 - 7.00"), large.count("1.50")) == (2 * len(PUBLISHED), 0)
 

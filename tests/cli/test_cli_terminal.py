@@ -71,6 +71,7 @@ def test_lines_fit_and_words_stay_whole_and_in_order(words: list[str], columns: 
 
 @pytest.mark.spec("CLI-20")
 def test_a_word_that_is_too_long_begins_further_to_the_left() -> None:
+    assert wrap(["one", "two"], 7) == ["one two"]  # which is just as long as the line
     assert wrap(["a" * 30], 40, "a long key  ", " " * 12) == ["a long key", "    " + "a" * 30]
     assert wrap(["a" * 50], 40, "a long key  ", " " * 12) == ["a long key", "    " + "a" * 50]
     assert wrap(["a" * 39], 40, "a long key  ", " " * 12) == ["a long key", " " + "a" * 39]

@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refinfer.errors import BudgetError, InputError, RequestError
+from refinfer.engine import require_finite_weights
+from refinfer.errors import BudgetError, InputError, RequestError, WeightsError
 from refinfer.generate import Session
 from refinfer.inventory import Inventory
+from refinfer.model.checkpoint import SINGLE_NAME, open_checkpoint
 from refinfer.model.config import SHAPES
+from refinfer.model.safetensors import TensorSpec, write_safetensors
 from refinfer.model.synth import write_checkpoint
 from refinfer.model.weights import Matrix
 
@@ -44,11 +47,26 @@ from engine_runs import (
     told_by,
 )
 
+NORM = "model.norm.weight"
+
 folder = engine_runs.folder
 everyones = engine_runs.everyones
 read_only = engine_runs.read_only
 expected = engine_runs.expected
 built = engine_runs.built
+
+
+@pytest.mark.spec("GEN-5")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_tensor_with_a_value_that_is_not_finite_is_named(value: float, folder: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    require_finite_weights(checkpoint)
+    w = checkpoint.float32(NORM, checkpoint[NORM].shape).copy()
+    w[-1] = value
+    write_safetensors(tmp_path / SINGLE_NAME, [TensorSpec(NORM, "F32", w.shape, [w])])
+    with pytest.raises(WeightsError, match=f"{tmp_path / SINGLE_NAME}: '{NORM}' holds NaN or infinity"):
+        require_finite_weights(open_checkpoint(tmp_path))
+
 
 # GEN-12: built once, mapped afterwards.
 

@@ -48,6 +48,17 @@ def test_another_seed_or_another_name_gives_other_weights(tmp_path: Path) -> Non
     assert len(set(tensors)) == len(tensors)
 
 
+@pytest.mark.spec("SYNTH-1")
+def test_norms_are_around_1_and_biases_around_0_and_neither_are_trivial(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, replace(SMALL, qkv_bias=True), dtype="f32")
+    checkpoint = open_checkpoint(tmp_path)
+    vectors = {name: checkpoint.float32(name, tensor.shape) for name, tensor in checkpoint.items()}
+    for end, middle in (("norm.weight", 1.0), (".bias", 0.0)):
+        of_kind = [vector for name, vector in vectors.items() if name.endswith(end)]
+        assert of_kind
+        assert all(abs(vector.mean() - middle) < 0.1 and 0.05 < vector.std() < 0.2 for vector in of_kind)
+
+
 @pytest.mark.spec("SYNTH-2")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_checkpoint_has_the_tensors_and_the_bytes_that_its_config_says(tmp_path: Path, dtype: str) -> None:

@@ -178,6 +178,18 @@ def test_a_budget_is_a_size_or_a_share_of_the_streamable_weights(text: str, nbyt
     assert parse_budget(text, 1_000_000) == nbytes
 
 
+@pytest.mark.spec("BUDGET-4")
+@pytest.mark.parametrize("text", ["auto", " auto "])
+def test_auto_is_nine_tenths_of_what_is_available_and_refused_if_nobody_knows(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refinfer.offload.budget.available_bytes", lambda: 1_000_000)
+    assert parse_budget(text, 1) == 900_000
+    monkeypatch.setattr("refinfer.offload.budget.available_bytes", lambda: None)
+    with pytest.raises(BudgetError, match="does not report how much memory is left; give the budget as a size"):
+        parse_budget(text, 1)
+
+
 @pytest.mark.spec("BUDGET-3")
 @given(share=st.integers(1, 400), streamable=st.integers(100, 1 << 40))
 def test_a_share_is_that_part_of_the_streamable_weights(share: int, streamable: int) -> None:

@@ -71,7 +71,8 @@ from refinfer.offload.prefetch import Prefetcher
 STACK = 1 << 28
 threading.stack_size(STACK)
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 2 * STACK + STACK // 2, resource.RLIM_INFINITY))
+most = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (size + 2 * STACK + STACK // 2, most))
 try:
     Prefetcher(range(3), [np.zeros(8, np.uint8)] * 8, lambda chunk, slot, thread: slot, 8)
 except GenerationError as error:

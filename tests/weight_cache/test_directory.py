@@ -19,6 +19,7 @@ from build_site import mapped_of
 from file_contents import make_version
 from refinfer.arrays import PAGE_BYTES
 from refinfer.clock import RealClock
+from refinfer.errors import InputError
 from refinfer.inventory import Inventory
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES
@@ -74,6 +75,17 @@ def test_a_home_elsewhere_is_followed(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_directory() == tmp_path / ".cache" / "refinfer"
+
+
+@pytest.mark.spec("DIR-1")
+def test_without_a_home_a_cache_directory_has_to_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_directory({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "refinfer"
+    with pytest.raises(InputError, match="there is no home folder for cache files: set XDG_CACHE_HOME"):
+        cache_directory({})
 
 
 @pytest.mark.spec("DIR-1", "DIR-2")

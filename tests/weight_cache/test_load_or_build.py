@@ -63,6 +63,8 @@ def built(site: Site) -> Site:
 
 @pytest.mark.spec("OPEN-1")
 def test_a_missing_file_is_built_and_then_mapped(site: Site) -> None:
+    clock = RealClock()
+    started = clock.now()
     prepared = site.open()
     site.check_alone(prepared)
     assert prepared.outcome.reason == NO_FILE
@@ -74,6 +76,8 @@ def test_a_missing_file_is_built_and_then_mapped(site: Site) -> None:
     assert (again.outcome.reason, again.outcome.packed_buffers, again.outcome.packed_bytes) == (None, 0, 0)
     assert again.outcome.packing_s == prepared.outcome.packing_s is not None
     assert 0 < prepared.outcome.packing_s <= prepared.outcome.load_or_build_s
+    assert again.outcome.load_or_build_s > 0
+    assert prepared.outcome.load_or_build_s + again.outcome.load_or_build_s < clock.now() - started
     assert mapped_of(again).index.provenance == mapped_of(prepared).index.provenance
 
 

@@ -25,6 +25,7 @@ from refinfer.errors import CacheFileError, DamagedWeightsError
 from refinfer.model.config import ModelConfig
 from refinfer.packing.formats import FORMATS, layout_of
 from refinfer.packing.layout import Bytes
+from refinfer.weight_cache import mapped_file
 from refinfer.weight_cache.file import FileWeightCacheProvider
 from refinfer.weight_cache.format import Entry, encode_file
 from refinfer.weight_cache.key import PackKey, WeightId
@@ -521,6 +522,27 @@ def test_a_file_that_was_written_to_has_changed_once(path: Path, whole: bytes) -
         file.write(b"more")
     assert [mapped.changed() for _ in range(2)] == [True, False]
     assert mapped.bytes(0, len(whole)).tobytes() == whole
+
+
+@pytest.mark.spec("FILE-14")
+@pytest.mark.parametrize(("mtime_ns", "age_s"), [(-7_500_000_000, 7.5), (2_000_000_000, -2.0)])
+def test_the_age_of_a_file_is_the_seconds_since_its_latest_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch, mtime_ns: int, age_s: float
+) -> None:
+    now_ns = path.stat().st_ctime_ns + 3600 * 10**9
+    monkeypatch.setattr(mapped_file, "wall_time_ns", lambda: now_ns)
+    os.utime(path, ns=(0, now_ns + mtime_ns))
+    assert MappedFile(path).age_s == pytest.approx(age_s)
+    os.utime(path, ns=(0, 0))  # the time of the change cannot be set, and is the later one now
+    assert MappedFile(path).age_s == pytest.approx((now_ns - path.stat().st_ctime_ns) * 1e-9)
+
+
+@pytest.mark.spec("FILE-14", "IDENT-4")
+@pytest.mark.parametrize(("ctime_ns", "tick_s"), [(5_000_000_001, 0.1), (5_000_000_000, 2.0)])
+def test_the_tick_of_a_file_is_in_seconds(path: Path, ctime_ns: int, tick_s: float) -> None:
+    mapped = MappedFile(path)
+    mapped._seen = (1, 5_000_000_003, ctime_ns)
+    assert mapped.tick_s == pytest.approx(tick_s)
 
 
 @pytest.mark.spec("FILE-14")

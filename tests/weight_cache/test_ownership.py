@@ -16,10 +16,11 @@ import pytest
 
 from build_site import Site, taken
 from children import NOBODY, Child, Gate, in_child, watched
-from refinfer.errors import WeightCacheError
+from refinfer.errors import RequestError, WeightCacheError
 from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.identity import SIDE_FILE_BEGINS, side_path
 from refinfer.weight_cache.mapped_file import NO_FILE
+from refinfer.weight_cache.ownership import make_folder, require_replaceable
 from refinfer.weight_cache.publish import Draft, Patience, draft_path, write_small_file
 from starts import make_small
 
@@ -225,6 +226,62 @@ def test_root_takes_over_no_draft_of_another_user_but_removes_it(open_site: Site
         assert open_site.open_checked().outcome.reason == NO_FILE
         assert kept.read() == MAGIC + b"half"
     assert open_site.cache.stat().st_uid == 0
+
+
+# What a file of ours may replace.
+
+
+@pytest.mark.spec("OPEN-9")
+@pytest.mark.parametrize("content", [None, b"", MAGIC, MAGIC + b"more"], ids=["nothing", "empty", "begin", "more"])
+def test_nothing_an_empty_file_and_a_file_of_ours_may_be_replaced(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "cache"
+    if content is not None:
+        path.write_bytes(content)
+    require_replaceable(path, MAGIC, "a weight cache")
+    require_replaceable(path / "below a file, or in no folder", MAGIC, "a weight cache")
+    assert taken(tmp_path) == ({} if content is None else {"cache": content})
+
+
+@pytest.mark.spec("OPEN-9")
+@pytest.mark.parametrize("content", [b"a thesis", MAGIC[:-1], b"\0" + MAGIC, bytes(100)])
+def test_a_file_that_is_not_ours_may_not_be_replaced(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "cache"
+    path.write_bytes(content)
+    with pytest.raises(RequestError, match=rf"{path} is not a weight cache, and stays as it is; name another file"):
+        require_replaceable(path, MAGIC, "a weight cache")
+
+
+@pytest.mark.spec("OPEN-9")
+@pytest.mark.parametrize("plant", [a_link, a_link_to_nothing])
+def test_a_link_may_not_be_replaced_even_if_it_leads_to_a_file_of_ours(tmp_path: Path, plant: Plant) -> None:
+    (tmp_path / "thesis").write_bytes(MAGIC)
+    plant(tmp_path / "cache", tmp_path / "thesis")
+    with pytest.raises(RequestError, match="cache is not a weight cache, and stays as it is"):
+        require_replaceable(tmp_path / "cache", MAGIC, "a weight cache")
+
+
+@pytest.mark.spec("OPEN-9")
+@pytest.mark.parametrize(
+    ("plant", "why"),
+    [(a_pipe, "it is not a regular file"), (a_socket, "it is not a regular file"), (a_folder, "Is a directory")],
+)
+def test_what_cannot_be_read_may_not_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Plant, why: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket may have at most 107 bytes
+    plant(Path("cache"), tmp_path)
+    with pytest.raises(RequestError, match=rf"cache cannot be read: {why}"):
+        require_replaceable(tmp_path / "cache", MAGIC, "a weight cache")
+
+
+@pytest.mark.spec("PUBLISH-11")
+@pytest.mark.parametrize("name", ["file", "file/folder", "link to nothing"])
+def test_a_folder_cannot_be_made_where_something_else_lies(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_bytes(b"dear")
+    (tmp_path / "link to nothing").symlink_to("nothing")
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / name)
+    assert (tmp_path / "file").read_bytes() == b"dear"
 
 
 # Who may read what is published.

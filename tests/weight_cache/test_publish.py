@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -19,6 +20,7 @@ from children import WATCHDOG_S, Child, Gate, Say, watched
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import WeightsError
 from refinfer.packing.layout import Bytes
+from refinfer.weight_cache import publish
 from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.mapped_file import MappedFile
 from refinfer.weight_cache.publish import Draft, Space, discard, draft_path, remove_dead_draft, write_small_file
@@ -182,6 +184,24 @@ def test_a_builder_that_fails_frees_its_lock_even_while_its_error_is_kept(site: 
         raise AssertionError
 
     assert frees_its_lock(draft_path(site.cache), fail)
+
+
+@pytest.mark.spec("PUBLISH-4")
+def test_a_draft_that_somebody_removes_at_the_last_moment_is_abandoned_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft, is_at = Draft(tmp_path / "file"), publish._is_at
+
+    def remove(path: Path, file: IO[bytes]) -> bool:
+        try:
+            return is_at(path, file)
+        finally:
+            path.unlink()
+
+    monkeypatch.setattr(publish, "_is_at", remove)
+    draft.abandon()
+    assert draft._file.closed
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.spec("PUBLISH-3", "PUBLISH-4")
