@@ -335,7 +335,8 @@ def _require_replaceable(request: _Request) -> None:
     """
     if request.named:
         require_replaceable(request.path, MAGIC, "a weight cache")
-        require_replaceable(side_path(request.path), SIDE_FILE_BEGINS, "a side file of a weight cache")
+        if not request.path.exists():  # next to a cache file of ours, a side file is ours, however malformed
+            require_replaceable(side_path(request.path), SIDE_FILE_BEGINS, "a side file of a weight cache")
 
 
 def _note(request: _Request, side: SideFile) -> None:
@@ -343,7 +344,8 @@ def _note(request: _Request, side: SideFile) -> None:
 
     def prepare(draft: Draft) -> None:
         draft.make_readable_like(request.sources)
-        draft.before = lambda: _require_replaceable(request)
+        if request.named:
+            draft.before = lambda: require_replaceable(side_path(request.path), b"", "a file")
 
     try:
         write_small_file(side_path(request.path), side.encode(), begin=SIDE_FILE_BEGINS, prepare=prepare)

@@ -79,7 +79,7 @@ def everything(model: Path) -> Iterator[Ran]:
     folder = model.parent
     yield generate(model)
     yield generate(model, "--prompt")
-    yield generate(model, "--budget", "80%", "--json")
+    yield generate(model, "--budget", "400kB", "--json")
     yield command(folder, "pack", model, "-o", folder / CACHE)
     yield command(folder, "plan", "--model", model)
     yield command(folder, "simulate", "--model", model)
@@ -155,7 +155,7 @@ def test_a_special_side_file_or_calibration_counts_as_missing(kind: str, model: 
     home.mkdir(parents=True)
     plant(kind, home / "calibration.json")
     plant(kind, side_path(model.parent / CACHE))
-    for ran in require_civil((generate(model), generate(model, "--budget", "80%")), kind):
+    for ran in require_civil((generate(model), generate(model, "--budget", "400kB")), kind):
         assert ran.status == 0, ran.err
     require_civil(everything(model), kind)
 
@@ -172,7 +172,7 @@ def test_a_special_file_at_the_name_of_a_cache_file_ends_civilly(kind: str, mode
         command(folder, "cache", action, *where) for action in ("list", "info", "verify") for where in [["--all"]]
     ]
     starts = [command(folder, "generate", "--model", model, "--token-ids", "1", *budget, "--max-tokens", 1)
-              for budget in ([], ["--budget", "80%"])]  # fmt: skip
+              for budget in ([], ["--budget", "400kB"])]  # fmt: skip
     require_civil((*listing, *starts), kind)
 
 
@@ -324,7 +324,7 @@ def test_any_safetensors_header_gives_a_run_or_one_line(cases: Cases, model: Pat
         rest = rng.choice([data] * 8 + [data[:-1], data + b"\0", b"", data[: len(data) // 2]])
         path.write_bytes(struct.pack("<Q", length % (1 << 64)) + header + rest)
         require_civil(
-            (generate(model, *rng.choice([(), ("--budget", "70%"), ("--weight-cache", "off")])),), header[:3000]
+            (generate(model, *rng.choice([(), ("--budget", "400kB"), ("--weight-cache", "off")])),), header[:3000]
         )
 
 
@@ -533,7 +533,7 @@ def test_any_consistent_cache_file_serves_its_model_or_is_rebuilt_once(cases: Ca
         path.write_bytes(bad)
         side_path(path).unlink(missing_ok=True)
         side_path(path).write_bytes(sidecar)
-        folder, budget = model.parent, rng.choice([(), ("--budget", "80%")])
+        folder, budget = model.parent, rng.choice([(), ("--budget", "400kB")])
         looks = [
             command(folder, "cache", action, path, *rng.choice([(), ("--json",)])) for action in ("info", "verify")
         ]
@@ -574,7 +574,7 @@ def test_any_calibration_is_used_or_ignored(cases: Cases, model: Path) -> None:
     }
     place = ("--weight-cache", model.parent / CACHE)
     runs = [
-        ("generate", "--model", model, "--token-ids", "1", "--max-tokens", 2, "--budget", "80%", *place),
+        ("generate", "--model", model, "--token-ids", "1", "--max-tokens", 2, "--budget", "400kB", *place),
         ("plan", "--model", model),
         ("simulate", "--model", model, "--json"),
         ("plan", "--shape", "stories15m", "--json"),
