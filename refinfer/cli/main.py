@@ -70,7 +70,7 @@ def _mend_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-_LONGEST_LINE: Final = 600  # argparse repeats a wrong argument whole
+_LONGEST_LINE: Final = 1500  # argparse repeats a wrong argument whole; a command to copy has long paths in it
 
 
 def _complain(message: str, status: int) -> int:

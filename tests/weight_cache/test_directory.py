@@ -84,7 +84,7 @@ def test_without_a_home_a_cache_directory_has_to_be_named(tmp_path: Path, monkey
 
     monkeypatch.setattr(Path, "home", no_home)
     assert cache_directory({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "refinfer"
-    with pytest.raises(InputError, match="there is no home folder for cache files: set XDG_CACHE_HOME"):
+    with pytest.raises(InputError, match="there is no home folder for cache files: set REFINFER_CACHE_DIR"):
         cache_directory({})
 
 
