@@ -141,6 +141,8 @@ def load(
     clock = clock or RealClock()
     started = clock.now() if started is None else started
     require_plan(plan)
+    if callable(plan) and budget is None:
+        raise RequestError("a plan can be used only within a budget; give a budget too")
     opened = model if isinstance(model, ModelFolder) else open_folder(model or STORYTELLER)
     listener = listener or Listener()
     for warning in opened.warnings:
@@ -276,6 +278,8 @@ class Session:
         room = self.max_positions
         if (prompt is None) == (token_ids is None):
             raise RequestError("give either a prompt or token_ids")
+        if not isinstance(prompt, str | None):
+            raise RequestError(f"a prompt is a text, not {type(prompt).__name__}; give token ids as token_ids")
         ids = checked_token_ids(token_ids) if token_ids is not None else self.model.encode(prompt or "")
         if seed is not None and seed < 0:
             raise RequestError(f"seed must be at least 0, not {seed}")

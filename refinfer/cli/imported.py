@@ -26,6 +26,8 @@ def imported(name: str) -> Any:  # noqa: ANN401  (whatever the module has)
     module, colon, path = name.partition(":")
     if not (module and colon and path):
         raise RequestError(f"{shown(name)} is not of the form package:name, such as mine:name for a file mine.py")
+    if "/" in module:
+        raise RequestError(f"{shown(name)} names a path; write {Path(module).stem}:{path}, in the folder of the file")
     try:
         here = str(Path.cwd())
         if sys.path[:1] != [here]:

@@ -122,7 +122,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
             raise WeightsError(f"{self.folder} has no tensor {shown(name)}, {self._why_missing(name)}")
         tensor = self[name]
         if tensor.dtype not in FLOAT_DTYPES:
-            quantised = _QUANTISED.get(tensor.dtype[:2])
+            quantised = _QUANTISED.get(tensor.dtype.partition("_")[0])
             raise WeightsError(
                 f"{self.path_of(name)}: {shown(name)} is stored as {tensor.dtype}; "
                 f"supported are {', '.join(FLOAT_DTYPES)}"

@@ -106,4 +106,4 @@ def parse_budget(budget: float | str, streamable_nbytes: int) -> int:
             meant = f"for a share of the weights write {100 * float(text):g}%"
         else:
             meant = "a budget is a size, a share of the weights such as 40%, or auto"
-        raise BudgetError(f"{error}; {meant}") from None
+        raise BudgetError(f"budget {error}; {meant}") from None

@@ -55,7 +55,7 @@ class OwnPlan:
         n = len(inventory.cycle)
         try:
             mask = np.array(self.function(inventory, room))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PlanFunctionError(
                 f"the plan {self.name} raised {type(error).__name__}: {shown(str(error))}; "
                 "it is called with an inventory and a room in bytes"

@@ -82,3 +82,10 @@ def test_what_is_not_there_is_one_line_that_says_what_is_missing(name: str, here
         imported(name)
     assert str(refused.value).startswith(REFUSED[name])
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.spec("CLI-28", "ERR-1")
+@pytest.mark.parametrize("name", ["./wild_mine.py:number", "folder/wild_mine.py:number", "../wild_mine:number"])
+def test_a_path_is_refused_with_the_name_to_write_instead(here: Path, name: str) -> None:
+    with pytest.raises(RequestError, match="names a path; write wild_mine:number, in the folder of the file"):
+        imported(name)

@@ -430,7 +430,7 @@ def telling(cache: Path, threads: int, **more: str) -> list[str]:
     options = {"budget": "60%", "plan": "none", "prefetch_threads": str(threads), "weight_cache": str(cache)}
     options |= {"weights": "f32", "max_tokens": "100"} | more
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    return [sys.executable, "-m", "refinfer", "generate", "HAMLET:", *words]
+    return [sys.executable, "-m", "refinfer", "generate", "HAMLET:", "--temperature", "0", *words]
 
 
 def begun(command: list[str]) -> subprocess.Popen[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -93,6 +94,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
     "its mask is too short": (lambda *_: [True] * (N - 1), rf"an array of bool \[{N - 1}\]; "),
     "its mask is too long": (lambda *_: [True] * (N + 1), rf"an array of bool \[{N + 1}\]; "),
     "its mask has two dimensions": (lambda *_: np.ones((1, N), np.bool_), rf"an array of bool \[1, {N}\]; "),
+    "it ends the program": (lambda *_: sys.exit(3), "raised SystemExit: "),
     "its list is ragged": (lambda *_: [[True], [True, False]], "raised ValueError: "),
     "it locks everything": (lambda *_: np.ones(N, np.bool_), "it must lock at least .* bytes less$"),
     "it locks a chunk too much": (one_too_many, "locks .* MB, but its room is 3.0 MB; "),

@@ -202,6 +202,10 @@ NEEDED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda t: t | {f"{Q_PROJ}.weight": noise("F8_E4M3", *t[f"{Q_PROJ}.weight"][1])},
         "is stored as F8_E4M3; supported are F32, F16, BF16: the weights are quantised to fp8",
     ),
+    "float64": (
+        lambda t: t | {f"{Q_PROJ}.weight": noise("F64", *t[f"{Q_PROJ}.weight"][1])},
+        "is stored as F64; supported are F32, F16, BF16",
+    ),
     "GPTQ": (
         lambda t: (
             {k: v for k, v in t.items() if k != f"{Q_PROJ}.weight"}
@@ -243,8 +247,9 @@ def test_a_needed_weight_of_another_kind_is_refused_as_what_it_is(
     folder = copied(TIED, tmp_path / "model")
     write(folder / SINGLE_NAME, change(read(folder)))
     for where in ("off", ":memory"):
-        with pytest.raises(WeightsError, match=re.escape(why)):
+        with pytest.raises(WeightsError, match=re.escape(why)) as refused:
             logits(folder, where)
+        assert ("quantised" in str(refused.value)) == ("quantised" in why)
 
 
 @pytest.mark.spec("CONFIG-6", "TENSOR-11")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import refinfer
@@ -140,3 +141,9 @@ def test_load_takes_a_function_and_names_it_when_it_is_wrong() -> None:
         assert session.stats.offload.plan.endswith("<locals>.none")
     with pytest.raises(refinfer.errors.RequestError, match=r"the plan .*<lambda> returned an array of object"):
         refinfer.load(plan=lambda *_: None, **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.spec("PLAN-16")
+def test_a_plan_without_a_budget_is_refused() -> None:
+    with pytest.raises(refinfer.RequestError, match="a plan can be used only within a budget"):
+        refinfer.load(plan=lambda inventory, room: np.zeros(len(inventory.cycle), np.bool_))

@@ -54,3 +54,10 @@ def test_token_ids_are_refused_in_one_line_if_they_are(ids: Any, shown: str, sto
         with pytest.raises(RequestError, match=why) as caught:
             use()
         assert isinstance(caught.value, InputError)
+
+
+@pytest.mark.spec("GEN-24")
+@pytest.mark.parametrize("prompt", [[1, 2], b"a", 5], ids=repr)
+def test_a_prompt_that_is_not_a_text_is_refused_and_token_ids_are_named(storyteller: Session, prompt: Any) -> None:
+    with pytest.raises(InputError, match=r"a prompt is a text, not .*; give token ids as token_ids"):
+        storyteller.generate(prompt)
