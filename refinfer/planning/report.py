@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from refinfer.errors import BudgetError
+from refinfer.errors import BudgetError, PlanFunctionError
 from refinfer.inventory import Inventory
 from refinfer.planning.account import Fixed
 from refinfer.planning.cost import Calibration, Costs, costs_of, ideal_token_s, units_of
@@ -73,24 +73,33 @@ def sweep_rows(
 
     `mmap` is an LRU page cache with the bytes that the plans have for ring and locks; it reads at `MMAP_SHARE` of the
     bandwidth. `belady` is the best possible page cache; it reads at the whole bandwidth, one read at a time. Budgets
-    that are too small are left out. `names` are the plans: the seven, and perhaps a person's own.
+    that are too small are left out. `names` are the plans: the seven, and perhaps a person's own, which has None where
+    it fails: it was made for another budget.
     """
     costs = costs_of(inventory, calibration, prefetch_threads=prefetch_threads)
     one_read = costs_of(inventory, calibration, prefetch_threads=1)
     sizes = inventory.sizes.tolist()
     computing, reading = sum(costs.compute_s), sum(one_read.read_s)
+
+    def made(name: str | Lock, budget: int) -> Plan | None:
+        try:
+            return make_plan(name, inventory, fixed, budget, costs, Prefetch(prefetch_threads))
+        except PlanFunctionError:
+            return None
+
     for budget in budgets:
         try:
-            plans = [make_plan(name, inventory, fixed, budget, costs, Prefetch(prefetch_threads)) for name in names]
+            plans = {str(name): made(name, budget) for name in names}
         except BudgetError:
             continue
         row: dict[str, Any] = {
             "budget_bytes": budget,
             "budget_share": budget / inventory.streamable_nbytes,
-            "tokens_per_s": {plan.name: 1 / plan.token_s for plan in plans},
-            "unused_bytes": {plan.name: plan.account.unused for plan in plans},
+            "tokens_per_s": {name: plan and 1 / plan.token_s for name, plan in plans.items()},
+            "unused_bytes": {name: plan and plan.account.unused for name, plan in plans.items()},
         }
-        best = next(plan for plan in plans if plan.name == "optimal")
+        best = plans["optimal"]
+        assert best is not None
         cache = min(budget - fixed.total, inventory.streamable_nbytes)
         share = reading / inventory.streamable_nbytes
         row["tokens_per_s"] |= {

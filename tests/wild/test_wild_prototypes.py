@@ -28,6 +28,9 @@ def largest(inventory, room):
 def listed(inventory, room):
     return [False] * len(inventory.cycle)
 
+def first(inventory, room):
+    return np.arange(len(inventory.cycle)) == 0
+
 def heavy(inventory, room):
     return np.ones(len(inventory.cycle), bool)
 
@@ -87,6 +90,16 @@ def test_simulate_runs_somebodys_plan_and_sweeps_it_next_to_the_seven(here: Path
     assert all(list(row["tokens_per_s"])[:8] == [*PLANS, "mine:largest"] for row in found["sweep"])
     shown = refinfer_in(here, "simulate", *QUESTION, "--plan", "mine:listed").stdout
     assert "mine:listed" in shown.split("Predicted tokens/s")[1]
+
+
+@pytest.mark.spec("PLAN-16", "SIM-9")
+def test_a_plan_that_fits_the_budget_asked_for_may_fail_at_others_of_the_sweep(here: Path) -> None:
+    done = refinfer_in(here, "simulate", *QUESTION, "--plan", "mine:first", "--json")
+    assert done.returncode == 0, done.stderr
+    speeds = [row["tokens_per_s"]["mine:first"] for row in json.loads(done.stdout)["sweep"]]
+    assert speeds[0] is None
+    assert all(speed > 0 for speed in speeds[1:])
+    assert refinfer_in(here, "simulate", *QUESTION, "--plan", "mine:first").returncode == 0
 
 
 @pytest.mark.spec("PLAN-16", "OFFLOAD-3", "CLI-28")
