@@ -445,8 +445,8 @@
     const wanted = index.shares[state.budget];
     const budget = wanted === null ? `${data.budgets[state.budget]}B` : `${Math.round(100 * wanted)}%`;
     command.textContent =
-      `refinfer simulate --shape ${state.model} --weights ${data.format} --device ${state.device} ` +
-      `--plan ${plan} --budget ${budget} --prefetch-threads 1`;
+      `refinfer simulate --shape ${state.model} --weights ${data.format} --positions ${index.positions} ` +
+      `--device ${state.device} --plan ${plan} --budget ${budget} --prefetch-threads 1`;
     commandNote.textContent = isPlan() ? "" : `${state.arm} is a column of the table that it prints.`;
   }
 
