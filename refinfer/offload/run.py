@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from refinfer.clock import Clock
-from refinfer.errors import DamagedWeightsError
+from refinfer.errors import CacheFileError, DamagedWeightsError
 from refinfer.inventory import Inventory
 from refinfer.model.transformer import prefill_block
 from refinfer.offload.budget import Budget, parse_budget
@@ -118,13 +118,16 @@ def open_run(planned: PlannedRun, keys: Mapping[str, PackKey], clock: Clock, *, 
 
     Raises:
         BudgetError: the account does not fit the budget.
-        CacheFileError: the file cannot be opened.
-        DamagedWeightsError: what was read is damaged; the file is removed unless another has replaced it.
+        DamagedWeightsError: what was read is damaged, and the file is removed unless another has replaced it; or it
+            cannot be opened.
     """
     within, inventory, plan = planned.within, planned.inventory, planned.plan
     planned.budget.acquire_all(plan.account.parts)
     with ExitStack() as undo:
-        store = FileStore(planned.path)
+        try:
+            store = FileStore(planned.path)
+        except CacheFileError:  # another process found it damaged, and has removed it
+            raise DamagedWeightsError(f"{planned.path} was removed while it was opened") from None
         undo.callback(store.close)
         rate = within.disk_bandwidth
         file = PackedFile(planned.path, inventory, keys, store if rate is None else ThrottledStore(store, rate, clock))

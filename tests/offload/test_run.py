@@ -226,6 +226,25 @@ def test_a_disk_that_fails_at_the_start_is_one_named_error(
 
 
 @pytest.mark.spec("GEN-16")
+def test_a_file_that_another_process_removes_between_preparing_and_opening_is_rebuilt(
+    model: PackedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, removed = run_module.open_run, list[Path]()
+
+    def removing(run: PlannedRun, *arguments: Any, **options: Any) -> BudgetedRun:
+        if not removed:
+            removed.append(run.path)
+            run.path.unlink()
+        return real(run, *arguments, **options)
+
+    monkeypatch.setattr("refinfer.engine.open_run", removing)
+    with load(model.folder, weights="int8", weight_cache=model.file, budget="400%", max_positions=4) as session:
+        assert removed == [model.file]
+        assert session.weight_cache.state == "built"
+        assert "was removed while it was opened" in str(session.weight_cache.reason)
+
+
+@pytest.mark.spec("GEN-16")
 def test_a_file_that_is_cut_short_between_preparing_and_opening_is_rebuilt(
     model: PackedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
