@@ -12,6 +12,7 @@ import pytest
 from cage import Cases, command
 from refinfer.model.config import SHAPES
 from refinfer.model.synth import write_checkpoint
+from refinfer.weight_cache.format import MAGIC
 
 pytestmark = pytest.mark.attack
 
@@ -95,6 +96,6 @@ def test_no_command_changes_what_a_person_has_at_any_name(cases: Cases, model: P
         finally:
             os.umask(umask)
         for path in folder.rglob("*"):
-            with_weights = path.suffix in {".packed", ".txt"} and path.is_file() and path not in theirs
+            with_weights = path.is_file() and path not in theirs and path.read_bytes().startswith(MAGIC)
             assert not with_weights or stat.S_IMODE(path.stat().st_mode) == 0o400, path
             assert path in theirs or not path.name.endswith(".tmp"), path
