@@ -26,11 +26,10 @@ from refinfer.model.weights import require_layers
 from refinfer.packing.formats import FORMATS
 from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.directory import path_for
-from refinfer.weight_cache.format import MAGIC, Provenance, SourceFile
+from refinfer.weight_cache.format import Provenance, SourceFile
 from refinfer.weight_cache.key import PackKey, WeightId
 from refinfer.weight_cache.load_or_build import SILENT, CacheOutcome, Contents, Listener, Prepared, load_or_build
 from refinfer.weight_cache.memory import MemoryWeightCacheProvider
-from refinfer.weight_cache.ownership import require_replaceable
 from refinfer.weight_cache.packers import (
     matrix_key,
     pack_into,
@@ -80,7 +79,6 @@ def cache_path(checkpoint: Checkpoint, format: str, weight_cache: str | None) ->
         raise RequestError(f"--weight-cache {weight_cache!r} cannot be used: {error}") from None
     if path.suffix in {".safetensors", ".json"}:
         raise RequestError(f"--weight-cache {weight_cache} is a file of a model; name another one")
-    require_replaceable(path, MAGIC, "a weight cache")
     return path
 
 

@@ -1,7 +1,7 @@
 """What this process may use of the machine, and what it has used.
 
 Reads the operating system's counters. Leaves to others: models, benches.
-Read more: tutorial 00; clauses GEN-10, CLI-2.
+Read more: tutorial 00; clauses GEN-10, CLI-2, CLI-25.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def prompt_of(args: argparse.Namespace) -> str | None:
     """Return the text to continue, or None if it was given as token ids.
 
     Raises:
-        InputError: there is none for a model of the user's, or it cannot be read, is not UTF-8, or is too long.
+        InputError: no prompt was given for a user's own model, or it cannot be read, is not UTF-8, or is too long.
     """
     if args.token_ids is not None:
         return None

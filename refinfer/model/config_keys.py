@@ -67,7 +67,7 @@ OF_OTHER_FAMILIES: Final[Mapping[str, Any]] = {
 
 
 def first_refused(raw: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return the first key whose value asks for something that is not implemented, and why; None if there is none.
+    """Return the first key whose value asks for something that is not implemented, and why, or None.
 
     Examples:
         >>> first_refused({"logit_scale": 0.5})

@@ -251,7 +251,7 @@ class TextStream:
 
     _MOST_BYTES: Final = 4  # of a character in UTF-8
     _MOST_WAITING: Final = 32  # ids, of which a text needs no more than three
-    _CONTEXT: Final = 8  # ids that are kept if so many had no clear text
+    _CONTEXT: Final = 8  # how many ids are kept after a long run without a whole character
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer

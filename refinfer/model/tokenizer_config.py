@@ -33,7 +33,7 @@ class TokenizerConfig:
     """The parts of a tokenizer's config that change ids or prompts.
 
     `added` are the tokens with an id, in the order of the ids; `special` are those that are named without one. `names`
-    gives the token of each role, such as `eos_token`. `chat_template` is None if the config has none.
+    gives the token of each role, such as `eos_token`. `chat_template` is None if the config contains no template.
     """
 
     added: tuple[TokenEntry, ...] = ()

@@ -118,15 +118,19 @@ def open_run(planned: PlannedRun, keys: Mapping[str, PackKey], clock: Clock, *, 
 
     Raises:
         BudgetError: the account does not fit the budget.
-        DamagedWeightsError: what was read is damaged, and the file is removed unless another has replaced it; or it
-            cannot be opened.
+        CacheFileError: the file cannot be opened.
+        DamagedWeightsError: what was read is damaged, and the file is removed unless another has replaced it; or the
+            file is gone.
     """
     within, inventory, plan = planned.within, planned.inventory, planned.plan
     planned.budget.acquire_all(plan.account.parts)
     with ExitStack() as undo:
         try:
             store = FileStore(planned.path)
-        except CacheFileError:  # another process found it damaged, and has removed it
+        except CacheFileError:
+            if planned.path.exists():
+                raise
+            # Another process found it damaged, and has removed it.
             raise DamagedWeightsError(f"{planned.path} was removed while it was opened") from None
         undo.callback(store.close)
         rate = within.disk_bandwidth

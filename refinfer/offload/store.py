@@ -94,13 +94,12 @@ class FileStore:
         self.bytes_read = 0
         self._lock = threading.RLock()  # a reading thread that collects garbage may find this and close it
         try:
-            direct = _open_direct(path)
-            buffered = os.open(path, _FLAGS) if direct is None else None
+            descriptor = _open_direct(path)
+            self.direct = descriptor is not None
+            if descriptor is None:
+                descriptor = os.open(path, _FLAGS)
         except OSError as error:
             raise CacheFileError(f"{path} cannot be read: {error.strerror}") from None
-        self.direct = direct is not None
-        descriptor = buffered if direct is None else direct
-        assert descriptor is not None
         self._identity = os.fstat(descriptor)
         self._descriptor: int | None = descriptor
         self._under_way = 0

@@ -64,10 +64,10 @@ class Contents:
 class Listener:
     """Callbacks that report progress, waiting and warnings.
 
-    `progress` gets the number of bytes that were read or packed since the last call, and `begin`, before the first of
-    them, what is done and the number of bytes of all of it. `on_wait` is called when another
-    process is packing, and `on_long_wait` with the path of its draft if it still is after five seconds. `warn` gets a
-    sentence about something that does not work as asked, but is no reason to stop.
+    `begin` gets what will be done, and how many bytes that takes. Then `progress` gets the number of bytes that were
+    read or packed since its last call. `on_wait` is called when another process is packing, and `on_long_wait` with the
+    path of its draft if it still is after five seconds. `warn` gets a sentence about something that does not work as
+    asked, but is no reason to stop.
     """
 
     progress: Callable[[int], None] = lambda nbytes: None
@@ -151,8 +151,8 @@ def load_or_build(
 ) -> Prepared:
     """Map the cache file at `path`, after building it if it is missing, outdated, incomplete or damaged.
 
-    One process builds; others wait for it and map what it built. What is published can be read by those only who may
-    read all of `sources`.
+    One process builds; others wait for it and map what it built. What is published shuts out
+    everybody whom the mode of one of `sources` shuts out.
 
     Args:
         path: the file.

@@ -9,7 +9,8 @@ Read more: tutorial 05; clauses PUBLISH-8 to PUBLISH-11, OPEN-9, OPEN-10.
     --------------------------------              -----------------
     nothing                                       creates it, for this user alone (mode 0600)
     a draft of this user                          waits until nobody writes it, and takes it over
-    a draft of another user                       waits until nobody writes it, and removes it
+    a draft of another user                       waits until nobody writes it, and removes it; if that
+                                                  cannot be seen: an error that names it
     a link, a special file, any other file        leaves it as it is: an error that names it
 """
 

@@ -62,7 +62,7 @@ _ONE: Final = TileShape(1)
 _CHUNK_BYTES: Final = 4 << 20  # of a table of rows
 _CHECKSUM: Final = np.dtype("<u4")
 LARGEST_BLOCK_BYTES: Final = 4 << 20
-"""After a block of tiles, which take at most this many bytes as float32, mapped pages are let go."""
+"""Tiles are packed in blocks of at most this many bytes as float32; after each block, mapped pages are released."""
 
 
 def matrix_key(layout: PackedLayout, weights: WeightId) -> PackKey:

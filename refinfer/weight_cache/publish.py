@@ -135,7 +135,7 @@ class Draft:
         self.path = path
         self.before: Callable[[], None] = lambda: None  # runs just before the file gets its name, and may refuse
         self.then: Callable[[], None] = lambda: None  # runs after publishing and before the lock is released
-        self.mode = mode_like((), READ_ONLY, 0)
+        self._readable_like: tuple[Sequence[Path], int] = ((), READ_ONLY)
         self.temporary = draft_path(path)
         try:
             self._file = _open_locked(self.temporary, begin, patience)
@@ -147,12 +147,8 @@ class Draft:
         self._file.truncate(0)
 
     def make_readable_like(self, sources: Sequence[Path], most: int = READ_ONLY) -> None:
-        """Let the published file be read by those only who may read all of `sources`.
-
-        Raises:
-            OSError: a source is not there.
-        """
-        self.mode = mode_like(sources, most, os.fstat(self._file.fileno()).st_gid)
+        """Have the published file shut out everybody whom one of `sources` does; `most` has the bits it may have."""
+        self._readable_like = sources, most
 
     def now_ns(self) -> int:
         """Return the time by the clock of the file system."""
@@ -189,9 +185,13 @@ class Draft:
 
     # --8<-- [start:publish]
     def settle(self, nbytes: int) -> None:
-        """Cut the file to `nbytes`, give it its mode, and make both durable."""
+        """Cut the file to `nbytes`, give it its mode, and make both durable.
+
+        Raises:
+            OSError: that fails, or a file whose mode it is to have is not there.
+        """
         self._file.truncate(nbytes)
-        change_mode(self._file.fileno(), self.mode)
+        change_mode(self._file.fileno(), mode_like(*self._readable_like, os.fstat(self._file.fileno()).st_gid))
         _sync(self._file.fileno())
 
     def publish(self) -> None:

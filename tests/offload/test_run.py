@@ -18,7 +18,7 @@ import pytest
 
 from refinfer.arrays import Float32Array
 from refinfer.clock import RealClock
-from refinfer.errors import BudgetError, DamagedWeightsError, GenerationError, RequestError
+from refinfer.errors import BudgetError, CacheFileError, DamagedWeightsError, GenerationError, RequestError
 from refinfer.generate import load
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.sampler import Sampling, sample
@@ -242,6 +242,19 @@ def test_a_file_that_another_process_removes_between_preparing_and_opening_is_re
         assert removed == [model.file]
         assert session.weight_cache.state == "built"
         assert "was removed while it was opened" in str(session.weight_cache.reason)
+
+
+@pytest.mark.spec("STORE-3")
+def test_a_file_that_is_there_but_cannot_be_opened_is_not_called_removed(
+    model: PackedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> FileStore:
+        raise CacheFileError(f"{path} cannot be read: Too many open files")
+
+    run = planned(model, 0)
+    monkeypatch.setattr(run_module, "FileStore", refuse)
+    with pytest.raises(CacheFileError, match="cannot be read: Too many open files"):
+        opened(model, run)
 
 
 @pytest.mark.spec("GEN-16")

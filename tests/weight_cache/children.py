@@ -11,8 +11,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import IO, ClassVar, Self
 
+import pytest
+
 WATCHDOG_S = 40
 NOBODY = 65534
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, as POSIX has it")
+needs_root = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else"
+)
 
 Say = Callable[[str], None]
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from build_site import Site, come_to_rest, mapped_of, put
-from children import NOBODY, in_child
+from children import NOBODY, in_child, needs_fork, needs_root
 from file_contents import flip
 from refinfer.clock import RealClock
 from refinfer.errors import PackingError, WeightCacheError, WeightsError
@@ -29,11 +29,6 @@ from refinfer.weight_cache.publish import Draft, discard, draft_path
 
 NBYTES = 4 * 300 * 96
 OTHER_WEIGHTS = "the model's weights changed"
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, as POSIX has it")
-needs_root = pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else"
-)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from build_site import Site, taken
-from children import NOBODY, Child, Gate, in_child, watched
+from children import NOBODY, Child, Gate, in_child, needs_root, watched
 from refinfer.errors import RequestError, WeightCacheError
 from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.identity import SIDE_FILE_BEGINS, side_path
@@ -25,10 +25,6 @@ from refinfer.weight_cache.publish import Draft, Patience, draft_path, write_sma
 from starts import make_small
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs owners and modes, as POSIX has them")
-
-needs_root = pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else"
-)
 
 
 @pytest.fixture(autouse=True)
