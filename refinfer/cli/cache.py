@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from refinfer.cli.options import MODEL, add_json, add_quiet, add_weights
-from refinfer.cli.show import cache_line, listening
+from refinfer.cli.show import cache_line, listening, open_model
 from refinfer.cli.table import Cell, print_table
-from refinfer.cli.terminal import native_code_unheard, say, words_of
+from refinfer.cli.terminal import say, words_of
 from refinfer.clock import RealClock
 from refinfer.errors import CacheFileError, InputError, WeightCacheError
 from refinfer.generate import STORYTELLER
 from refinfer.inventory import Inventory
-from refinfer.model.folder import open_folder, open_weights, readable
+from refinfer.model.folder import open_weights, readable
 from refinfer.model.hub import find_model, repository_of
 from refinfer.packing.formats import FORMATS
 from refinfer.prepare import IN_MEMORY, cache_path, choose_format, prepare
@@ -56,13 +56,10 @@ def run_pack(args: argparse.Namespace) -> None:
     """Run `refinfer pack`."""
     if args.output == IN_MEMORY:
         raise InputError(f"--output {IN_MEMORY} is not a file; give a file name")
-    with native_code_unheard():
-        model = open_folder(args.folder)
-        checkpoint = model.checkpoint()
+    model = open_model(args.folder)
+    checkpoint = model.checkpoint()
     inventory = Inventory(model.config, choose_format(checkpoint, args.weights))
     with listening(quiet=args.quiet) as listener:
-        for warning in model.warnings:
-            listener.warn(warning)
         outcome = prepare(inventory, checkpoint, args.output, clock=RealClock(), listener=listener).outcome
     if args.json:
         print(json.dumps(asdict(outcome)))

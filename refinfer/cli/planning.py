@@ -13,12 +13,11 @@ from typing import Any
 
 from refinfer.cli.options import MODEL, add_json, add_plan_choice, add_prefetch, add_weights, integer
 from refinfer.cli.pictures import SVG_BEGINS
-from refinfer.cli.show import listening, require_writable
-from refinfer.cli.terminal import native_code_unheard
+from refinfer.cli.show import open_model, require_writable
 from refinfer.errors import RequestError
 from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
-from refinfer.model.folder import DEFAULT_POSITIONS, open_folder
+from refinfer.model.folder import DEFAULT_POSITIONS
 from refinfer.offload.budget import parse_budget
 from refinfer.offload.calibration import calibration_file, known_calibration
 from refinfer.packing.formats import FORMATS
@@ -155,10 +154,7 @@ def _inventory(args: argparse.Namespace) -> tuple[str, Inventory]:
     if args.shape is not None:
         weights = "bf16" if args.weights == "auto" else args.weights  # what such models are published in
         return args.shape, Inventory(SHAPES[args.shape], weights)
-    with native_code_unheard(), listening() as listener:
-        model = open_folder(args.model)
-        for warning in model.warnings:
-            listener.warn(warning)
+    model = open_model(args.model)
     weights = args.weights if args.weights in FORMATS else choose_format(model.checkpoint(), "auto")
     return str(Path(args.model)), Inventory(model.config, weights)
 

@@ -14,14 +14,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from refinfer.cli.terminal import native_code_unheard
 from refinfer.errors import InputError
+from refinfer.model.folder import ModelFolder, open_folder
 from refinfer.units import format_nbytes
 from refinfer.weight_cache.load_or_build import CacheOutcome, Listener
 from refinfer.weight_cache.mapped_file import NO_FILE
 from refinfer.weight_cache.ownership import require_replaceable, write_to_device
 from refinfer.weight_cache.publish import Draft, write_small_file
 
-__all__ = ["cache_line", "format_seconds", "listening", "progress_bar", "require_writable", "write_file"]
+__all__ = ["cache_line", "format_seconds", "listening", "open_model", "progress_bar", "require_writable", "write_file"]
 
 
 @contextlib.contextmanager
@@ -67,6 +69,16 @@ def listening(*, quiet: bool = False) -> Iterator[Listener]:
             on_long_wait=lambda draft: tell(f"still waiting: another process has {draft} locked"),
             warn=lambda message: tell(f"warning: {message}"),
         )
+
+
+def open_model(name: str | os.PathLike[str]) -> ModelFolder:
+    """Read the folder of a model, and print each of its warnings; what native code reports meanwhile is dropped."""
+    with native_code_unheard():
+        model = open_folder(name)
+    with listening() as listener:
+        for warning in model.warnings:
+            listener.warn(warning)
+    return model
 
 
 def cache_line(outcome: CacheOutcome, *, mapped: bool = True) -> str:

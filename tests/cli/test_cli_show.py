@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from command_line import WATCHDOG_S, program
 from refinfer.cli import show
 from refinfer.cli.show import cache_line, format_seconds, listening
+from refinfer.model.config import SHAPES
+from refinfer.model.synth import write_checkpoint
 from refinfer.weight_cache.load_or_build import CacheOutcome
 from refinfer.weight_cache.mapped_file import NO_FILE
 
@@ -84,3 +88,19 @@ def test_waiting_and_warnings_are_lines_on_standard_error(capsys: pytest.Capture
         "refinfer: still waiting: another process has /draft locked",
         "refinfer: warning: it is slow",
     ]
+
+
+@pytest.mark.spec("CONFIG-9", "CLI-14", "CLI-15", "CLI-10")
+@pytest.mark.parametrize("command", ["plan", "simulate", "pack", "generate"])
+def test_a_warning_about_a_model_reaches_standard_error_once(command: str, tmp_path: Path) -> None:
+    """In a program of its own: while a folder is read, native code writes to another descriptor."""
+    write_checkpoint(tmp_path / "model", SHAPES["tiny"], dtype="f32", seed=1)
+    (tmp_path / "model" / "generation_config.json").write_text("{")
+    named = [str(tmp_path / "model")] if command == "pack" else ["--model", str(tmp_path / "model")]
+    place = ["-o", str(tmp_path / "packed")] if command == "pack" else []
+    asked = ["--token-ids", "1", "--max-tokens", "1"] if command == "generate" else []
+    done = subprocess.run(
+        program(command, *named, *place, *asked), capture_output=True, text=True, timeout=WATCHDOG_S, check=False
+    )
+    assert (done.returncode, done.stderr.count("warning: ")) == (0, 1), done.stderr
+    assert "generation_config.json" in done.stderr
