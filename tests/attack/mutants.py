@@ -7,7 +7,8 @@ same command; so is one with a larger sample, or after tests were added.
     python tests/attack/mutants.py --results mutants.jsonl                           # overnight: 30 for each module
     python tests/attack/mutants.py --results some.jsonl --modules 'packing/*' --sample 5
 
-Leaves to others: what is changed (`mutations`), limits and the guard of the file system (`cage`).
+Leaves to others: what is changed (`mutations`), the order of the tests (`reach`), limits and the guard of the file
+system (`cage`).
 Read more: docs/mutants.md.
 """
 
@@ -27,18 +28,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from importlib.machinery import ModuleSpec, SourceFileLoader
-from importlib.util import spec_from_file_location
 from itertools import groupby
 from math import ceil
 from multiprocessing.pool import Pool
 from pathlib import Path
 from random import Random
-from types import CodeType
 from typing import Any, Final
 
 from cage import ESCAPED, Ran, caged
 from mutations import Mutant, draw
+from reach import Order, Reach, Recorder
+from replaced import replace_source
 
 ROOT: Final = Path(__file__).parents[2]
 PRELOADED: Final = (
@@ -128,45 +128,24 @@ class Module:
         return list(dict.fromkeys(found))
 
 
-class MutantFinder(SourceFileLoader):
-    """Finds one module, and gives it another source than its file has."""
-
-    def __init__(self, name: str, path: str, source: str) -> None:
-        super().__init__(name, path)
-        self._source = source
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:
-        """Find the module if it is the one."""
-        return spec_from_file_location(name, self.path, loader=self) if name == self.name else None
-
-    def get_code(self, fullname: str) -> CodeType:
-        """Compile the source; code that was compiled before is not used."""
-        return compile(self._source, self.path, "exec", dont_inherit=True)
-
-
 _CUSTOMISED: Final = """
 import pathlib, sys
 sys.path.append({here!r})
-import cage, mutants
-sys.addaudithook(cage.guard(pathlib.Path({folder!r}), *mutants.ELSEWHERE))
-mutants.replace_source({name!r}, {path!r}, {source!r})
+import cage, replaced
+sys.addaudithook(cage.guard(*map(pathlib.Path, {folders!r})))
+replaced.replace_source({name!r}, {path!r}, {source!r})
 """
 """What the programs that tests start do first."""
 
 
-def replace_source(name: str, path: str, source: str) -> None:
-    """Have this process import a module with that source."""
-    sys.meta_path.insert(0, MutantFinder(name, path, source))
-
-
-def run_tests(module: Module, source: str, seconds: float) -> Ran:
+def run_tests(module: Module, source: str, seconds: float, *plugins: object) -> Ran:
     """Run the tests that mirror a module in a cage, where the module has that source; stop at the first failure."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        here, replaced = str(Path(__file__).parent), (module.dotted, str(module.path), source)
-        names = {"name": module.dotted, "path": str(module.path), "source": source}
+        here, folders = str(Path(__file__).parent), [folder, *map(str, ELSEWHERE)]
+        replaced = {"name": module.dotted, "path": str(module.path), "source": source}
         Path(folder).chmod(0o755)  # some tests continue as another user
         (Path(folder) / "tmp").mkdir()
-        (Path(folder) / "sitecustomize.py").write_text(_CUSTOMISED.format(here=here, folder=folder, **names))
+        (Path(folder) / "sitecustomize.py").write_text(_CUSTOMISED.format(here=here, folders=folders, **replaced))
 
         def work() -> int:
             os.environ |= dict.fromkeys(("HOME", "XDG_CACHE_HOME", "HYPOTHESIS_STORAGE_DIRECTORY"), f"{folder}/home")
@@ -176,18 +155,26 @@ def run_tests(module: Module, source: str, seconds: float) -> Ran:
             sys.path[:0] = [folder, str(module.root)]  # some tests give their own path to the programs they start
             tempfile.tempdir = f"{folder}/tmp"
             os.chdir(tempfile.tempdir)
-            replace_source(*replaced)
+            replace_source(**replaced)
             options = ["-x", "-q", "-rfE", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist"]
             where = ["-c", str(module.root / "pyproject.toml"), f"--basetemp={folder}/tests"]
-            return int(importlib.import_module("pytest").main([*options, *where, *map(str, module.tests)]))
+            return int(importlib.import_module("pytest").main([*options, *where, *map(str, module.tests)], plugins))
 
         return caged(Path(folder), work, memory=MEMORY, seconds=ceil(seconds), elsewhere=ELSEWHERE)
 
 
-def outcome(task: tuple[Module, Mutant, float]) -> dict[str, Any]:
+def record(module: Module) -> tuple[Ran, Reach]:
+    """Run the tests without a mutant; return how they ended, and what each of them reaches."""
+    with tempfile.TemporaryFile("w+") as file:  # the cage inherits it
+        ran = run_tests(module, module.path.read_text(), 900, Recorder(module.path, file))
+        file.seek(0)
+        return ran, json.loads(file.read() or "{}")
+
+
+def outcome(task: tuple[Module, Mutant, float, Reach]) -> dict[str, Any]:
     """Try one mutant; return its line of the results."""
-    module, mutant, seconds = task
-    ran = run_tests(module, mutant.source, seconds)
+    module, mutant, seconds, reach = task
+    ran = run_tests(module, mutant.source, seconds, Order(reach, mutant.line))
     failed = re.search(r"^(?:FAILED|ERROR) .*?(tests/.+?)(?: - |$)", ran.out, flags=re.MULTILINE)
     ends = {0: None, ESCAPED: "it wrote outside its folder", -signal.SIGALRM: "it took too long"}
     by = ends.get(ran.status, failed[1] if failed else f"it ended with {ran.status}")
@@ -237,13 +224,13 @@ def try_mutants(module: Module, mutants: Sequence[Mutant], results: Results, poo
     tried = []
     if left:
         began = time.monotonic()
-        ran = pool.apply(run_tests, (module, module.path.read_text(), 600))
+        ran, reach = pool.apply(record, (module,))
         if ran.status == NO_TESTS:
             raise ValueError("none of the tests that mirror it is in the default run")
         if ran.status:
             raise ValueError(f"its tests end with {ran.status} without a mutant:\n{ran.out[-1000:]}{ran.err[-1000:]}")
         limit = 15 + 5 * (time.monotonic() - began)
-        for row in pool.imap_unordered(outcome, [(module, mutant, limit) for mutant in left]):
+        for row in pool.imap_unordered(outcome, [(module, mutant, limit, reach) for mutant in left]):
             results.add(row)
             tried.append(row)
     return [row for row in rows.values() if row is not None] + tried

@@ -128,6 +128,19 @@ def test_a_run_goes_on_where_it_was_broken_off(toy: mutants.Module) -> None:
     assert len(anew) == len(again) + 2
 
 
+def test_the_quickest_test_that_runs_the_line_is_the_first(toy: mutants.Module) -> None:
+    toy.tests[0].write_text(
+        "import time\n"
+        "from refinfer.toy import largest, untested\n"
+        "def test_slow():\n    time.sleep(0.5)\n    assert untested() == 5\n"
+        "def test_of_another_line():\n    assert largest([1]) == 1 and untested.__defaults__ == (5,)\n"
+        "def test_quick():\n    assert untested() == 5\n"
+    )
+    rows, _ = script(toy)
+    assert {row["by"] for row in rows if row["before"] == "number"} == {"tests/test_toy.py::test_quick"}
+    assert all("largest" in row["by"] or "another" in row["by"] for row in rows if row["killed"] and row["line"] < 7)
+
+
 @pytest.mark.parametrize(
     ("tests", "why"),
     [
