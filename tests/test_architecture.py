@@ -89,7 +89,7 @@ POWERS: dict[str, tuple[str, set[str]]] = {
     ),
     "clocks": (
         r"\bimport time\b|\bfrom time\b|\bdatetime\b",
-        {"clock.py", "bench/arm.py", "bench/harness.py", "bench/matmul.py"},
+        {"clock.py", "bench/arm.py", "bench/harness.py"},
     ),
     "printing": (
         r"\bprint\(|sys\.std(out|err)|\brich\b",

@@ -1,20 +1,25 @@
 """`refinfer bench matmul`: the packed matmul of every format against `x @ W.T`, and where its gains come from.
 
 Compares formats and kinds of memory pages. Leaves to others: models.
-Read more: tutorial 02; clauses BENCH-5, BENCH-6.
+Read more: tutorial 02; clauses BENCH-5, BENCH-6, BENCH-15, BENCH-16.
 
 One BLAS thread. There are enough copies of each matrix to make 160 MiB of float32, and they are multiplied one after
 another, so that they do not stay in a core's own caches. From M = 64 on, when arithmetic takes the time, one copy of a
 large matrix is enough. Both sides of a ratio lie in the same kind of page: huge ones, as numpy asks the system for, and
-in rows named `4k-pages` small ones, as in a mapped file.
+in rows named `4k-pages` small ones, as a mapped file may have.
+
+The limit of a row is the longer of two times: its bytes at the speed of memory, its operations at the speed of
+products. Turning narrow weights into float32 is a cost and no limit. No kernel is quickest on every machine, and the
+speed of a machine drifts. So several kernels take turns with the rows, and the best of them is the limit. From M = 64
+on only operations are a limit: reading takes a fraction of the time, if the weights do not stay in a cache anyway.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -23,15 +28,16 @@ from threadpoolctl import threadpool_limits
 
 from refinfer.arrays import Float32Array
 from refinfer.bench.entry import Bench, Progress, Row, quartiles
-from refinfer.bench.harness import interleave
+from refinfer.bench.harness import Timings, interleave
 from refinfer.packing import int8
 from refinfer.packing.formats import FORMATS, PackedMatrix, pack_matrix
 from refinfer.packing.layout import TileShape
 from refinfer.packing.matmul import matmul, scratch_floats
 from refinfer.packing.product import GemmScratch, tile_rows
 from refinfer.packing.xnnpack import GoiLayout, pack
+from refinfer.process import usable_cores
 
-__all__ = ["BENCH", "Weights", "candidates", "machine_limits", "matmul_rows"]
+__all__ = ["BENCH", "Weights", "candidates", "limit_kernels", "machine_limits", "matmul_rows"]
 
 _SHAPES: Final = ((256, 256), (1024, 1024), (2048, 2048), (4096, 4096))
 _ROWS_OF_X: Final = (1, 2, 4, 8, 16, 64, 256, 512)
@@ -39,40 +45,64 @@ _ROWS_OF_X: Final = (1, 2, 4, 8, 16, 64, 256, 512)
 _STREAMED_BYTES: Final = 160 << 20
 _COMPUTE_COPIES_M: Final = 64  # from here on the time goes into arithmetic, not memory: one copy is enough
 
+# the limits, by their names in the JSON
+_READ, _READ_4K, _MULTIPLY = "read_gb_per_s", "read_4k_gb_per_s", "sgemm_gflop_per_s"
+# how many, M, N, K: large products, and small ones that OpenBLAS does not pack
+_PRODUCTS: Final = ((1, 1024, 1024, 1024), (1, 512, 1024, 1024), (16, 256, 256, 256), (256, 64, 64, 64))
+
 Run = Callable[[], object]
 Candidate = tuple[float, str, Callable[[int], object]]
 """The bytes of weights it reads, its baseline's name, and its product with copy `i`."""
+Kernel = tuple[str, float, Run]
+"""The limit it measures, and the bytes it reads or the operations it does."""
 
 
-def machine_limits(rounds: int = 5) -> dict[str, float]:
-    """Measure how fast one core reads memory (GB/s) and multiplies float32 (GFLOP/s): the best of some rounds."""
-    memory = np.ones(1 << 26, np.float32)
-    square = np.ones((1536, 1536), np.float32)
-    out = np.empty_like(square)
+def limit_kernels(memory: Mapping[str, Float32Array]) -> dict[str, Kernel]:
+    """Return the kernels of every limit: several that read each `memory`, named for its limit, and several products."""
+    kernels: list[Kernel] = []
+    for runs in zip(*map(_reads, memory.values()), strict=True):  # in turn, so that no cache holds what comes next
+        kernels += [(limit, memory[limit].nbytes, run) for limit, run in zip(memory, runs, strict=True)]
+    for n, M, N, K in _PRODUCTS:
+        x, w, out = np.ones((M, K), np.float32), np.ones((K, N), np.float32), np.empty((n, M, N), np.float32)
+        run = partial(np.matmul, x, np.broadcast_to(w, (n, K, N)), out=out)
+        kernels.append((_MULTIPLY, 2.0 * n * M * N * K, run))
+    return {f"limit {i}": kernel for i, kernel in enumerate(kernels)}
 
-    def best(run: Run) -> float:
-        seconds = []
-        for _ in range(rounds + 1):
-            start = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
 
-    with threadpool_limits(1, user_api="blas"):
-        read = best(lambda: np.dot(memory, memory))
-        multiply = best(lambda: np.matmul(square, square, out=out))
-    return {"read_gb_per_s": memory.nbytes / read / 1e9, "sgemm_gflop_per_s": 2 * 1536**3 / multiply / 1e9}
+def _reads(memory: Float32Array) -> Iterator[Run]:
+    flat = memory.reshape(-1)
+    yield partial(np.dot, flat, flat)
+    yield flat.max
+    rows = flat[: flat.size // 2048 * 2048].reshape(-1, 2048)
+    yield partial(np.dot, rows, np.ones(2048, np.float32))
+    yield partial(np.dot, np.ones(len(rows), np.float32), rows)
+
+
+def _best(kernels: Mapping[str, Kernel], timings: Timings) -> dict[str, float]:
+    """Return the highest speed that a kernel of each limit reached in any round."""
+    best: dict[str, float] = {}
+    for name, (limit, work, _) in kernels.items():
+        best[limit] = max(best.get(limit, 0.0), work / min(timings.seconds[name]) / 1e9)
+    return best
+
+
+def machine_limits(threads: int, rounds: int = 9) -> dict[str, float]:
+    """Measure how fast so many BLAS threads read (GB/s) each kind of page, and multiply float32 (GFLOP/s)."""
+    ones, n = np.ones((1024, 1024), np.float32), max(1, _STREAMED_BYTES >> 22)
+    kernels = limit_kernels({_READ: _copies(ones, n), _READ_4K: _copies(ones, n, _in_small_pages)})
+    with threadpool_limits(threads, user_api="blas"):
+        return _best(kernels, interleave({name: run for name, (_, _, run) in kernels.items()}, rounds))
 
 
 def matmul_rows(
     shapes: Sequence[tuple[int, int]] = _SHAPES,
     rows_of_x: Sequence[int] = _ROWS_OF_X,
     rounds: int = 9,
-    limits: Mapping[str, float] | None = None,
+    limits: dict[str, float] | None = None,
     progress: Progress = lambda: None,
 ) -> Iterator[Row]:
-    """Yield a row for each format or named comparison, number of rows of x, and shape."""
-    limits = limits or machine_limits()
+    """Yield a row for each format or named comparison, number of rows of x, and shape; `limits` keeps the best ones."""
+    limits = {} if limits is None else limits
     rng = np.random.default_rng(0)
     with threadpool_limits(1, user_api="blas"):
         for N, K in shapes:
@@ -185,7 +215,7 @@ def _xnnpack_run(x: Float32Array, tiles: Sequence[Float32Array], out: Float32Arr
     return run
 
 
-def _measure(weights: Weights, x: Float32Array, rounds: int, limits: Mapping[str, float]) -> Iterator[Row]:
+def _measure(weights: Weights, x: Float32Array, rounds: int, limits: dict[str, float]) -> Iterator[Row]:
     M, N, K = len(x), weights.N, weights.K
     n_copies = 1 if M >= _COMPUTE_COPIES_M and N * K >= 1 << 20 else weights.n_copies
 
@@ -197,10 +227,17 @@ def _measure(weights: Weights, x: Float32Array, rounds: int, limits: Mapping[str
         return turn
 
     compared = candidates(weights, x)
-    timings = interleave({name: over_copies(run) for name, (_, _, run) in compared.items()}, rounds)
+    memory = {_READ: weights.row_major, _READ_4K: weights.small_pages} if M < _COMPUTE_COPIES_M else {}
+    kernels = limit_kernels(memory)
+    turns = {name: over_copies(run) for name, (_, _, run) in compared.items()}
+    timings = interleave(turns | {name: run for name, (_, _, run) in kernels.items()}, rounds)
+    here = _best(kernels, timings)
+    limits.update({limit: max(speed, limits.get(limit, 0.0)) for limit, speed in here.items()})
     for name, (nbytes, baseline, _) in compared.items():
         seconds = timings.median(name) / n_copies
-        gb_per_s, gflop_per_s = nbytes / seconds / 1e9, 2.0 * M * N * K / seconds / 1e9
+        work = {_MULTIPLY: 2.0 * M * N * K, _READ_4K if baseline == "naive-4k-pages" else _READ: nbytes}
+        at_limit = {limit: work[limit] / here[limit] / 1e9 for limit in work if limit in here}
+        limited_by = max(at_limit, key=lambda limit: at_limit[limit])
         low, high = timings.spread(name, baseline)
         yield {
             "format": name,
@@ -209,17 +246,19 @@ def _measure(weights: Weights, x: Float32Array, rounds: int, limits: Mapping[str
             "k": K,
             "ratio_to_naive": round(timings.ratio(name, baseline), 3),
             "ratio_quartiles": [round(low, 3), round(high, 3)],
-            "gb_per_s": round(gb_per_s, 2),
-            "gflop_per_s": round(gflop_per_s, 2),
-            "fraction_of_limit": round(
-                max(gb_per_s / limits["read_gb_per_s"], gflop_per_s / limits["sgemm_gflop_per_s"]), 3
-            ),
+            "gb_per_s": round(nbytes / seconds / 1e9, 2),
+            "gflop_per_s": round(2.0 * M * N * K / seconds / 1e9, 2),
+            "fraction_of_limit": round(at_limit[limited_by] / seconds, 3),
+            "limited_by": limited_by,
         }
 
 
 def _with_limits(progress: Progress) -> dict[str, Any]:
-    limits = machine_limits()
-    return {"limits": limits, "rows": list(matmul_rows(limits=limits, progress=progress))}
+    one: dict[str, float] = {}
+    rows = list(matmul_rows(limits=one, progress=progress))
+    more = [threads for threads in (usable_cores(),) if threads > 1]
+    by_threads = [{"threads": 1} | one, *({"threads": threads} | machine_limits(threads) for threads in more)]
+    return {"limits": one | {"by_threads": by_threads}, "rows": rows}
 
 
 BENCH: Final = Bench(
@@ -245,7 +284,8 @@ BENCH: Final = Bench(
         "once, BLAS wants long rows: from M = 64 on it repacks each narrow tile for itself, and loses up to half",
         "int8-naive": "q is widened and scaled as a whole, then multiplied, which writes and reads four bytes for each "
         "byte of q",
-        "4k-pages": "both sides in small pages, as in a mapped file; all other rows are in huge pages",
-        "of the limit": "the speed at which this core reads memory or multiplies, whichever is nearer",
+        "4k-pages": "both sides in small pages, as a mapped file may have; all other rows are in huge pages",
+        "of the limit": "the time this core needs to read the weights or to multiply, whichever is longer, at the best "
+        "speed of several kernels in the same rounds and kind of page",
     },
 )

@@ -144,10 +144,9 @@ def print_bench(bench: Bench, result: Mapping[str, Any], machine: Mapping[str, A
     print_table(bench.title, list(bench.columns), rows, keys=bench.keys)
     blas = ", ".join(f"{library['name']} {library['version']}" for library in machine["blas"])
     say(f"on {machine['cpu']}, {machine['cores']} cores; numpy {machine['numpy']}, {blas}")
-    if "limits" in result:
-        limits = result["limits"]
+    for limits in result.get("limits", {}).get("by_threads", ()):
         say(
-            f"this core reads {limits['read_gb_per_s']:.1f} GB/s and multiplies "
-            f"{limits['sgemm_gflop_per_s']:.0f} GFLOP/s"
+            f"BLAS threads: {limits['threads']}, which read {limits['read_gb_per_s']:.1f} GB/s, in small pages "
+            f"{limits['read_4k_gb_per_s']:.1f} GB/s, and multiply {limits['sgemm_gflop_per_s']:.0f} GFLOP/s"
         )
     say_terms(bench.notes)
