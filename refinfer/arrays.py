@@ -29,6 +29,7 @@ __all__ = [
     "PAGE_BYTES",
     "BoolArray",
     "Float32Array",
+    "Float64Array",
     "IntArray",
     "UInt16Array",
     "aligned_empty",
@@ -41,6 +42,7 @@ __all__ = [
 
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
+Float64Array: TypeAlias = npt.NDArray[np.float64]
 UInt16Array: TypeAlias = npt.NDArray[np.uint16]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 

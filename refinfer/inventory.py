@@ -65,23 +65,27 @@ class Inventory:
     chunk_nbytes: int | None = None
 
     @cached_property
+    def layouts(self) -> dict[str, PackedLayout]:
+        """How each kind of matrix is packed, the same in every layer, in execution order; the output table last."""
+        config = self.config
+        shapes = {_kind_of(name): shape for name, shape in config.layer_shapes().items() if len(shape) == 2}
+        shapes["lm_head"] = config.vocab_size, config.hidden_size
+        return {kind: layout_of(self.format, N, K, self.chunk_nbytes) for kind, (N, K) in shapes.items()}
+
+    @cached_property
     def matrices(self) -> tuple[InventoryMatrix, ...]:
         """Every matrix that is multiplied, in execution order; the output table, tied or not, is the last."""
         return tuple(self._matrices())
 
     def _matrices(self) -> Iterator[InventoryMatrix]:
         config = self.config
-        shapes = {name: shape for name, shape in config.layer_shapes().items() if len(shape) == 2}
+        names = [name for name, shape in config.layer_shapes().items() if len(shape) == 2]
         for layer in range(config.num_hidden_layers):
-            for name, (N, K) in shapes.items():
-                kind = name.removesuffix(".weight").rpartition(".")[2]
-                yield InventoryMatrix(f"model.layers.{layer}.{name}", layer, kind, self._layout(N, K))
+            for name in names:
+                kind = _kind_of(name)
+                yield InventoryMatrix(f"model.layers.{layer}.{name}", layer, kind, self.layouts[kind])
         output = _EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
-        layout = self._layout(config.vocab_size, config.hidden_size)
-        yield InventoryMatrix(output, config.num_hidden_layers, "lm_head", layout)
-
-    def _layout(self, N: int, K: int) -> PackedLayout:
-        return layout_of(self.format, N, K, self.chunk_nbytes)
+        yield InventoryMatrix(output, config.num_hidden_layers, "lm_head", self.layouts["lm_head"])
 
     @cached_property
     def cycle(self) -> tuple[CycleChunk, ...]:
@@ -95,23 +99,35 @@ class Inventory:
     @cached_property
     def sizes(self) -> IntArray:
         """The bytes of every chunk of the cycle, in whole pages."""
-        return np.array([chunk.padded_nbytes for chunk in self.cycle], np.int64)
+        sizes = {
+            kind: np.array([chunk.padded_nbytes for chunk in layout.chunks], np.int64)
+            for kind, layout in self.layouts.items()
+        }
+        return np.concatenate([sizes[matrix.kind] for matrix in self.matrices])
+
+    @cached_property
+    def different_sizes(self) -> tuple[int, ...]:
+        """The bytes that a chunk may have, the least first."""
+        return tuple(np.unique(self.sizes).tolist())
+
+    @cached_property
+    def chunks_of_matrix(self) -> tuple[IntArray, ...]:
+        """The numbers of the chunks of each matrix."""
+        ends = np.cumsum([len(matrix.layout.chunks) for matrix in self.matrices])
+        return tuple(np.split(np.arange(ends[-1]), ends[:-1]))
 
     @cached_property
     def chunks_of_kind(self) -> dict[str, IntArray]:
         """The numbers of the chunks of each kind of matrix, in the order of the cycle."""
-        numbers: dict[str, list[int]] = {}
-        for number, chunk in enumerate(self.cycle):
-            numbers.setdefault(chunk.kind, []).append(number)
-        return {kind: np.array(of_kind, np.int64) for kind, of_kind in numbers.items()}
+        numbers: dict[str, list[IntArray]] = {}
+        for matrix, of_matrix in zip(self.matrices, self.chunks_of_matrix, strict=True):
+            numbers.setdefault(matrix.kind, []).append(of_matrix)
+        return {kind: np.concatenate(of_kind) for kind, of_kind in numbers.items()}
 
     @cached_property
     def kind_sizes(self) -> dict[str, int]:
         """The packed bytes of one matrix of each kind in a layer, in execution order; the output table last."""
-        first = self.matrices[0].layer
-        return {matrix.kind: matrix.layout.padded_nbytes for matrix in self.matrices if matrix.layer == first} | {
-            "lm_head": self.matrices[-1].layout.padded_nbytes
-        }
+        return {kind: layout.padded_nbytes for kind, layout in self.layouts.items()}
 
     @cached_property
     def vectors(self) -> dict[str, int]:
@@ -138,3 +154,7 @@ class Inventory:
     def resident_nbytes(self) -> int:
         """The bytes of the block of vectors, in whole pages; it stays in memory under every plan."""
         return whole_pages(4 * sum(self.vectors.values()))
+
+
+def _kind_of(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]

@@ -7,7 +7,7 @@ Read more: tutorials 10, 11; clauses TRACE-1, TRACE-5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from refinfer.clock import Clock
@@ -55,7 +55,12 @@ class Trace:
     def between(self, start: float, end: float) -> Trace:
         """Return what happened between two instants, cut at them."""
         inside = (span for span in self.spans if span.end > start and span.start < end)
-        return Trace(tuple(Span(s.lane, s.kind, s.name, max(s.start, start), min(s.end, end)) for s in inside))
+        return Trace(
+            tuple(
+                s if start <= s.start and s.end <= end else replace(s, start=max(s.start, start), end=min(s.end, end))
+                for s in inside
+            )
+        )
 
 
 class Recorder:

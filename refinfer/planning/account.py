@@ -100,7 +100,7 @@ class Account:
 
 def fixed_of(inventory: Inventory, max_positions: int, prefetch_threads: int = PREFETCH_THREADS) -> Fixed:
     """Return what a run with room for `max_positions` in its KV cache needs under every plan."""
-    config, layouts = inventory.config, {matrix.layout for matrix in inventory.matrices}
+    config, layouts = inventory.config, inventory.layouts.values()
     rows = prefill_block(config, max_positions)
     computing = scratch_nbytes(config, max_positions) + 4 * scratch_floats(layouts, rows)
     return Fixed(

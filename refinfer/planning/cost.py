@@ -18,7 +18,7 @@ from typing import Final
 
 import numpy as np
 
-from refinfer.arrays import BoolArray
+from refinfer.arrays import BoolArray, Float64Array
 from refinfer.errors import RequestError
 from refinfer.inventory import Inventory
 from refinfer.packing.formats import FORMATS
@@ -151,40 +151,44 @@ def calibration_of(device: str | None) -> Calibration:
     return Calibration(DEVICES[device], HERE.processor)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Costs:
     """Seconds to read and to compute each chunk of a cycle."""
 
-    read_s: tuple[float, ...]
-    compute_s: tuple[float, ...]
+    read_s: Float64Array
+    compute_s: Float64Array
 
-    def reads(self, locked: BoolArray) -> list[float]:
+    def reads(self, locked: BoolArray) -> Float64Array:
         """Return the seconds to read each chunk, 0 for those that are locked."""
-        seconds: list[float] = np.where(locked, 0.0, self.read_s).tolist()
-        return seconds
+        return np.where(locked, 0.0, self.read_s)
 
 
 def costs_of(
     inventory: Inventory, calibration: Calibration, *, M: int = 1, prefetch_threads: int = PREFETCH_THREADS
 ) -> Costs:
     """Return what each chunk of a model's cycle costs, for M tokens at a time."""
-    read = {n: calibration.device.read_s(n, max(prefetch_threads, 1)) for n in set(inventory.sizes.tolist())}
-    product = {n: calibration.processor.product_s(inventory.format, n, M) for n in read}
-    nbytes = inventory.sizes.tolist()
-    return Costs(tuple(read[n] for n in nbytes), tuple(product[n] for n in nbytes))
+    sizes, at_once = inventory.different_sizes, max(prefetch_threads, 1)
+    read_s = [calibration.device.read_s(nbytes, at_once) for nbytes in sizes]
+    compute_s = [calibration.processor.product_s(inventory.format, nbytes, M) for nbytes in sizes]
+    which = np.searchsorted(sizes, inventory.sizes)
+    return Costs(np.array(read_s)[which], np.array(compute_s)[which])
 
 
 def units_of(inventory: Inventory, costs: Costs, locked: BoolArray) -> list[Unit]:
     """Return a cycle as units for `simulate`; locked chunks are not read."""
     return [
         Unit(read_s, compute_s, chunk.layer, chunk.kind)
-        for chunk, read_s, compute_s in zip(inventory.cycle, costs.reads(locked), costs.compute_s, strict=True)
+        for chunk, read_s, compute_s in zip(
+            inventory.cycle, costs.reads(locked).tolist(), costs.compute_s.tolist(), strict=True
+        )
     ]
 
 
 def ideal_token_s(costs: Costs, locked: BoolArray, prefetch_threads: int = PREFETCH_THREADS) -> float:
     """Return the seconds no run with these locks can beat: all products or all reads (by all threads), the longer."""
-    return max(sum(costs.compute_s), sum(costs.reads(locked)) / max(prefetch_threads, 1))
+    # `cumsum` adds one after another, as a loop does; `sum` would round otherwise, and a tie might go to another plan.
+    computing, reading = (float(np.cumsum(seconds)[-1]) for seconds in (costs.compute_s, costs.reads(locked)))
+    return max(computing, reading / max(prefetch_threads, 1))
 
 
 def window_tax(layers: int, window: int) -> float:

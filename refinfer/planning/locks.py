@@ -36,25 +36,27 @@ Lock = Callable[[Inventory, int], BoolArray]
 
 
 # --8<-- [start:spread]
-def _spread(sizes: IntArray, numbers: IntArray, room: int) -> IntArray:
+def _spread(inventory: Inventory, numbers: IntArray, room: int) -> IntArray:
     """Choose from the chunks `numbers` those to lock: at most `room` bytes, spread as evenly as possible.
 
     The same share is taken of the chunks of each size: the k-th of them if `floor(k * share)` steps up to the next
     integer there. (So does Bresenham's algorithm choose the pixels of a sloped line.)
     """
-    total = int(sizes[numbers].sum())
+    sizes = inventory.sizes[numbers]
+    total = int(sizes.sum())
     if total <= room:
         return numbers
     share = room / total
-    taken = []
-    for turn, size in enumerate(np.unique(sizes[numbers])):
-        alike = numbers[sizes[numbers] == size]
-        steps = np.floor(np.arange(len(alike) + 1) * share + turn * _GOLDEN % 1)
-        taken.append(alike[steps[1:] > steps[:-1]])
-    while sum(int(sizes[part].sum()) for part in taken) > room:
-        largest = max(range(len(taken)), key=lambda i: int(sizes[taken[i]].sum()))
+    taken: dict[int, IntArray] = {}
+    for size in inventory.different_sizes:
+        alike = numbers[sizes == size]
+        if len(alike):
+            steps = np.floor(np.arange(len(alike) + 1) * share + len(taken) * _GOLDEN % 1)
+            taken[size] = alike[steps[1:] > steps[:-1]]
+    while sum(size * len(part) for size, part in taken.items()) > room:
+        largest = max(taken, key=lambda size: size * len(taken[size]))
         taken[largest] = taken[largest][:-1]
-    return np.concatenate(taken)
+    return np.concatenate(list(taken.values()))
 
 
 # --8<-- [end:spread]
@@ -64,19 +66,19 @@ def fill(inventory: Inventory, locked: BoolArray, room: int) -> BoolArray:
     """Lock further chunks besides `locked`, spread over the others, until no other one fits into `room`."""
     sizes = inventory.sizes
     locked = locked.copy()
-    locked[_spread(sizes, np.flatnonzero(~locked), room - int(sizes[locked].sum()))] = True
+    locked[_spread(inventory, np.flatnonzero(~locked), room - int(sizes[locked].sum()))] = True
     room -= int(sizes[locked].sum())
-    for size in np.unique(sizes)[::-1]:
-        others = np.flatnonzero(~locked & (sizes == size))
-        n = min(len(others), room // int(size))
-        if n > 0:
-            locked[others[np.arange(n) * len(others) // n]] = True
-            room -= n * int(size)
+    for size in reversed(inventory.different_sizes):
+        if size <= room:
+            others = np.flatnonzero(~locked & (sizes == size))
+            n = min(len(others), room // size)
+            locked[others[np.arange(n) * len(others) // max(n, 1)]] = True
+            room -= n * size
     return locked
 
 
 def _nothing(inventory: Inventory) -> BoolArray:
-    return np.zeros(len(inventory.cycle), np.bool_)
+    return np.zeros(len(inventory.sizes), np.bool_)
 
 
 def _none(inventory: Inventory, room: int) -> BoolArray:
@@ -95,7 +97,7 @@ def _columns(inventory: Inventory, kinds: Iterable[str], room: int) -> BoolArray
     """Lock kind after kind, each in all layers; the first that does not fit as a whole is locked evenly."""
     locked, left = _nothing(inventory), room
     for kind in kinds:
-        taken = _spread(inventory.sizes, inventory.chunks_of_kind[kind], left)
+        taken = _spread(inventory, inventory.chunks_of_kind[kind], left)
         locked[taken] = True
         left -= int(inventory.sizes[taken].sum())
     return fill(inventory, locked, room)

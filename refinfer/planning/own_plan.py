@@ -52,7 +52,7 @@ class OwnPlan:
         return locked
 
     def _mask(self, inventory: Inventory, room: int) -> BoolArray:
-        n = len(inventory.cycle)
+        n = len(inventory.sizes)
         try:
             mask = np.array(self.function(inventory, room))
         except (Exception, SystemExit) as error:

@@ -22,7 +22,7 @@ def lru_misses(sizes: Sequence[int], capacity: int) -> int:
         >>> lru_misses([4, 4, 4, 4], capacity=15), lru_misses([4, 4, 4, 4], capacity=16)
         (16, 0)
     """
-    *_, steady = _misses(sizes, capacity, tokens=3, drop_last_used=False)
+    *_, steady = _misses(sizes, capacity, tokens=2, drop_last_used=False)
     return steady
 
 

@@ -113,8 +113,8 @@ def make_plan(
         fixed: the bytes that every plan needs.
         budget: bytes in all.
         costs: the seconds to read and to compute each chunk.
-        prefetch: how chunks are read. If the bytes of the ring are None, `optimal` tries several sizes; other plans
-            take eight slots, or fewer if those would take more than a quarter of the bytes for ring and locked chunks.
+        prefetch: how chunks are read. If the bytes of the ring are None, plans take eight slots, or fewer if those
+            would take more than a quarter of the bytes for ring and locked chunks; `optimal` also tries larger rings.
 
     Raises:
         BudgetError: the budget is too small; the message names the smallest that works.
@@ -125,14 +125,16 @@ def make_plan(
         raise BudgetError(_too_small(inventory, fixed, budget))
     slot, left = _slot_nbytes(inventory), budget - fixed.total
     wanted = None if prefetch.ring_nbytes is None else _slots_of(prefetch.ring_nbytes, slot, left)
+    usual = max(_SMALLEST_RING, min(_USUAL_RING, left // _RING_SHARE // slot))
     if inventory.streamable_nbytes <= left:
-        slots, locked = 0, np.ones(len(inventory.cycle), np.bool_)
+        slots, locked = 0, np.ones(len(inventory.sizes), np.bool_)
     elif name == "optimal":  # tries each simple plan with each ring
-        members = list(family(inventory, left, slot, (wanted,) if wanted else RINGS))
+        rings = [slots for slots in RINGS if slots >= usual or not prefetch.threads]
+        members = list(family(inventory, left, slot, (wanted,) if wanted else rings))
         member = search(inventory, costs, members, prefetch.threads)
         slots, locked = member.slots, member.locked
     else:
-        slots = wanted or max(_SMALLEST_RING, min(_USUAL_RING, left // _RING_SHARE // slot))
+        slots = wanted or usual
         lock = name if callable(name) else LOCKS[name]
         locked = lock(inventory, left - slots * slot)
     return Plan(

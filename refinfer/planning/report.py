@@ -7,15 +7,14 @@ Read more: tutorials 09, 11; clauses PLAN-12, SIM-9.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from refinfer.errors import BudgetError, PlanFunctionError
 from refinfer.inventory import Inventory
 from refinfer.planning.account import Fixed
-from refinfer.planning.cost import Calibration, Costs, costs_of, ideal_token_s, units_of
+from refinfer.planning.cost import Calibration, Costs, costs_of, units_of
 from refinfer.planning.locks import Lock
-from refinfer.planning.optimal import locked_array
+from refinfer.planning.optimal import locked_array, token_s
 from refinfer.planning.page_cache import belady_misses, lru_misses
 from refinfer.planning.plan import PLANS, Plan, Prefetch, make_plan
 from refinfer.planning.simulate import Ring, Simulation, Synchronous, simulate
@@ -36,7 +35,7 @@ def plan_row(inventory: Inventory, plan: Plan) -> dict[str, Any]:
             "unused_bytes": plan.account.unused,
             "streamed_bytes_per_token": inventory.streamable_nbytes - plan.account.locked,
             "locked_chunks": len(plan.locked),
-            "chunks": len(inventory.cycle),
+            "chunks": len(inventory.sizes),
             "predicted_tokens_per_s": 1 / plan.token_s,
             "ideal_tokens_per_s": 1 / plan.ideal_token_s,
         }
@@ -45,13 +44,16 @@ def plan_row(inventory: Inventory, plan: Plan) -> dict[str, Any]:
 
 def layer_rows(inventory: Inventory, plan: Plan) -> list[dict[str, Any]]:
     """Return the bytes of each kind of matrix in each layer, and how many of them are locked."""
-    rows: dict[tuple[int, str], dict[str, Any]] = {}
-    for number, chunk in enumerate(inventory.cycle):
-        empty = {"layer": chunk.layer, "kind": chunk.kind, "bytes": 0, "locked_bytes": 0}
-        row = rows.setdefault((chunk.layer, chunk.kind), empty)
-        row["bytes"] += chunk.padded_nbytes
-        row["locked_bytes"] += chunk.padded_nbytes * (number in plan.locked)
-    return list(rows.values())
+    locked_nbytes = inventory.sizes * locked_array(inventory, plan.locked)
+    return [
+        {
+            "layer": matrix.layer,
+            "kind": matrix.kind,
+            "bytes": matrix.layout.padded_nbytes,
+            "locked_bytes": int(locked_nbytes[numbers].sum()),
+        }
+        for matrix, numbers in zip(inventory.matrices, inventory.chunks_of_matrix, strict=True)
+    ]
 
 
 def simulate_plan(inventory: Inventory, plan: Plan, costs: Costs, *, traced: bool = False) -> Simulation:
@@ -79,7 +81,7 @@ def sweep_rows(
     costs = costs_of(inventory, calibration, prefetch_threads=prefetch_threads)
     one_read = costs_of(inventory, calibration, prefetch_threads=1)
     sizes = inventory.sizes.tolist()
-    computing, reading = sum(costs.compute_s), sum(one_read.read_s)
+    computing, reading = float(costs.compute_s.sum()), float(one_read.read_s.sum())
 
     def made(name: str | Lock, budget: int) -> Plan | None:
         try:
@@ -100,14 +102,15 @@ def sweep_rows(
         }
         best = plans["optimal"]
         assert best is not None
+        locked = locked_array(inventory, best.locked)
         cache = min(budget - fixed.total, inventory.streamable_nbytes)
         share = reading / inventory.streamable_nbytes
         row["tokens_per_s"] |= {
-            "synchronous": 1 / simulate_plan(inventory, replace(best, prefetch_threads=0), one_read).token_s,
+            "synchronous": 1 / token_s(one_read, locked, best.ring_slots, 0),
             "mmap": 1 / (computing + lru_misses(sizes, cache) * share / MMAP_SHARE),
             "belady": 1 / (computing + belady_misses(sizes, cache) * share) if len(sizes) <= _LONGEST_BELADY else None,
         }
-        row["ideal_tokens_per_s"] = 1 / ideal_token_s(costs, locked_array(inventory, best.locked), prefetch_threads)
+        row["ideal_tokens_per_s"] = 1 / best.ideal_token_s
         yield row
 
 

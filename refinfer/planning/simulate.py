@@ -22,10 +22,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
-from itertools import compress, islice
+from itertools import cycle
 from math import inf
-from typing import Final
+from typing import Final, TypeAlias
 
+import numpy as np
+
+from refinfer.arrays import Float64Array
 from refinfer.errors import RequestError
 from refinfer.trace import Span, Trace
 
@@ -37,11 +40,15 @@ __all__ = [
     "Simulation",
     "Synchronous",
     "Unit",
+    "ring_bounds",
     "ring_token_s",
     "simulate",
 ]
 
+Seconds: TypeAlias = Sequence[float] | Float64Array
+
 _ROUNDING: Final = 1e-10  # two times are equal if they differ by less than this share of a token
+_ROUNDS: Final = 100  # so many rounds of the ring are a part of a run; a search looks at it after each
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,22 +127,23 @@ def simulate(
     streamed = sum(unit.read_s > 0 for unit in units)
     warm = 2 + (size // streamed if isinstance(gate, Ring) and streamed else size)
     turns = 1 if prefetch_threads == 1 else 4 * prefetch_threads
-    run = _Run(prefetch_threads, traced=traced)
     n = tokens if tokens is not None else warm + turns
+    run = _Run(prefetch_threads, first_traced=max(0, n - 2) if traced else None)
     beyond = int(traced and tokens is None)  # the last token also reads for the next one, which shows in its picture
     if isinstance(gate, Ring):
         _ring(run, units, gate.slots, n + beyond)
     else:
         _layers(run, units, gate, n + beyond)
     slots = gate.slots if isinstance(gate, Ring) else inf
-    bound = _bound([unit.read_s for unit in units], [unit.compute_s for unit in units], slots, prefetch_threads)
+    reading, computing = sum(unit.read_s for unit in units), sum(unit.compute_s for unit in units)
+    taken = sum(unit.read_s + unit.compute_s for unit in units if unit.read_s)
+    bound = _bound(reading, computing, taken, slots, prefetch_threads)
     return run.result(n, turns if tokens is None else 1, bound)
 
 
-def _bound(read_s: Sequence[float], compute_s: Sequence[float], slots: float, prefetch_threads: int) -> float:
-    """Return a lower bound for the seconds of a steady token: its products, its reads, or the use of its slots."""
-    reading, computing = sum(read_s), sum(compute_s)
-    return max(computing, reading / prefetch_threads, (reading + sum(compress(compute_s, read_s))) / slots)
+def _bound(reading: float, computing: float, taken: float, slots: float, prefetch_threads: int) -> float:
+    """Return the least time in which threads read, slots are taken, and products are computed for so many seconds."""
+    return max(computing, reading / prefetch_threads, taken / slots)
 
 
 def _synchronous(units: Sequence[Unit], traced_tokens: int) -> Simulation:
@@ -157,13 +165,14 @@ def _synchronous(units: Sequence[Unit], traced_tokens: int) -> Simulation:
 class _Run:
     """The state of a run: when each thread and the computation will be free, and how long the run has waited."""
 
-    def __init__(self, prefetch_threads: int, *, traced: bool) -> None:
+    def __init__(self, prefetch_threads: int, *, first_traced: int | None) -> None:
         self.free = [(0.0, i) for i in range(prefetch_threads)]
         self.now = 0.0
         self.waited = 0.0
         self.ends: list[float] = []
         self.waits: list[float] = []
-        self.spans: list[Span] | None = [] if traced else None
+        self.first_traced = first_traced
+        self.spans: list[Span] | None = [] if first_traced == 0 else None
 
     def read(self, gate_opens: float, unit: Unit) -> float:
         """Read a unit with the thread that is free first; return the time at which it has been read."""
@@ -191,6 +200,8 @@ class _Run:
         """Record when a token ends, and how long the run has waited by then."""
         self.ends.append(self.now)
         self.waits.append(self.waited)
+        if len(self.ends) == self.first_traced:
+            self.spans = []  # all that belongs to earlier tokens is over by now
 
     def result(self, tokens: int, last: int, bound: float) -> Simulation:
         """Return the mean of the `last` of these tokens; any token after them was run for the picture only."""
@@ -218,40 +229,68 @@ def _ring(run: _Run, units: Sequence[Unit], slots: int, tokens: int) -> None:
         run.end_token()
 
 
-def ring_token_s(read_s: Sequence[float], compute_s: Sequence[float], slots: int, prefetch_threads: int = 1) -> float:
-    """Return the `token_s` of `simulate` with a ring, in a fraction of the time: a search for plans needs many of them.
+def ring_token_s(read_s: Seconds, compute_s: Seconds, slots: int, prefetch_threads: int = 1) -> float:
+    """Return the `token_s` of `simulate` with a ring, in a fraction of the time; it differs by rounding only.
 
-    A unit that is not read takes 0 seconds to read. With one thread the third token is steady. With several threads, a
-    run that comes back to an earlier state repeats itself, so the tokens after that need not be run; the result differs
-    from that of `simulate` by rounding only.
+    A unit that is not read takes 0 seconds to read.
     """
-    run = _ring_tokens(read_s, compute_s, slots, prefetch_threads)
-    if prefetch_threads == 1:
-        _, (second, _), (third, _) = islice(run, 3)
-        return third - second
-    streamed = sum(reading > 0 for reading in read_s)
-    warm, turns = 2 + (slots // streamed if streamed else 0), 4 * prefetch_threads
+    *_, token_s = ring_bounds(read_s, compute_s, slots, prefetch_threads)
+    return token_s
+
+
+def ring_bounds(read_s: Seconds, compute_s: Seconds, slots: int, prefetch_threads: int = 1) -> Iterator[float]:
+    """Yield lower bounds of `ring_token_s` while the run goes on, and at last `ring_token_s` itself.
+
+    There is a bound after each part of the first token: the time until then, and the least that the rest takes. The
+    time to fill the ring is taken off, as later tokens may find it full. A run that comes back to the state that it had
+    at the same place of an earlier token repeats itself, so the units after that need not be run.
+    """
+    reads, products = np.asarray(read_s, np.float64), np.asarray(compute_s, np.float64)
+    step = _ROUNDS * slots
+    left = _left(reads, products, step)
+    parts = len(left) - 1
+    bound, filling = _bound(*left[0], slots, prefetch_threads), slots * float(reads.max())
+    streamed = int(np.count_nonzero(reads))
+    warm, turns = 2 + (slots // streamed if streamed else 0), 1 if prefetch_threads == 1 else 4 * prefetch_threads
     ends, states = [0.0], list[list[float]]()
-    while len(ends) <= warm + turns:
+    run = _ring_parts(reads, products, slots, prefetch_threads, step)
+    while len(ends) <= (warm + turns) * parts:
         end, state = next(run)
         ends.append(end)
         states.append(state)
-        if period := _period(states, _ROUNDING * (end - ends[-2])):
+        if len(states) <= parts:
+            reading, computing, taken = left[len(states)]
+            reading, taken = reading + sum(state[:prefetch_threads]), taken + sum(state[prefetch_threads:])
+            yield max(bound, end + _bound(reading, computing, taken, slots, prefetch_threads) - filling)
+            continue
+        token_s = end - ends[-1 - parts]
+        if period := parts * _period(states[(len(states) - 1) % parts :: parts], _ROUNDING * token_s):
             seconds = end - ends[-1 - period]
-            while len(ends) <= warm + turns:
+            while len(ends) <= (warm + turns) * parts:
                 ends.append(ends[-period] + seconds)
-    return max((ends[-1] - ends[warm]) / turns, _bound(read_s, compute_s, slots, prefetch_threads))
+    yield max((ends[-1] - ends[warm * parts]) / turns, bound)
+
+
+def _left(reads: Float64Array, products: Float64Array, step: int) -> list[tuple[float, float, float]]:
+    """Return for how long threads read, products are computed and slots are taken: in all, and after each part."""
+    seconds = np.array([reads, products, np.where(reads > 0, reads + products, 0.0)])
+    sums = np.add.reduceat(seconds, np.arange(0, len(reads), step), axis=1)
+    return [*zip(*np.cumsum(sums[:, ::-1], axis=1)[:, ::-1].tolist(), strict=True), (0.0, 0.0, 0.0)]
 
 
 # --8<-- [start:ring]
-def _ring_tokens(
-    read_s: Sequence[float], compute_s: Sequence[float], slots: int, prefetch_threads: int
+def _ring_parts(
+    read_s: Float64Array, compute_s: Float64Array, slots: int, prefetch_threads: int, step: int
 ) -> Iterator[tuple[float, list[float]]]:
-    """Yield the end of each token and the state after it: when each thread and slot is free, counted from that end."""
+    """Yield the end of each part of a token, `step` units, and the state after it.
+
+    The state is when each thread and slot is free, counted from that end.
+    """
     free, used = [0.0] * prefetch_threads, [0.0] * slots
     k, now = 0, 0.0
-    while True:
-        for reading, computing in zip(read_s, compute_s, strict=True):
+    for start in cycle(range(0, len(read_s), step)):
+        part = slice(start, start + step)
+        for reading, computing in zip(read_s[part].tolist(), compute_s[part].tolist(), strict=True):
             if reading:
                 read_end = used[k]
                 if free[0] > read_end:
@@ -272,7 +311,7 @@ def _ring_tokens(
 
 
 def _period(states: Sequence[Sequence[float]], rounding: float) -> int:
-    """Return how many tokens ago a run was in its present state, or 0 if it never was."""
+    """Return how many states ago a run was in its present state, or 0 if it never was."""
     *earlier, now = states
     for period, before in enumerate(reversed(earlier), 1):
         if all(abs(a - b) <= rounding for a, b in zip(before, now, strict=True)):

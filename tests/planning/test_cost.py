@@ -90,7 +90,7 @@ def test_locked_chunks_are_computed_and_not_read() -> None:
     inventory = Inventory(SHAPES["tiny"], "f32")
     costs = costs_of(inventory, HERE)
     locked = np.arange(len(inventory.cycle)) % 3 == 0
-    assert costs.reads(locked) == [0.0 if n % 3 == 0 else s for n, s in enumerate(costs.read_s)]
+    assert costs.reads(locked).tolist() == [0.0 if n % 3 == 0 else s for n, s in enumerate(costs.read_s)]
     for n, (unit, chunk) in enumerate(zip(units_of(inventory, costs, locked), inventory.cycle, strict=True)):
         assert (unit.layer, unit.name, unit.compute_s) == (chunk.layer, chunk.kind, costs.compute_s[n])
         assert (unit.read_s == 0) == (n % 3 == 0)
@@ -154,7 +154,7 @@ def test_no_plan_is_faster_than_its_bound(model: tuple[Inventory, Calibration], 
 def test_no_token_is_shorter_than_all_products_or_all_reads(
     chunks: list[tuple[int, int, bool]], slots: int, threads: int
 ) -> None:
-    costs = Costs(tuple(float(r) for r, _, _ in chunks), tuple(float(c) for _, c, _ in chunks))
+    costs = Costs(np.array([float(r) for r, _, _ in chunks]), np.array([float(c) for _, c, _ in chunks]))
     locked = np.array([kept for _, _, kept in chunks])
     reading = sum(r for r, _, kept in chunks if not kept)
     bound = max(sum(c for _, c, _ in chunks), reading)
@@ -164,7 +164,7 @@ def test_no_token_is_shorter_than_all_products_or_all_reads(
 
 @pytest.mark.spec("COST-3")
 def test_the_bound_shares_the_reads_among_the_prefetch_threads() -> None:
-    costs = Costs((8.0, 4.0, 4.0), (1.0, 1.0, 1.0))
+    costs = Costs(np.array([8.0, 4.0, 4.0]), np.array([1.0, 1.0, 1.0]))
     nothing, all_but_one = np.zeros(3, np.bool_), np.array([False, True, True])
     assert [ideal_token_s(costs, nothing, threads) for threads in (0, 1, 2, 4, 16)] == [16, 16, 8, 4, 3]
     assert ideal_token_s(costs, all_but_one, 2) == 4
@@ -174,7 +174,7 @@ def test_the_bound_shares_the_reads_among_the_prefetch_threads() -> None:
 @pytest.mark.spec("COST-3")
 @pytest.mark.parametrize(("slots", "threads"), [(16, 3), (16, 8)])
 def test_no_token_of_several_threads_is_shorter_than_its_bound(slots: int, threads: int) -> None:
-    costs, nothing = Costs((10.0,), (0.0,)), np.zeros(1, np.bool_)
+    costs, nothing = Costs(np.array([10.0]), np.array([0.0])), np.zeros(1, np.bool_)
     assert token_s(costs, nothing, slots, threads) >= ideal_token_s(costs, nothing, threads) * (1 - 1e-9)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
 from refinfer.packing.formats import FORMATS
+from refinfer.planning import simulate
 from refinfer.planning.account import Fixed, fixed_of
 from refinfer.planning.cost import HERE, Calibration, Costs, Device, Processor, costs_of
 from refinfer.planning.locks import LOCKS, fill
@@ -86,15 +87,20 @@ def token_by_hand(read_s: Sequence[float], compute_s: Sequence[float], slots: in
 
 def seconds_of(costs: Costs, locked: Sequence[bool], slots: int) -> float:
     reads = [0.0 if kept else read_s for kept, read_s in zip(locked, costs.read_s, strict=True)]
-    return token_by_hand(reads, costs.compute_s, slots)
+    return token_by_hand(reads, costs.compute_s.tolist(), slots)
 
 
-def members_by_hand(inventory: Inventory, left: int) -> Iterator[tuple[int, str, list[bool]]]:
+def usual_ring(inventory: Inventory, left: int) -> int:
+    """Return the slots of the usual ring: eight, or as many as fit in a quarter of the bytes, but two at least."""
+    return max(2, min(8, left // (4 * int(inventory.sizes.max()))))
+
+
+def members_by_hand(inventory: Inventory, left: int, least: int = 2) -> Iterator[tuple[int, str, list[bool]]]:
     """Yield the ring, the simple plan and the locks of each member, as the family is stated."""
     slot = int(inventory.sizes.max())
     for slots, name in itertools.product((2, 3, 4, 5, 6, 7, 8, 12, 16, 24), LOCKS):
         room = left - slots * slot
-        if room >= 0:
+        if room >= 0 and slots >= least:
             yield slots, name, fill(inventory, LOCKS[name](inventory, room), room).tolist()
 
 
@@ -110,7 +116,7 @@ def test_brute_force_over_the_family_finds_nothing_better(seed: int, layers: int
     if budget >= most:
         return
     plan = plan_of(inventory, budget, costs)
-    members = list(members_by_hand(inventory, budget))
+    members = list(members_by_hand(inventory, budget, usual_ring(inventory, budget)))
     seconds = [seconds_of(costs, locked, slots) for slots, _, locked in members]
     fastest = min(seconds)
     assert plan.token_s == pytest.approx(fastest, rel=1e-8)
@@ -142,9 +148,15 @@ def test_members_are_tried_in_any_order_and_the_best_is_found() -> None:
 
 @pytest.mark.spec("PLAN-9")
 @settings(max_examples=60)
-@given(seed=st.integers(0, 1 << 32), layers=st.integers(1, 6), share=st.floats(0, 1), threads=st.integers(0, 4))
+@given(
+    seed=st.integers(0, 1 << 32),
+    layers=st.integers(1, 6),
+    share=st.floats(0, 1),
+    threads=st.integers(0, 4),
+    rounds=st.sampled_from([1, 2, 5, 100]),
+)
 def test_the_search_finds_the_member_that_trying_every_member_finds(
-    seed: int, layers: int, share: float, threads: int
+    seed: int, layers: int, share: float, threads: int, rounds: int
 ) -> None:
     rng = random.Random(seed)
     inventory, calibration = inventory_drawn_by(rng, layers), calibration_drawn_by(rng)
@@ -154,7 +166,9 @@ def test_the_search_finds_the_member_that_trying_every_member_finds(
     if not members:
         return
     seconds = [token_s(costs, member.locked, member.slots, threads) for member in members]
-    found = search(inventory, costs, members, threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate, "_ROUNDS", rounds)  # short parts: runs are left in the middle of a token
+        found = search(inventory, costs, members, threads)
     fastest = min(seconds)
     assert token_s(costs, found.locked, found.slots, threads) <= fastest * A_BIT
     equal = [member for member, took in zip(members, seconds, strict=True) if took <= fastest * (1 + 1e-10)]
@@ -215,6 +229,27 @@ def test_of_equal_chunks_the_best_of_all_locks_is_found(n: int) -> None:
             for kept in itertools.combinations(range(n), k)
         )
         assert plan.token_s == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.spec("PLAN-22")
+@settings(max_examples=60)
+@given(seed=st.integers(0, 1 << 32), layers=st.integers(1, 9), share=st.floats(0, 0.9999))
+def test_whoever_reads_ahead_gets_at_least_the_usual_ring_and_nobody_else_must(
+    seed: int, layers: int, share: float
+) -> None:
+    rng = random.Random(seed)
+    inventory, calibration = inventory_drawn_by(rng, layers), calibration_drawn_by(rng)
+    least, most = smallest_budget(inventory, NOTHING), inventory.streamable_nbytes
+    budget = least + int(share * (most - least))
+    if budget >= most:
+        return
+    usual = usual_ring(inventory, budget)
+    for threads in (1, 2):
+        costs = costs_of(inventory, calibration, prefetch_threads=threads)
+        assert plan_of(inventory, budget, costs, "optimal", threads).ring_slots >= usual
+        assert plan_of(inventory, budget, costs, "balanced", threads).ring_slots == usual
+    on_demand = costs_of(inventory, calibration, prefetch_threads=0)
+    assert plan_of(inventory, budget, on_demand, "optimal", 0).ring_slots == 2
 
 
 @pytest.mark.spec("PLAN-10")

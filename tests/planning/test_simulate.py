@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refinfer.errors import RequestError
+from refinfer.planning import simulate as simulate_module
 from refinfer.planning.simulate import (
     Gate,
     LayerDistance,
@@ -19,6 +20,7 @@ from refinfer.planning.simulate import (
     Simulation,
     Synchronous,
     Unit,
+    ring_bounds,
     ring_token_s,
     simulate,
 )
@@ -344,7 +346,8 @@ def test_the_shortcut_with_one_thread_gives_the_third_token_of_the_simulation(un
     reads, products = [u.read_s for u in units], [u.compute_s for u in units]
     assert ring_token_s(reads, products, slots) == simulate(units, Ring(slots)).token_s
     tenths = simulate([Unit(u.read_s / 10, u.compute_s / 10) for u in units], Ring(slots), tokens=3).token_s
-    assert ring_token_s([r / 10 for r in reads], [c / 10 for c in products], slots) == tenths
+    shortcut = ring_token_s([r / 10 for r in reads], [c / 10 for c in products], slots)
+    assert shortcut == pytest.approx(tenths, rel=1e-9)
 
 
 @pytest.mark.spec("SIM-5")
@@ -358,6 +361,22 @@ def test_the_shortcut_with_several_threads_gives_what_the_simulation_gives(
     whole = simulate(units, Ring(slots), prefetch_threads=threads).token_s
     shortcut = ring_token_s([u.read_s for u in units], [u.compute_s for u in units], slots, threads)
     assert shortcut == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.spec("SIM-5")
+@settings(max_examples=300)
+@given(units=units_of_work, slots=st.integers(1, 12), threads=st.integers(1, 5), rounds=st.integers(1, 4))
+def test_a_run_in_parts_gives_bounds_that_its_tokens_keep_to_and_then_what_the_simulation_gives(
+    units: list[Unit], slots: int, threads: int, rounds: int
+) -> None:
+    units = units * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate_module, "_ROUNDS", rounds)
+        *bounds, token_s = ring_bounds([u.read_s for u in units], [u.compute_s for u in units], slots, threads)
+    whole = simulate(units, Ring(slots), prefetch_threads=threads)
+    assert token_s == pytest.approx(whole.token_s, rel=1e-9)
+    assert len(bounds) == -(-len(units) // (rounds * slots))
+    assert all(bound <= token_s * (1 + 1e-9) for bound in bounds)
 
 
 UNEVEN = [  # seconds of the reads and the products, slots, threads
