@@ -7,8 +7,10 @@ So a test chooses the interleaving, sees that what must not happen does not happ
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
 
@@ -110,6 +112,34 @@ class WatchedCondition(threading.Condition):
             self._sleepers.pop(thread).set()
 
 
+class WatchedQueue:
+    """A queue that reports to its world who waits; an item goes to whoever has waited longest."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._lock = threading.Lock()
+        self._items: deque[int | None] = deque()
+        self._sleepers: deque[tuple[threading.Thread, SimpleQueue[int | None]]] = deque()
+
+    def put(self, item: int | None) -> None:
+        with self._lock:
+            if self._sleepers:
+                thread, gets = self._sleepers.popleft()
+                self._world.wake([thread])
+                gets.put(item)
+            else:
+                self._items.append(item)
+
+    def get(self) -> int | None:
+        me, gets = threading.current_thread(), SimpleQueue[int | None]()
+        with self._lock:
+            if self._items:
+                return self._items.popleft()
+            self._sleepers.append((me, gets))
+            self._world.rest(me)
+        return gets.get(timeout=WATCHDOG_S)
+
+
 class Call:
     """Something done in a thread of its own, which may have to wait."""
 
@@ -159,6 +189,7 @@ class World:
             threads,
             thread=lambda **arguments: WatchedThread(self, **arguments),
             condition=lambda: self._condition,
+            queue=lambda: WatchedQueue(self),
         )
         self.settle()
 
