@@ -24,8 +24,8 @@ from refinfer.model.checkpoint import Checkpoint
 from refinfer.model.folder import ModelFolder
 from refinfer.model.transformer import Transformer, prefill_block
 from refinfer.model.weights import RowMajorSource
+from refinfer.offload.prefetch import Prefetcher
 from refinfer.offload.run import BudgetedRun, PlannedRun, Within, open_run, plan_run
-from refinfer.offload.store import FileStore
 from refinfer.packing.formats import pack_matrix
 from refinfer.planning.own_plan import own_plan
 from refinfer.prepare import IN_MEMORY, OFF, cache_path, choose_format, prepare
@@ -65,11 +65,11 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A transformer over its weights, with the cache's outcome, its file, and the run within a budget, if any."""
+    """A transformer over its weights, with the cache's outcome, the file if it is mapped, and a run within a budget."""
 
     transformer: Transformer
     cache: CacheOutcome
-    file: MappedFile | FileStore | None = None
+    mapped: MappedFile | None = None
     run: BudgetedRun | None = None
 
     @property
@@ -84,7 +84,8 @@ class Engine:
 
     def discard(self) -> bool:
         """Remove the cache file after damage; return whether it is gone."""
-        return self.file is not None and discard(self.file.path, MAGIC, self.file.is_at)
+        file = self.run.store if self.run else self.mapped
+        return file is not None and discard(file.path, MAGIC, file.is_at)
 
     def close(self) -> None:
         """Release the weights."""
@@ -154,7 +155,7 @@ def _packed(request: EngineRequest, inventory: Inventory, checkpoint: Checkpoint
     prepared = _prepare_somewhere(request, inventory, checkpoint)
     mapped, most_rows = prepared.mapped, prefill_block(request.model.config, request.max_positions)
     checked = mapped if request.cache.verify else None
-    source = PackedSource(inventory, prepared.provider, prepared.keys, most_rows, request.clock, checked)
+    source = PackedSource(inventory, prepared.provider, prepared.keys, most_rows, request.clock, checked, Prefetcher)
     if mapped is not None and request.cache.lock_memory:
         mapped.lock_memory()
     return Engine(Transformer(source, request.max_positions), prepared.outcome, mapped)
@@ -188,7 +189,7 @@ def _within_budget(request: EngineRequest, within: Within, inventory: Inventory,
     except BaseException:
         run.source.close()
         raise
-    return Engine(transformer, outcome, run.store, run)
+    return Engine(transformer, outcome, run=run)
 
 
 def _prepare_within(

@@ -1,4 +1,4 @@
-"""Opens regular files without waiting, and reads small ones whole.
+"""Opens regular files without waiting, reads small ones whole, and asks for parts of large ones in advance.
 
 Refuses what is not a regular file, what is larger than its kind can be, and JSON that cannot be read. Leaves to others:
 what is in the files, and which error a user gets.
@@ -16,10 +16,11 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-__all__ = ["GIT_LFS_POINTER", "LFS_PROBLEM", "open_regular", "parse_json", "read_json", "read_whole"]
+__all__ = ["GIT_LFS_POINTER", "LFS_PROBLEM", "open_regular", "parse_json", "read_json", "read_whole", "will_need"]
 
 GIT_LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 """How the small text begins that Git puts in place of a large file until `git lfs pull` fetches it."""
@@ -50,6 +51,12 @@ def _require_regular(mode: int, path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def will_need(descriptor: int, offset: int, nbytes: int) -> None:
+    """Ask the system to begin to read a part of a file into memory."""
+    with suppress(AttributeError, OSError):  # a hint, which not every system knows
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def read_whole(path: Path, most_nbytes: int) -> bytes:

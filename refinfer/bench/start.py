@@ -16,12 +16,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from refinfer.bench.entry import Bench, Progress, Row
+from refinfer.clock import RealClock
 from refinfer.errors import GenerationError
 from refinfer.generate import STORYTELLER, load
 from refinfer.model.config import SHAPES, ModelConfig
@@ -29,6 +30,7 @@ from refinfer.model.synth import write_checkpoint
 from refinfer.packing.formats import FORMATS
 from refinfer.units import format_nbytes
 from refinfer.weight_cache.directory import remove
+from refinfer.weight_cache.mapped_file import MappedFile
 
 __all__ = ["BENCH", "GIGABYTE", "Start", "drop_page_cache", "run_start", "start_bench"]
 
@@ -38,6 +40,7 @@ GIGABYTE: Final = replace(SHAPES["tinyllama-1.1b"], num_hidden_layers=5, vocab_s
 _ROUNDS: Final = 5
 _CHILD: Final = "from refinfer.bench.start import child; import sys; child(*sys.argv[1:])"
 _BLOCK: Final = 8 << 20
+_CLOCK: Final = RealClock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,54 @@ def _read_through(path: Path) -> None:
                 pass
 
 
+def _read_s(path: Path) -> float:
+    """Return the seconds that it takes to read a file alone, from its beginning to its end, from a cold page cache."""
+    drop_page_cache(path)
+    started = _CLOCK.now()
+    _read_through(path)
+    return _CLOCK.now() - started
+
+
+def _check_s(path: Path) -> float:
+    """Return the seconds in which one thread checks every chunk of a file that is mapped and in memory."""
+    mapped = MappedFile(path)
+    seconds = 0.0
+    for _ in range(2):  # the first time, pages are entered in the page table
+        started = _CLOCK.now()
+        for entry in mapped.index.entries:
+            for chunk in entry.chunks:
+                mapped.is_sound(chunk)
+        seconds = _CLOCK.now() - started
+    return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """The seconds to the first token of each way to start, of reading the file alone, and of checking it alone."""
+
+    starts: Mapping[Start, float]
+    read_s: float
+    check_s: float
+
+    def checked_ratio(self, page_cache: str) -> tuple[float, float]:
+        """Return how long a checked start takes beside the better of what it is compared with, and the least possible.
+
+        Warm, that is an unchecked start: checks and products can do no better than to share all cores evenly. Cold, it
+        is an unchecked start or reading the file alone: no start ends before its products, which the warm one has.
+        """
+        checked, unchecked = (self.starts[Start("load", page_cache, verify=verify)] for verify in (True, False))
+        products = self.starts[Start("load", "warm", verify=False)]
+        if page_cache == "warm":
+            return checked / unchecked, max(1.0, (products + self.check_s) / _cores() / products)
+        best = min(unchecked, self.read_s)
+        return checked / best, max(1.0, products / best)
+
+
+def _cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start_bench(
     config: ModelConfig = GIGABYTE, rounds: int = _ROUNDS, progress: Progress = lambda: None
 ) -> dict[str, Any]:
@@ -123,6 +174,7 @@ def start_bench(
 
 def _rows(weights: str, model: Path, sources: list[Path], file: Path, rounds: int, progress: Progress) -> Iterator[Row]:
     measured: dict[Start, list[dict[str, Any]]] = {start: [] for start in _STARTS}
+    alone: list[tuple[float, float]] = []
     remove(file)
     run_start(model, weights, str(file))  # to warm up, and so that the digest of the source is known
     for _ in range(rounds):
@@ -133,24 +185,39 @@ def _rows(weights: str, model: Path, sources: list[Path], file: Path, rounds: in
                 (drop_page_cache if start.page_cache == "cold" else _read_through)(path)
             place = ":memory" if start.mode == "none" else str(file)
             measured[start].append(run_start(model, weights, place, verify=start.verify))
+        alone.append((_read_s(file), _check_s(file)))
         progress()
     remove(file)
-    for start, stats in measured.items():
-        yield _row(weights, start, stats, measured[Start("none", start.page_cache)])
-
-
-def _row(weights: str, start: Start, stats: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> Row:
-    ratios = [
-        none["time_to_first_token_s"] / own["time_to_first_token_s"] for none, own in zip(baseline, stats, strict=True)
+    seconds = {start: [s["time_to_first_token_s"] for s in stats] for start, stats in measured.items()}
+    of_rounds = [
+        _Round({start: of_start[number] for start, of_start in seconds.items()}, *legs)
+        for number, legs in enumerate(alone)
     ]
+    for start in measured:
+        yield _row(weights, start, measured, of_rounds)
+
+
+def _row(weights: str, start: Start, measured: Mapping[Start, list[dict[str, Any]]], rounds: list[_Round]) -> Row:
+    stats, none = measured[start], Start("none", start.page_cache)
+    compared = [r.checked_ratio(start.page_cache) for r in rounds] if start.mode == "load" and start.verify else []
     return {
         "format": weights,
         **asdict(start),
         "open_s": statistics.median(s["weight_cache"]["load_or_build_s"] for s in stats),
         "time_to_first_token_s": statistics.median(s["time_to_first_token_s"] for s in stats),
-        "ratio_to_none": statistics.median(ratios),
+        "ratio_to_none": statistics.median(r.starts[none] / r.starts[start] for r in rounds),
+        "checked_ratio": statistics.median(ratio for ratio, _ in compared) if compared else None,
+        "least_checked_ratio": statistics.median(least for _, least in compared) if compared else None,
+        "read_alone_s": statistics.median(r.read_s for r in rounds) if compared else None,
+        "check_alone_s": statistics.median(r.check_s for r in rounds) if compared else None,
         "peak_rss_bytes": statistics.median(s["peak_rss_bytes"] for s in stats),
     }
+
+
+def _checking(row: Row) -> str:
+    """Show what checking costs, and the least it can."""
+    ratio = row.get("checked_ratio")  # rows of older versions have none
+    return "" if ratio is None else f"{ratio:.2f} (≥ {row['least_checked_ratio']:.2f})"
 
 
 BENCH: Final = Bench(
@@ -165,6 +232,7 @@ BENCH: Final = Bench(
         "open": lambda row: f"{row['open_s'] * 1e3:,.1f} ms",
         "first token": lambda row: f"{row['time_to_first_token_s'] * 1e3:,.0f} ms",
         "times as soon": lambda row: f"{row['ratio_to_none']:.1f}",
+        "checking": _checking,
         "peak memory": lambda row: format_nbytes(row["peak_rss_bytes"]),
     },
     keys=3,
@@ -175,5 +243,8 @@ BENCH: Final = Bench(
         "cold": "the original and the cache file are taken out of the page cache (the host may still have them in its "
         "own)",
         "times as soon": "the time to the first token of none, with the same page cache, divided by this row's",
+        "checking": "this row's time to the first token, divided by that of the unchecked row or, cold, by the time to "
+        "read the file alone if that is less; in brackets the least there can be: warm, if products and checks share "
+        "all cores evenly, cold, if only the products took time",
     },
 )

@@ -9,7 +9,7 @@ Every source multiplies the same chunks by the same calls, so all give the same 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from refinfer.clock import Clock
 from refinfer.inventory import Inventory
 from refinfer.model.weights import Matrix, RowTable, Weights, assemble, still_open
 from refinfer.packing.formats import PackedMatrix
-from refinfer.sources.mapped import MappedChunks, Watch
+from refinfer.sources.mapped import MakeAhead, MappedChunks, Watch
 from refinfer.sources.matrices import ChunkedMatrix, RecordTable, ResidentChunks, Scratch, vectors_of
 from refinfer.weight_cache.key import PackKey
 from refinfer.weight_cache.mapped_file import MappedFile
@@ -32,7 +32,7 @@ class PackedSource:
     """All weights of a model, from a provider that holds them; closing the source deletes the provider's cache.
 
     `keys` maps the names of tensors to the keys of their buffers. `mapped` is the file that the provider has mapped, if
-    its chunks are to be checked before they are used.
+    its chunks are to be checked before they are used; `ahead` makes the threads that do so ahead of the products.
     """
 
     def __init__(
@@ -43,14 +43,15 @@ class PackedSource:
         most_rows: int,
         clock: Clock,
         mapped: MappedFile | None = None,
+        ahead: MakeAhead | None = None,
     ) -> None:
         self.config = inventory.config
         self._provider = provider
         scratch = Scratch(inventory, most_rows)
         block = keys[inventory.vectors_name]
         vectors = vectors_of(provider[block].view(np.float32), inventory)
-        entries = {entry.key: entry for entry in mapped.index.entries} if mapped else {}
-        watch = Watch(mapped, entries[block], clock) if mapped else None
+        order = (keys[matrix.name] for matrix in inventory.matrices)
+        watch = Watch(mapped, block, order, clock, ahead) if mapped else None
 
         def matrix(name: str, bias: Float32Array | None) -> Matrix:
             key = keys[name]
@@ -58,8 +59,7 @@ class PackedSource:
             packed = PackedMatrix(layout, [buffer[c.offset : c.offset + c.nbytes] for c in layout.chunks])
             if watch is None:
                 return ChunkedMatrix(layout, ResidentChunks(packed), bias, scratch)
-            watch.chunks.append(MappedChunks(packed, entries[key], watch))
-            return ChunkedMatrix(layout, watch.chunks[-1], bias, scratch)
+            return ChunkedMatrix(layout, MappedChunks(packed, key, watch), bias, scratch)
 
         def table(name: str) -> RowTable:
             key = keys[name]
@@ -78,17 +78,11 @@ class PackedSource:
             DamagedWeightsError: weights of the file do not agree with their checksums.
             GenerationError: the source is closed.
         """
-        weights, watch = still_open(self._weights), self._watch
-        if watch is not None:
-            watch.begin()
-        yield weights
-        if watch is not None:
-            watch.end()
+        weights = still_open(self._weights)
+        with self._watch.forward_pass() if self._watch else nullcontext():
+            yield weights
 
     def close(self) -> None:
         """Release the provider's memory or mapping, and every matrix over it."""
         self._provider.delete_cache()
-        self._weights = None
-        if self._watch is not None:
-            self._watch.chunks.clear()
-        self._watch = None
+        self._weights = self._watch = None

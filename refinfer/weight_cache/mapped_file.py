@@ -79,14 +79,14 @@ class MappedFile:
         self.path = path
         with _open(opened or path) as file:
             self.header, self.index = _read(file)
-            self._descriptor = os.dup(file.fileno())  # stays this file's, even if its name becomes another's
-        weakref.finalize(self, os.close, self._descriptor)
+            self.descriptor = os.dup(file.fileno())  # stays this file's, even if its name becomes another's
+        weakref.finalize(self, os.close, self.descriptor)
         self._seen = self._look()
 
     @cached_property
     def _bytes(self) -> Bytes:
         try:
-            mapped = mmap.mmap(self._descriptor, self.header.file_nbytes, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(self.descriptor, self.header.file_nbytes, access=mmap.ACCESS_READ)
         except ValueError:  # shorter than its header says
             raise DamagedWeightsError(f"{self.path} was cut short while it was in use") from None
         except OSError as error:
@@ -117,7 +117,7 @@ class MappedFile:
         return self._seen != before
 
     def _look(self) -> tuple[int, int, int]:
-        found = os.fstat(self._descriptor)
+        found = os.fstat(self.descriptor)
         return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     @property
@@ -133,7 +133,7 @@ class MappedFile:
     def is_at(self, path: Path) -> bool:
         """Return whether `path` still names this file, and not one that replaced it."""
         try:
-            return os.path.samestat(path.stat(), os.fstat(self._descriptor))
+            return os.path.samestat(path.stat(), os.fstat(self.descriptor))
         except OSError:
             return False
 

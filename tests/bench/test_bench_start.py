@@ -34,7 +34,53 @@ def test_bench_start_measures_every_format_and_mode_in_fresh_processes(monkeypat
     keys = {"format", "mode", "page_cache", "verify", "open_s", "time_to_first_token_s", "peak_rss_bytes"}
     assert all(keys <= row.keys() and row["time_to_first_token_s"] >= row["open_s"] > 0 for row in rows)
     assert [row["ratio_to_none"] for row in rows[:2]] == [1, 1]
+    for row in rows:
+        numbers = [row[key] for key in ("checked_ratio", "least_checked_ratio", "read_alone_s", "check_alone_s")]
+        if row["mode"] == "load" and row["verify"]:
+            assert min(numbers) > 0
+            assert row["least_checked_ratio"] >= 1
+        else:
+            assert numbers == [None] * 4
     assert 0 < result["base_rss_bytes"] <= rows[0]["peak_rss_bytes"] * 1.2
+
+
+@pytest.mark.spec("BENCH-17")
+@pytest.mark.parametrize(("cores", "check_s", "least"), [(1, 3, 2.5), (2, 3, 1.25), (2, 1, 1), (4, 3, 1)])
+def test_warm_a_checked_start_is_compared_with_an_unchecked_one_and_with_cores_that_share_all_work(
+    cores: int, check_s: float, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "_cores", lambda: cores)
+    starts = {start.Start("load", "warm"): 4.0, start.Start("load", "warm", verify=False): 2.0}
+    assert start._Round(starts, 7.0, check_s).checked_ratio("warm") == (2, least)
+
+
+@pytest.mark.spec("BENCH-17")
+@pytest.mark.parametrize(("unchecked", "read_s", "expected"), [(8, 5, (2, 1)), (5, 8, (2, 1)), (8, 2, (5, 1.5))])
+def test_cold_a_checked_start_is_compared_with_the_better_of_an_unchecked_one_and_of_reading_alone(
+    unchecked: float, read_s: float, expected: tuple[float, float]
+) -> None:
+    starts = {
+        start.Start("load", "cold"): 10.0,
+        start.Start("load", "cold", verify=False): unchecked,
+        start.Start("load", "warm", verify=False): 3.0,
+    }
+    assert start._Round(starts, read_s, 1.0).checked_ratio("cold") == expected
+
+
+@pytest.mark.spec("BENCH-17")
+def test_what_checking_costs_is_shown_beside_the_least_and_rows_of_older_versions_show_nothing() -> None:
+    shown = start.BENCH.columns["checking"]
+    assert shown({"checked_ratio": 1.392, "least_checked_ratio": 1.2}) == "1.39 (≥ 1.20)"
+    assert shown({"checked_ratio": None}) == shown({}) == ""
+
+
+@pytest.mark.spec("BENCH-17")
+def test_reading_and_checking_alone_take_time(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "m", SHAPES["tiny"])
+    start.run_start(tmp_path / "m", "int8", str(tmp_path / "w.packed"))
+    assert start._read_s(tmp_path / "w.packed") > 0
+    assert start._check_s(tmp_path / "w.packed") > 0
+    assert start._cores() >= 1
 
 
 @pytest.mark.spec("BENCH-9")
@@ -70,6 +116,8 @@ def test_each_start_finds_the_files_that_its_row_speaks_of(tmp_path: Path, monke
     monkeypatch.setattr(start, "run_start", run_start)
     monkeypatch.setattr(start, "drop_page_cache", prepares("cold"))
     monkeypatch.setattr(start, "_read_through", prepares("warm"))
+    monkeypatch.setattr(start, "_read_s", lambda _: 1.0)
+    monkeypatch.setattr(start, "_check_s", lambda _: 1.0)
     done: list[None] = []
     rows = list(start._rows("int8", model, sources, file, 2, lambda: done.append(None)))
     ways = [(row["mode"], row["verify"]) for row in rows]

@@ -21,12 +21,14 @@ from refinfer.model.config import ModelConfig
 from refinfer.model.transformer import Transformer, prefill_block
 from refinfer.model.weights import WeightSource
 from refinfer.offload.packed_file import PackedFile
+from refinfer.offload.prefetch import Prefetcher
 from refinfer.offload.store import FileStore, Store
 from refinfer.offload.streamed import StreamedSource
 from refinfer.planning.account import Fixed, fixed_of
 from refinfer.planning.cost import HERE, costs_of
 from refinfer.planning.plan import Plan, Prefetch, make_plan, smallest_budget
 from refinfer.prepare import IN_MEMORY, prepare
+from refinfer.sources.mapped import MakeAhead
 from refinfer.sources.packed import PackedSource
 from refinfer.trace import Recorder
 from refinfer.weight_cache.format import Entry, StoredChunk
@@ -42,7 +44,10 @@ WATCHDOG_S: Final = 30.0
 
 @dataclass(frozen=True)
 class PackedModel:
-    """A model in a format, and its cache file, built at first use; `chunk_nbytes` is the aim for a chunk."""
+    """A model in a format, and its cache file, built at first use; `chunk_nbytes` is the aim for a chunk.
+
+    `ahead` makes what checks mapped chunks ahead of their use.
+    """
 
     config: ModelConfig
     folder: Path
@@ -50,6 +55,7 @@ class PackedModel:
     file: Path
     positions: int
     chunk_nbytes: int | None = SMALL_CHUNKS
+    ahead: MakeAhead | None = Prefetcher
 
     @cached_property
     def inventory(self) -> Inventory:
@@ -79,7 +85,8 @@ class PackedModel:
     def packed(self, where: str | None = None) -> PackedSource:
         """Return the weights in the mapped file, just built or as it is found, or wherever else."""
         found = self.prepared(where)
-        return PackedSource(self.inventory, found.provider, found.keys, self.rows, RealClock(), found.mapped)
+        found_by = self.inventory, found.provider, found.keys, self.rows
+        return PackedSource(*found_by, RealClock(), found.mapped, self.ahead)
 
     def in_memory(self) -> PackedSource:
         return self.packed(IN_MEMORY)

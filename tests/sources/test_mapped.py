@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import mmap
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -26,19 +28,24 @@ from hypothesis import strategies as st
 
 from refinfer.arrays import PAGE_BYTES
 from refinfer.clock import Clock, RealClock
-from refinfer.errors import DamagedWeightsError
+from refinfer.errors import DamagedWeightsError, GenerationError
 from refinfer.model.config import SHAPES
 from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
 from refinfer.model.transformer import Transformer
 from refinfer.model.weights import LayerWeights, Weights, WeightSource
+from refinfer.offload.prefetch import Prefetcher
+from refinfer.offload.readers import Loan
+from refinfer.packing.layout import Bytes, Tiles
+from refinfer.sources.mapped import MakeAhead
+from refinfer.sources.matrices import ChunkedMatrix
 from refinfer.sources.packed import PackedSource
 from refinfer.weight_cache.file import FileWeightCacheProvider
 from refinfer.weight_cache.format import StoredChunk
 from refinfer.weight_cache.mapped_file import MappedFile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
-from packed_model import PackedModel, change
+from packed_model import PackedModel, change, threads_and_descriptors
 
 POSITIONS = 48
 WATCHDOG_S = 60
@@ -65,8 +72,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 class Mapped:
     """A model in its mapped cache file, and a transformer over it."""
 
-    def __init__(self, folder: Path, path: Path, name: str = "int8") -> None:
-        self.model = PackedModel(open_folder(folder).config, folder, name, path, POSITIONS)
+    def __init__(self, folder: Path, path: Path, name: str = "int8", ahead: MakeAhead | None = Prefetcher) -> None:
+        self.model = PackedModel(open_folder(folder).config, folder, name, path, POSITIONS, ahead=ahead)
         self.path, self.inventory = path, self.model.inventory
         self.source = self.model.packed()
         self.transformer = Transformer(self.source, POSITIONS)
@@ -77,12 +84,13 @@ class Mapped:
         self.transformer.kv_cache.rewind(0)
         return self.transformer.decode([token_id]).view(np.uint32)
 
-    def again(self, clock: Clock | None = None) -> Transformer:
+    def again(self, clock: Clock | None = None, ahead: MakeAhead | None = None) -> Transformer:
         """Return a transformer over the same file, mapped once more."""
+        ahead = ahead or self.model.ahead
         provider = FileWeightCacheProvider.load(self.path)
         keys = {entry.key.name: entry.key for entry in provider.entries}
         rows = self.transformer.block
-        source = PackedSource(self.inventory, provider, keys, rows, clock or RealClock(), provider.mapped)
+        source = PackedSource(self.inventory, provider, keys, rows, clock or RealClock(), provider.mapped, ahead)
         return Transformer(source, POSITIONS)
 
     def chunks(self) -> Iterator[tuple[str, int, int, int]]:
@@ -92,8 +100,14 @@ class Mapped:
                 yield matrix.name, number, chunk.offset, chunk.nbytes
 
 
+@pytest.fixture(params=[Prefetcher, None], ids=["ahead", "in place"])
+def mapped(folder: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Mapped:
+    """A model whose chunks are checked by threads ahead of their use, or when they are used."""
+    return Mapped(folder, tmp_path / "cache", ahead=request.param)
+
+
 @pytest.fixture
-def mapped(folder: Path, tmp_path: Path) -> Mapped:
+def ahead(folder: Path, tmp_path: Path) -> Mapped:
     return Mapped(folder, tmp_path / "cache")
 
 
@@ -216,8 +230,9 @@ class LeftError(Exception):
 @pytest.mark.spec("OFFLOAD-4", "OFFLOAD-10")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_pass_that_an_exception_ends_is_not_checked_and_the_next_one_is(
-    mapped: Mapped, moment: int | str, checked: list[int]
+    folder: Path, tmp_path: Path, moment: int | str, checked: list[int]
 ) -> None:
+    mapped = Mapped(folder, tmp_path / "cache", ahead=None)
     at = [offset for _, _, offset, _ in mapped.chunks()][-1]
     checked_then: list[int] = []
 
@@ -341,6 +356,176 @@ def test_nothing_is_checked_twice_unless_somebody_wrote_lately(mapped: Mapped, c
     assert checked_by_a_token(10) == everything
     checked_by_a_token(10)
     assert checked_by_a_token(10) == set()
+
+
+class Ahead:
+    """Checks a chunk when it is taken, and notes what it was asked for."""
+
+    made: ClassVar[list[Ahead]] = []
+
+    def __init__(
+        self, order: Sequence[int], slots: Sequence[Bytes], read: Callable[[int, Bytes, int], Tiles], threads: int
+    ) -> None:
+        self.order, self.slots, self.threads = list(order), len(slots), threads
+        self.taken: list[int] = []
+        self.released = self.closed = 0
+        self._read = read
+        self.made.append(self)
+
+    def take(self, chunk: int) -> Loan:
+        assert not self.closed
+        assert self.released == len(self.taken)
+        self.taken.append(chunk)
+        return Loan(self._read(chunk, np.empty(0, np.uint8), 0))
+
+    def release(self, loan: Loan) -> None:
+        self.released += 1
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Ahead]:
+    """Return the list of all that is made from now on."""
+    monkeypatch.setattr(Ahead, "made", [])
+    return Ahead.made
+
+
+@pytest.mark.spec("OFFLOAD-13")
+def test_every_chunk_is_checked_ahead_once_in_the_order_of_use_in_a_pass_that_needs_it(
+    ahead: Mapped, made: list[Ahead], checked: list[int]
+) -> None:
+    clock = StoppedClock()
+    transformer = ahead.again(clock, Ahead)
+    clock.seconds = 10  # so that the file is at rest, in any case
+    everything = list(range(len(list(ahead.chunks()))))
+    for n in (1, 2, 3):
+        checked.clear()
+        for _ in range(3):
+            transformer.kv_cache.rewind(0)
+            transformer.decode([7])
+            clock.seconds += 10
+        assert len(made) in (n, n + 1)  # twice, if the file was young
+        assert made[-1].order == made[-1].taken == everything
+        assert (made[-1].slots, made[-1].threads, made[-1].closed) == (8, 2, 1)
+        del made[n:]
+        os.utime(ahead.path)
+
+
+@pytest.mark.spec("OFFLOAD-13")
+def test_what_a_pass_left_unchecked_is_checked_ahead_in_the_next(ahead: Mapped, made: list[Ahead]) -> None:
+    """The first block of a prompt does not use the output table."""
+    transformer = ahead.again(StoppedClock(), Ahead)
+    ahead.source.close()
+    first_of_output = min(n for n, (name, *_) in enumerate(ahead.chunks()) if name == ahead.inventory.matrices[-1].name)
+    with transformer.source.forward_pass() as weights:
+        weights.embed_tokens.rows(np.array([7]))
+        for layer in weights.layers:
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+                matrix = getattr(layer, name)
+                matrix.matmul(np.zeros((1, matrix.shape[1]), np.float32))
+    assert made[0].taken == list(range(first_of_output))
+    with transformer.source.forward_pass() as weights:
+        for _ in range(2):  # what is used again is not asked for again
+            weights.lm_head.matmul(np.zeros((1, weights.lm_head.shape[1]), np.float32))
+    taken = made[-1].taken
+    assert taken[-1] == len(list(ahead.chunks())) - 1
+    assert taken == sorted(set(taken))
+    assert [each.closed for each in made] == [1] * len(made)
+
+
+@pytest.mark.spec("OFFLOAD-13")
+def test_the_chunk_after_the_one_that_is_multiplied_is_under_check(
+    ahead: Mapped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = {offset: threading.Event() for _, _, offset, _ in ahead.chunks()}
+    real = MappedFile.is_sound
+    ended: list[int] = []
+    by: set[str] = set()
+
+    def is_sound(file: MappedFile, chunk: StoredChunk) -> bool:
+        if chunk.offset in begun:
+            begun[chunk.offset].set()
+            by.add(threading.current_thread().name)
+        sound = real(file, chunk)
+        ended.append(chunk.offset)
+        return sound
+
+    monkeypatch.setattr(MappedFile, "is_sound", is_sound)
+    with ahead.again().source.forward_pass() as weights:
+        first = next(iter(weights.layers)).q_proj
+        assert isinstance(first, ChunkedMatrix)
+        offsets = [offset for _, _, offset, _ in ahead.chunks()]
+        for number, _ in enumerate(first._chunks.in_order()):
+            assert offsets[number] in ended
+            assert begun[offsets[number + 1]].wait(WATCHDOG_S)  # while this chunk is in use
+        assert by <= {"prefetch-0", "prefetch-1"}
+
+
+@pytest.mark.spec("OFFLOAD-13", "FETCH-8")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_no_thread_outlives_its_pass_however_it_ends(ahead: Mapped, moment: int | str) -> None:
+    def leave() -> None:
+        raise LeftError
+
+    source = ahead.again().source
+    expected = ahead.token()
+    gc.collect()
+    before = threads_and_descriptors()
+    with pytest.raises(LeftError):
+        Transformer(ActingDuringAPass(source, leave, moment), POSITIONS).decode([7])
+    assert threads_and_descriptors() == before
+    at = [offset for _, _, offset, _ in ahead.chunks()]
+    for offset in (at[0], at[-1], ahead.vectors.offset):
+        change(ahead.path, offset)
+        with pytest.raises(DamagedWeightsError):
+            Transformer(source, POSITIONS).decode([7])
+        assert threads_and_descriptors() == before
+        change(ahead.path, offset)
+    np.testing.assert_array_equal(Transformer(source, POSITIONS).decode([7]).view(np.uint32), expected)
+    assert threads_and_descriptors() == before
+
+
+@pytest.mark.spec("OFFLOAD-13", "OFFLOAD-10")
+def test_a_pass_that_is_dropped_in_the_middle_ends_its_threads(ahead: Mapped) -> None:
+    source = ahead.again().source
+    gc.collect()
+    before = threads_and_descriptors()
+    passing = source.forward_pass()
+    weights = passing.__enter__()
+    next(iter(weights.layers)).q_proj.matmul(np.zeros((1, 40), np.float32))
+    assert threads_and_descriptors() != before
+    del passing, weights
+    gc.collect()
+    assert threads_and_descriptors() == before
+
+
+@pytest.mark.spec("OFFLOAD-13", "OFFLOAD-4")
+def test_of_several_damaged_chunks_the_first_is_named(mapped: Mapped) -> None:
+    """However many are checked at once."""
+    places = list(mapped.chunks())
+    for first in range(0, len(places) - 3, 5):
+        name, number = places[first][:2]
+        for _, _, offset, _ in places[first : first + 3]:
+            change(mapped.path, offset)
+        with pytest.raises(DamagedWeightsError, match=f"{re.escape(name)}, chunk {number},"):
+            mapped.again().decode([7])
+        for _, _, offset, _ in places[first : first + 3]:
+            change(mapped.path, offset)
+
+
+@pytest.mark.spec("OFFLOAD-13")
+def test_where_no_thread_can_be_started_each_chunk_is_checked_when_it_is_used(
+    ahead: Mapped, checked: list[int]
+) -> None:
+    def none(*_: object) -> Ahead:
+        raise GenerationError("this system starts no further thread; use fewer prefetch threads")
+
+    expected = ahead.token()
+    checked.clear()
+    np.testing.assert_array_equal(ahead.again(ahead=none).decode([7]).view(np.uint32), expected)
+    assert {offset for _, _, offset, _ in ahead.chunks()} <= set(checked)
 
 
 @pytest.mark.spec("OFFLOAD-4")
@@ -485,6 +670,36 @@ def test_of_two_writes_in_one_tick_of_the_clock_the_second_is_found_too(
     if not coincidences:
         pytest.skip("this machine is too slow, or its clock too quick, for two writes in a tick")
     assert wrong == 0
+
+
+@needs_fork
+@pytest.mark.spec("OFFLOAD-13", "GEN-20")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_child_that_is_forked_within_the_first_pass_ends_it_without_threads(ahead: Mapped, moment: int | str) -> None:
+    expected = ahead.token()
+    children: list[int] = []
+    told, tell = os.pipe()
+
+    def fork() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # there are threads, and that is the point
+            children.append(os.fork())
+        if children[-1] == 0:
+            signal.alarm(WATCHDOG_S)
+
+    transformer = Transformer(ActingDuringAPass(ahead.again().source, fork, moment), POSITIONS)
+    try:
+        got = transformer.decode([7]).view(np.uint32)
+        if children[-1] == 0:
+            os.write(tell, b"same" if np.array_equal(got, expected) else b"else")
+    finally:
+        if children[-1] == 0:
+            os._exit(0)
+    os.close(tell)
+    with os.fdopen(told, "rb") as answer:
+        assert answer.read() == b"same"
+    os.waitpid(children[-1], 0)
+    np.testing.assert_array_equal(got, expected)
 
 
 @needs_fork
