@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -331,7 +331,10 @@ class Session:
         for _ in range(n):
             if self._latest is not tokens:
                 raise RequestError("this generation was ended by a later one of the same session")
-            yield sample(self._next_logits(tokens.ids[-1:], prompt_ids), sampling, rng)
+            run = self._engine.now().run
+            with run.meter.token(first=not tokens.ids) if run else nullcontext():
+                logits = self._next_logits(tokens.ids[-1:], prompt_ids)
+            yield sample(logits, sampling, rng)
 
     def _next_logits(self, last: list[int], prompt_ids: list[int]) -> Float32Array:
         """Return the logits `[V]` after the last token, or after the prompt if there is no token yet."""

@@ -7,6 +7,8 @@ Read more: tutorials 10, 11; clauses TRACE-1, TRACE-5.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -64,17 +66,38 @@ class Trace:
 
 
 class Recorder:
-    """Adds up how long a run waited for chunks, and keeps its spans if it is traced; any thread may note a span."""
+    """Adds up how long a run waited for chunks and read them, and keeps its spans if it is traced.
+
+    Any thread may read or note a span.
+    """
 
     def __init__(self, clock: Clock, *, traced: bool = False) -> None:
         self.clock = clock
         self.wait_s = 0.0
+        self._read_s: dict[int, float] = {}  # by thread, as the next: no two threads change the same number
+        self._began: dict[int, float] = {}
         self._spans: list[Span] | None = [] if traced else None
 
     @property
     def trace(self) -> Trace:
         """What was noted so far; empty unless the run is traced."""
         return Trace(tuple(self._spans or ()))
+
+    def read_s(self, now: float) -> float:
+        """Return the seconds that all threads together have been reading, until `now`."""
+        began = list(self._began.values())
+        return sum(list(self._read_s.values())) + len(began) * now - sum(began)
+
+    @contextmanager
+    def reading(self, thread: int, name: str) -> Iterator[None]:
+        """Count the time of a block as reading, and keep it as a span."""
+        started = self._began[thread] = self.clock.now()
+        try:
+            yield
+            self.note(f"disk {thread + 1}", "read", name, started)
+        finally:
+            del self._began[thread]
+            self._read_s[thread] = self._read_s.get(thread, 0.0) + self.clock.now() - started
 
     def note(self, lane: str, kind: str, name: str, started: float) -> None:
         """Keep a span that ends now."""

@@ -32,6 +32,7 @@ __all__ = ["POSITIONS", "Arm", "can_limit_memory", "run_arm"]
 
 POSITIONS: Final = 32
 _TOKENS: Final = 4
+_TOLD_AFTER: Final = 9  # tokens, the first of the prompt: as many as the speed is estimated from
 _RING_FILLS_S: Final = 0.1
 _MEMORY_GROUPS: Final = Path("/sys/fs/cgroup/memory")
 _CHILD: Final = "from refinfer.bench.arm import child; import sys; child(*sys.argv[1:])"
@@ -41,7 +42,7 @@ _CHILD: Final = "from refinfer.bench.arm import child; import sys; child(*sys.ar
 class Arm:
     """One way to run: a plan, or `synchronous`, `lru-paged`, `mmap`, or `resident` for the compute-only leg.
 
-    `products` is the number of times that each chunk is multiplied.
+    `products` is the number of times that each chunk is multiplied, `threads` that of BLAS threads.
     """
 
     format: str
@@ -49,6 +50,7 @@ class Arm:
     arm: str
     prefetch_threads: int = PREFETCH_THREADS
     products: int = 1
+    threads: int = 1
 
     @property
     def is_mapped(self) -> bool:
@@ -114,7 +116,7 @@ def child(model: str, weight_cache: str, arm: str, report: str) -> None:
         prefetch_threads=wanted.prefetch_threads,
         paged=wanted.arm == "lru-paged",
         verify=wanted.arm != "mmap",
-        threads=1,
+        threads=wanted.threads,
         max_positions=POSITIONS,
     ) as session:
         Path(report).write_text(json.dumps(_measured(session, wanted)))
@@ -122,8 +124,9 @@ def child(model: str, weight_cache: str, arm: str, report: str) -> None:
 
 def _measured(session: Session, arm: Arm) -> dict[str, Any]:
     """Generate, and return the measurements; the read-only leg comes last."""
-    for _ in session.generate(token_ids=[1], max_tokens=1):
+    for _ in session.generate(token_ids=[1], max_tokens=_TOLD_AFTER if arm.arm == "optimal" else 1):
         pass
+    early = session.stats.offload if session.stats else None
     before = _bytes_read()
     for _ in session.generate(token_ids=[1], max_tokens=_TOKENS):
         pass
@@ -133,6 +136,7 @@ def _measured(session: Session, arm: Arm) -> dict[str, Any]:
     return {
         "token_s": 1 / stats.tokens_per_s,
         "offload": stats.offload.to_json() if stats.offload else None,
+        "estimated_tokens_per_s": early.estimated_tokens_per_s if early else None,
         "read_bytes_per_token": (_bytes_read() - before) / _TOKENS,
         "read_s": None if arm.is_mapped else _read_only_s(session, arm),
         "peak_rss_bytes": stats.peak_rss_bytes,

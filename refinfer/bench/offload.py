@@ -10,7 +10,8 @@ budget is compared with:
     compute-only leg    all weights mapped, resident and checked before: nothing read
 
     overlap           max(read-only, compute-only) / run           1: the shorter of the two is hidden altogether
-    ideal             1 / max(compute-only, bytes that must stream / bandwidth of the read-only leg)
+    ideal             1 / max(compute-only, bytes that must stream / bandwidth of the read-only leg), each the best of
+                      all rounds, or the best that the runs themselves saw
     byte efficiency   bytes that must stream / bytes that the plan streams
 
 All budgets are real if control groups can be made: the process may have its own memory (what the same command on the
@@ -28,7 +29,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -46,6 +47,7 @@ from refinfer.offload.calibration import known_calibration
 from refinfer.planning.account import fixed_of
 from refinfer.planning.cost import PREFETCH_THREADS
 from refinfer.planning.plan import PLANS, smallest_budget
+from refinfer.process import usable_cores
 from refinfer.units import format_nbytes
 
 __all__ = ["BENCH", "MODEL", "arms", "offload_bench", "steps"]
@@ -55,12 +57,14 @@ MODEL: Final = replace(
 )
 """Six layers of TinyLlama with its output table: 1.2 GB in float32."""
 
-_ROUNDS: Final = 7
+_ROUNDS: Final = 5
 _QUICK_ROUNDS: Final = 2
 _ALL_SHARES: Final = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 _PLAN_SHARES: Final = (0.25, 0.5, 0.75)
+_TWO_CORE_SHARES: Final = (0.9, 0.95)  # where products are the limit
 _HEADROOM_BYTES: Final = 16_000_000
-_ONLY_PLANNED: Final = ("ideal_tokens_per_s", "efficiency", "overlap", "byte_efficiency", "planned_bytes_per_token")
+_ONLY_PLANNED: Final = ("ideal_tokens_per_s", "efficiency", "overlap", "byte_efficiency", "planned_bytes_per_token",
+                        "estimated_tokens_per_s", "in_range")  # fmt: skip
 
 
 def arms(*, quick: bool = False, compute_heavy: bool = False) -> tuple[Arm, ...]:
@@ -76,6 +80,8 @@ def arms(*, quick: bool = False, compute_heavy: bool = False) -> tuple[Arm, ...]
         if share in _PLAN_SHARES:
             found += [Arm("f32", share, "lru-paged", 0), Arm("f32", share, "optimal", 1)]
         found += [Arm(name, share, "optimal") for name in ("bf16", "int8", "int4") if not quick]
+        if share in _TWO_CORE_SHARES and usable_cores() > 1:
+            found.append(Arm("f32", share, "optimal", threads=2))
     return tuple(found)
 
 
@@ -178,15 +184,15 @@ def _rows(bench: _Bench, progress: Progress, *, compute_heavy: bool) -> Iterator
 
 
 def _round(bench: _Bench, site: _Site, group: Sequence[Arm]) -> Iterator[tuple[Arm, dict[str, Any]]]:
-    """Run the compute-only leg of each format, then each arm."""
+    """Run the compute-only leg of each format and number of BLAS threads, then each arm."""
     compute_s = {
-        name: site.run(Arm(name, 1.0, "resident", 0, group[0].products))["token_s"]
-        for name in dict.fromkeys(arm.format for arm in group)
+        (name, threads): site.run(Arm(name, 1.0, "resident", 0, group[0].products, threads))["token_s"]
+        for name, threads in dict.fromkeys((arm.format, arm.threads) for arm in group)
     }
     for arm in group:
         if bench.limited:
             drop_page_cache(site.weights(arm.format))
-        yield arm, site.run(arm, bench.limit(arm)) | {"compute_s": compute_s[arm.format]}
+        yield arm, site.run(arm, bench.limit(arm)) | {"compute_s": compute_s[arm.format, arm.threads]}
 
 
 def _calibrate(cache_home: Path, inventory: Inventory, *, rounds: int, compute_heavy: bool) -> int:
@@ -216,6 +222,7 @@ def _row(arm: Arm, runs: list[dict[str, Any]]) -> Row:
         "budget_share": arm.budget_share,
         "arm": arm.arm,
         "prefetch_threads": arm.prefetch_threads,
+        "threads": arm.threads,
         "products": arm.products,
         "tokens_per_s": statistics.median(1 / run["token_s"] for run in runs),
         "compute_only_tokens_per_s": statistics.median(1 / run["compute_s"] for run in runs),
@@ -237,18 +244,35 @@ def _planned(bench: _Bench, arm: Arm, runs: list[dict[str, Any]]) -> Row:
     fixed = fixed_of(inventory, POSITIONS, arm.prefetch_threads)
     lockable = bench.budget(arm) - fixed.total - plan["ring_bytes"]
     must = max(0, inventory.streamable_nbytes - lockable)
-    ideals = [1 / max(run["compute_s"], run["read_s"] * must / streamed if streamed else 0) for run in runs]
+    compute_s, read_s = (min(run[leg] for run in runs) for leg in ("compute_s", "read_s"))
+    seen = [run["offload"]["ideal_tokens_per_s"] for run in runs]
+    ideal = max(1 / max(compute_s, read_s * must / streamed if streamed else 0), *seen)
     overlaps = [max(run["read_s"], run["compute_s"]) / run["token_s"] for run in runs]
     return {
-        "ideal_tokens_per_s": statistics.median(ideals),
-        "efficiency": statistics.median(1 / run["token_s"] / ideal for run, ideal in zip(runs, ideals, strict=True)),
+        "ideal_tokens_per_s": ideal,
+        "efficiency": statistics.median(1 / run["token_s"] / ideal for run in runs),
         "overlap": statistics.median(overlaps),
         "byte_efficiency": must / streamed if streamed else 1.0,
         "read_only_tokens_per_s": statistics.median(1 / run["read_s"] for run in runs) if streamed else None,
         "planned_bytes_per_token": streamed,
         "peak_bytes": max(run["offload"]["peak_bytes"] for run in runs),
         "predicted_tokens_per_s": statistics.median(run["offload"]["predicted_tokens_per_s"] for run in runs),
+        "estimated_tokens_per_s": _median_of([run["estimated_tokens_per_s"] for run in runs]),
+        "in_range": _median_of([_share_in_range(run) for run in runs], statistics.mean),
     }
+
+
+def _median_of(
+    values: Sequence[float | None], mean: Callable[[Sequence[float]], float] = statistics.median
+) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
+
+
+def _share_in_range(run: dict[str, Any]) -> float | None:
+    """Return 1 if a run was as fast as its prediction's range says, 0 if not, None if there is no range."""
+    likely = run["offload"]["predicted_range_tokens_per_s"]
+    return None if likely is None else float(likely[0] <= 1 / run["token_s"] <= likely[1])
 
 
 def _maybe(value: float | None, form: str) -> str:
@@ -263,9 +287,18 @@ BENCH: Final = Bench(
     columns={
         "format": lambda row: str(row["format"]),
         "budget": lambda row: f"{row['budget_share']:.0%}",
-        "arm": lambda row: str(row["arm"]) + (", 1 thread" if row["prefetch_threads"] == 1 else ""),
+        "arm": lambda row: (
+            str(row["arm"])
+            + (", 1 thread" if row["prefetch_threads"] == 1 else "")
+            + (", both cores" if row.get("threads", 1) > 1 else "")
+        ),
         "tokens/s": lambda row: f"{row['tokens_per_s']:.2f}",
-        "predicted": lambda row: _maybe(row.get("predicted_tokens_per_s"), ".2f"),
+        "predicted": lambda row: " / ".join(
+            f"{row[name]:.2f}"
+            for name in ("predicted_tokens_per_s", "estimated_tokens_per_s")
+            if row.get(name) is not None
+        ),
+        "in range": lambda row: _maybe(row.get("in_range"), ".0%"),
         "ideal": lambda row: _maybe(row["ideal_tokens_per_s"], ".2f"),
         "of ideal": lambda row: _maybe(row["efficiency"], ".0%"),
         "overlap": lambda row: _maybe(row["overlap"], ".2f"),
@@ -275,8 +308,10 @@ BENCH: Final = Bench(
     },
     keys=3,
     notes={
-        "ideal": "tokens/s if a token took as long as its products, or as the bytes that must stream take at the "
-        "bandwidth of the read-only leg, whichever is longer",
+        "predicted": "before the first token; then, after /, from the rates of eight tokens",
+        "in range": "the share of runs within the range that was predicted before them",
+        "ideal": "tokens/s if a token took as long as its products, or as the bytes that must stream, at best: the "
+        "longer of the two, at the best rates of all rounds",
         "overlap": "the time of the read-only or the compute-only leg, whichever is longer, divided by that of the run",
         "byte efficiency": "bytes that must stream, divided by bytes that the plan streams",
         "mmap": "the same file mapped, in a control group with a real memory limit",

@@ -284,12 +284,18 @@ def _offload_lines(done: GenerationStats, prediction: Prediction | None) -> list
     if stats is None or prediction is None:
         return []
     spent = ", ".join(f"{what} {format_nbytes(nbytes)}" for what, nbytes in stats.account.parts.items())
-    rates = [
-        f"predicted {_rate(stats.predicted_tokens_per_s)}",
-        *([f"measured {_rate(done.tokens_per_s)}"] if done.tokens_per_s is not None else []),
-        f"ideal {_rate(stats.ideal_tokens_per_s)}",
-    ]
-    known = "as measured here" if prediction.calibration.measured else "as assumed: run refinfer bench calibrate"
+    measured = {
+        "after 8 tokens": stats.estimated_tokens_per_s,
+        "measured": done.tokens_per_s,
+        "ideal": stats.ideal_tokens_per_s,
+    }
+    rates = [f"{name} {_rate(rate)}" for name, rate in measured.items() if rate is not None]
+    predicted = _rate(stats.predicted_tokens_per_s)
+    if (likely := stats.predicted_range_tokens_per_s) is not None:
+        rates.insert(0, f"predicted {predicted} ({' to '.join(map(_rate, likely))})")
+    else:
+        assumed = f"{' and '.join(stats.assumed)} {'are' if len(stats.assumed) > 1 else 'is'} as assumed"
+        rates.insert(0, f"{predicted} if {assumed} (run refinfer bench calibrate)")
     return [
         f"budget: {format_nbytes(stats.account.budget)}, peak {format_nbytes(stats.peak_bytes)}: {spent}",
         (
@@ -297,7 +303,7 @@ def _offload_lines(done: GenerationStats, prediction: Prediction | None) -> list
             f"{format_nbytes(stats.read_bytes_total)} read in total; "
             f"waited {format_seconds(stats.wait_s)} for it, computed {format_seconds(stats.compute_s)}"
         ),
-        f"tokens/s: {', '.join(rates)} (disk and processor {known})",
+        f"tokens/s: {', '.join(rates)}",
     ]
 
 

@@ -49,6 +49,8 @@ __all__ = [
 CALIBRATION_FILE: Final = "calibration.json"
 CALIBRATION_VERSION: Final = 1
 _MEASURE_S: Final = 0.1
+_TELLING_BYTES: Final = 32 << 20  # products with less than this are measured more than once
+_AGAIN: Final = 20
 _LARGEST_FILE_BYTES: Final = 1_000_000  # an entry takes about 1000
 _RATES: Final = 1.0, 1e15  # bytes per second, from the slowest to the fastest that is believed
 _LONGEST_S: Final = 60.0
@@ -153,7 +155,8 @@ def slower(calibration: Calibration, bytes_per_s: float | None) -> Calibration:
         return calibration
     device = calibration.device
     bandwidth = {n: min(rate, bytes_per_s) for n, rate in device.bandwidth.items()}
-    return replace(calibration, device=replace(device, bandwidth=bandwidth))
+    source = f"limited to {bytes_per_s:g} bytes per second" if min(bandwidth.values()) == bytes_per_s else device.source
+    return replace(calibration, device=replace(device, bandwidth=bandwidth, source=source))
 
 
 def observed_calibration(
@@ -182,9 +185,13 @@ def observed_calibration(
 def product_seconds_per_byte(
     inventory: Inventory, chunks: Mapping[int, Tiles], scratch: Scratch, clock: Clock
 ) -> float | None:
-    """Return the seconds per byte of products with one row of x, from products with these chunks for about 0.1 s."""
+    """Return the seconds per byte of products with one row of x, from products with these chunks for about 0.1 s.
+
+    A few small chunks are multiplied again and again: the first time, everything is still on its way into caches.
+    """
     spent, nbytes = 0.0, 0
-    for number, tiles in chunks.items():
+    few = sum(inventory.cycle[number].padded_nbytes for number in chunks) < _TELLING_BYTES
+    for number, tiles in [*chunks.items()] * (_AGAIN if few else 1):
         used = inventory.cycle[number]
         layout = inventory.matrices[used.matrix].layout.alone(used.index)
         x, out = np.ones((1, layout.K), np.float32), np.empty((1, layout.N), np.float32)

@@ -7,44 +7,113 @@ Read more: tutorial 12; clauses GEN-18, CAL-4 to CAL-6.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
+
+import numpy as np
 
 from refinfer.clock import Clock
 from refinfer.inventory import Inventory
 from refinfer.offload.calibration import observed_calibration, product_seconds_per_byte
 from refinfer.offload.streamed import StreamedSource
 from refinfer.planning.account import Account
-from refinfer.planning.cost import Calibration, costs_of, ideal_token_s
-from refinfer.planning.optimal import locked_array
+from refinfer.planning.cost import Calibration, Costs, costs_of
+from refinfer.planning.optimal import locked_array, token_s
 from refinfer.planning.plan import Plan
 from refinfer.planning.report import simulate_plan
+from refinfer.process import usable_cores
+from refinfer.trace import Recorder
 
-__all__ = ["OffloadStats", "Prediction", "observe", "predict"]
+__all__ = ["CHECK_S_PER_BYTE", "Meter", "OffloadStats", "Prediction", "observe", "predict"]
 
 _TELLING_BYTES: Final = 32 << 20  # reading less than this shows too little about a disk
+_TELLING_TOKENS: Final = 8  # from the rates of this many tokens, the rest is estimated
+_SPREAD: Final = 1.5  # nine of ten runs were within this factor of what was predicted before them
+CHECK_S_PER_BYTE: Final = 0.5e-9
+"""What checking costs: the CRC-32 of zlib takes in about 2 GB/s."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """The speed that a run should reach, known before its first token.
 
-    `token_s` is the simulator's time for a token with the costs of `calibration`, `ideal_token_s` the bound that no run
-    with these locks can beat; `io_bound` means that reading a token's chunks takes longer than its products.
+    `token_s` is the simulator's time for a token with the costs of `calibration`; `io_bound` means that reading a
+    token's chunks takes longer than its products.
     """
 
     token_s: float
-    ideal_token_s: float
     io_bound: bool
     calibration: Calibration
+
+    @property
+    def range_tokens_per_s(self) -> tuple[float, float] | None:
+        """The speeds between which nine of ten runs end; None if costs are assumed, which says nothing about here."""
+        return None if self.calibration.assumed else (1 / self.token_s / _SPREAD, _SPREAD / self.token_s)
+
+
+class Meter:
+    """What the tokens of a generation took, but for the first, which reads the prompt.
+
+    A token's time is split into waiting for chunks and computing. Beside it, threads read: a token's reading is the
+    time that each of `threads` spent on it. `best_compute_s` and `best_read_s` are the shortest of any token.
+    """
+
+    def __init__(self, recorder: Recorder, threads: int) -> None:
+        self._recorder = recorder
+        self._threads = max(threads, 1)
+        self._first: list[tuple[float, float]] = []  # computing and reading, for as many tokens as an estimate takes
+        self.best_compute_s = self.best_read_s = math.inf
+
+    @contextmanager
+    def token(self, *, first: bool) -> Iterator[None]:
+        """Measure a token; the first one begins a generation, and forgets what was measured before."""
+        if first:
+            self._first, self.best_compute_s, self.best_read_s = [], math.inf, math.inf
+        recorder = self._recorder
+        started, waited = recorder.clock.now(), recorder.wait_s
+        read = recorder.read_s(started)
+        yield
+        if not first:
+            ended = recorder.clock.now()
+            compute_s = ended - started - (recorder.wait_s - waited)
+            read_s = (recorder.read_s(ended) - read) / self._threads
+            self.best_compute_s, self.best_read_s = min(self.best_compute_s, compute_s), min(self.best_read_s, read_s)
+            if len(self._first) < _TELLING_TOKENS:
+                self._first.append((compute_s, read_s))
+
+    @property
+    def ideal_token_s(self) -> float | None:
+        """The seconds that no run at these rates can beat: the best computing or the best reading, the longer."""
+        return max(self.best_compute_s, self.best_read_s) if self._first else None
+
+    def estimate_s(self, inventory: Inventory, plan: Plan) -> float | None:
+        """Return the seconds of a token by the simulator, at the rates of the first tokens; None if they are too few.
+
+        These rates were seen while threads read and products were computed side by side, so what both share, cores,
+        memory and Python's lock, is in them.
+        """
+        if len(self._first) < _TELLING_TOKENS:
+            return None
+        locked = locked_array(inventory, plan.locked)
+        compute_s, read_s = (sum(seconds) / _TELLING_TOKENS for seconds in zip(*self._first, strict=True))
+        streamed = np.where(locked, 0, inventory.sizes)
+        reads = self._threads * read_s * streamed / max(streamed.sum(), 1)
+        costs = Costs(reads, compute_s * inventory.sizes / inventory.sizes.sum())
+        return token_s(costs, locked, max(plan.ring_slots, 1), plan.prefetch_threads)
 
 
 @dataclass(frozen=True, slots=True)
 class OffloadStats:
-    """What a run under a budget spent and read.
+    """What a run under a budget spent and read, and the speeds, in tokens per second, to compare its own with.
 
     `peak_bytes` is the most of the budget that was in use at once, `wait_s` how long the computation waited for
-    chunks. The predicted and the ideal tokens per second come from the run's `Prediction`.
+    chunks. `predicted_tokens_per_s` was known before the first token, and nine of ten runs end within
+    `predicted_range_tokens_per_s`; `assumed` names what it took from a table, and then there is no range.
+    `estimated_tokens_per_s` comes from the rates of the first eight tokens after the prompt. No run at the best rates
+    that this one saw beats `ideal_tokens_per_s`. What a generation is too short for is None.
     """
 
     plan: str
@@ -53,7 +122,10 @@ class OffloadStats:
     streamed_bytes_per_token: int
     read_bytes_total: int
     predicted_tokens_per_s: float
-    ideal_tokens_per_s: float
+    predicted_range_tokens_per_s: tuple[float, float] | None
+    assumed: tuple[str, ...]
+    estimated_tokens_per_s: float | None
+    ideal_tokens_per_s: float | None
     wait_s: float
     compute_s: float
 
@@ -89,5 +161,7 @@ def predict(inventory: Inventory, plan: Plan, calibration: Calibration, *, paged
     locked = locked_array(inventory, plan.locked)
     run = simulate_plan(inventory, plan, costs)
     reading_s = sum(costs.reads(locked)) / max(plan.prefetch_threads, 1)
-    ideal_s = ideal_token_s(costs, locked, plan.prefetch_threads)
-    return Prediction(run.token_s, ideal_s, reading_s > sum(costs.compute_s), calibration)
+    computing_s = sum(costs.compute_s)
+    checking_s = CHECK_S_PER_BYTE * float(inventory.sizes[~locked].sum())
+    shared_s = (computing_s + checking_s) / usable_cores()  # products and checks share the cores
+    return Prediction(max(run.token_s, shared_s), reading_s > computing_s, calibration)

@@ -19,7 +19,7 @@ from refinfer.model.transformer import prefill_block
 from refinfer.offload.budget import Budget, parse_budget
 from refinfer.offload.calibration import calibration_file, known_calibration, slower
 from refinfer.offload.packed_file import PackedFile
-from refinfer.offload.prediction import OffloadStats, Prediction, observe, predict
+from refinfer.offload.prediction import Meter, OffloadStats, Prediction, observe, predict
 from refinfer.offload.store import FileStore, ThrottledStore
 from refinfer.offload.streamed import StreamedSource
 from refinfer.planning.account import fixed_of
@@ -76,6 +76,7 @@ class BudgetedRun:
     prediction: Prediction
     store: FileStore
     recorder: Recorder
+    meter: Meter
 
     def stats(self, seconds: float, waited_before: float) -> OffloadStats:
         """Return what a generation of `seconds` spent; `waited_before` is how long the run had waited before it."""
@@ -87,10 +88,17 @@ class BudgetedRun:
             streamed_bytes_per_token=self.planned.inventory.streamable_nbytes - plan.account.locked,
             read_bytes_total=self.store.bytes_read,
             predicted_tokens_per_s=1 / self.prediction.token_s,
-            ideal_tokens_per_s=1 / self.prediction.ideal_token_s,
+            predicted_range_tokens_per_s=self.prediction.range_tokens_per_s,
+            assumed=self.prediction.calibration.assumed,
+            estimated_tokens_per_s=_rate(self.meter.estimate_s(self.planned.inventory, plan)),
+            ideal_tokens_per_s=_rate(self.meter.ideal_token_s),
             wait_s=waited,
             compute_s=max(0.0, seconds - waited),
         )
+
+
+def _rate(token_s: float | None) -> float | None:
+    return 1 / token_s if token_s else None
 
 
 def plan_run(within: Within, inventory: Inventory, max_positions: int, path: Path) -> PlannedRun:
@@ -148,7 +156,7 @@ def open_run(planned: PlannedRun, keys: Mapping[str, PackKey], clock: Clock, *, 
             calibration = observe(calibration, inventory, source, plan, clock, quiet=quiet)
         prediction = predict(inventory, plan, calibration, paged=within.paged)
         undo.pop_all()
-    return BudgetedRun(planned, source, prediction, store, recorder)
+    return BudgetedRun(planned, source, prediction, store, recorder, Meter(recorder, plan.prefetch_threads))
 
 
 # --8<-- [end:open]

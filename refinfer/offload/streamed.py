@@ -177,10 +177,8 @@ class StreamedSource:
 
     def _read(self, number: int, slot: Bytes, thread: int) -> Tiles:
         """Read and check a chunk, and note how long it took; prefetch threads run this."""
-        started = self._recorder.clock.now()
-        tiles = self._tiles(number, slot)
-        self._recorder.note(f"disk {thread + 1}", "read", self._kind(number), started)
-        return tiles
+        with self._recorder.reading(thread, self._kind(number)):
+            return self._tiles(number, slot)
 
     def _tiles(self, number: int, slot: Bytes) -> Tiles:
         """Read a chunk into a slot, and view it as tiles; views are made once for each slot and shape of chunk."""

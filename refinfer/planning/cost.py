@@ -96,6 +96,12 @@ class Calibration:
     processor: Processor
     measured: bool = False
 
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """What comes from this page's tables instead of this machine: `disk`, `processor`, both or neither."""
+        tables = {device.source for device in DEVICES.values()} | {HERE.processor.source}
+        return tuple(n for n, p in (("disk", self.device), ("processor", self.processor)) if p.source in tables)
+
 
 def _disk(name: str, gb_per_s: float, latency_us: float, source: str) -> Device:
     return Device(name, MappingProxyType({1: gb_per_s * 1e9}), latency_us * 1e-6, source)

@@ -47,7 +47,8 @@ WEIGHT_CACHE_KEYS = ["state", "path", "reason", "packed_buffers", "packed_bytes"
 ACCOUNT_KEYS = ["budget_bytes", "locked_bytes", "resident_bytes", "ring_bytes", "kv_cache_bytes", "scratch_bytes",
                 "threads_bytes"]  # fmt: skip
 OFFLOAD_KEYS = ["plan", *ACCOUNT_KEYS, "peak_bytes", "streamed_bytes_per_token", "read_bytes_total",
-                "predicted_tokens_per_s", "ideal_tokens_per_s", "wait_s", "compute_s"]  # fmt: skip
+                "predicted_tokens_per_s", "predicted_range_tokens_per_s",
+                "assumed", "estimated_tokens_per_s", "ideal_tokens_per_s", "wait_s", "compute_s"]  # fmt: skip
 
 
 @pytest.mark.spec("GEN-18", "CLI-2")
@@ -181,9 +182,10 @@ def test_waiting_and_computing_are_what_a_generation_took(folder: Path, built: P
         first = stats_of(session).offload
     assert first is not None
     chunks = len(Inventory(open_folder(folder).config, "f32").cycle)
-    # A second for each reading of the clock: four for each chunk, of which two are the wait, and two for each token.
-    assert first.wait_s == 8 * 2 * chunks
-    assert first.compute_s == 8 * 2 * chunks + 8
+    # A second for each reading of the clock: five for each chunk, of which three are the wait, and for each token one,
+    # and two more for its rates, of which the first token has only one.
+    assert first.wait_s == 8 * 3 * chunks
+    assert first.compute_s == 8 * 2 * chunks + 8 + 8 + 7
 
 
 @pytest.mark.spec("GEN-18")

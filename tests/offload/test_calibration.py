@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,8 @@ def test_a_named_device_comes_from_the_table_and_the_processor_from_the_file(tmp
 def test_a_throttled_disk_is_at_most_as_fast_as_its_rate() -> None:
     assert slower(HERE, None) is HERE
     assert slower(Calibration(FAST, EVEN), 2.5e9).device.bandwidth == {1: 2e9, 2: 2.5e9}
+    assert slower(HERE, 1e6).assumed == ("processor",)
+    assert slower(HERE, 1e12).assumed == ("disk", "processor")
 
 
 @pytest.mark.spec("CAL-4")
@@ -295,8 +298,7 @@ def test_the_commands_use_what_was_calibrated_and_name_it(
     json.loads(capsys.readouterr().out)
     assert main(["generate", "--budget", "70%", "--max-tokens", "2"]) == 0
     assert "ideal" in (line := capsys.readouterr().err.splitlines()[-1])
-    assert "predicted" in line
-    assert "as measured here" in line
+    assert re.match(r"tokens/s: predicted [\d.,]+ \([\d.,]+ to [\d.,]+\), measured", line)
 
 
 @pytest.mark.spec("CAL-5")
@@ -379,7 +381,7 @@ def test_only_a_run_under_a_budget_has_a_prediction(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", SHAPES["tiny"], dtype="f32")
     with load(tmp_path / "m", weight_cache=tmp_path / "w", budget="90%", max_positions=8) as session:
         assert session.prediction is not None
-        assert session.prediction.ideal_token_s <= session.prediction.token_s * (1 + 1e-9)
+        assert session.prediction.token_s > 0
     with load(tmp_path / "m", weight_cache=tmp_path / "w", max_positions=8) as session:
         assert session.prediction is None
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
-from refinfer.offload.prediction import OffloadStats, observe, predict
+from refinfer.offload import prediction
+from refinfer.offload.prediction import Meter, OffloadStats, Prediction, observe, predict
 from refinfer.offload.streamed import StreamedSource
 from refinfer.packing.formats import FORMATS, pack_matrix
 from refinfer.packing.layout import Tiles
 from refinfer.planning.account import Account, Fixed, fixed_of
-from refinfer.planning.cost import Calibration, Device, Processor, costs_of, ideal_token_s
-from refinfer.planning.optimal import locked_array
+from refinfer.planning.cost import DEVICES, HERE, Calibration, Costs, Device, Processor, costs_of, ideal_token_s
+from refinfer.planning.optimal import locked_array, token_s
 from refinfer.planning.plan import Plan, Prefetch, make_plan
 from refinfer.planning.report import simulate_plan
 from refinfer.sources.matrices import Scratch
+from refinfer.trace import Recorder
 
 FAST: Final = Device("fast", {1: 8e9, 2: 9e9}, 1e-5, "a test")
 SLOW: Final = Device("slow", {1: 1e6, 2: 2e6}, 1e-3, "a test")
@@ -39,14 +44,13 @@ def plan_of(calibration: Calibration, threads: int = 2, share: float = 0.5, name
 @pytest.mark.spec("GEN-18", "COST-3")
 @pytest.mark.parametrize("threads", [0, 1, 2])
 @pytest.mark.parametrize("device", [FAST, SLOW], ids=lambda device: device.name)
-def test_a_prediction_is_the_simulators_and_never_beats_the_ideal(device: Device, threads: int) -> None:
+def test_a_prediction_is_the_simulators_and_never_beats_the_bound(device: Device, threads: int) -> None:
     calibration = Calibration(device, EVEN, measured=True)
     plan = plan_of(calibration, threads)
     found = predict(INVENTORY, plan, calibration, paged=False)
     costs = costs_of(INVENTORY, calibration, prefetch_threads=threads)
     assert found.token_s == simulate_plan(INVENTORY, plan, costs).token_s
-    assert found.ideal_token_s == ideal_token_s(costs, locked_array(INVENTORY, plan.locked), threads)
-    assert found.ideal_token_s <= found.token_s * (1 + 1e-9)
+    assert ideal_token_s(costs, locked_array(INVENTORY, plan.locked), threads) <= found.token_s * (1 + 1e-9)
     assert found.io_bound == (device is SLOW)
     assert found.calibration is calibration
 
@@ -78,7 +82,125 @@ def test_a_run_that_locks_everything_is_bound_by_its_products() -> None:
     calibration = Calibration(SLOW, EVEN)
     found = predict(INVENTORY, plan_of(calibration, share=1.0), calibration, paged=False)
     assert not found.io_bound
-    assert found.token_s == pytest.approx(found.ideal_token_s)
+    assert found.token_s == pytest.approx(sum(costs_of(INVENTORY, calibration).compute_s))
+
+
+@pytest.mark.spec("CAL-10")
+def test_on_one_core_products_and_checks_take_their_time_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = Calibration(FAST, EVEN)
+    plan = plan_of(calibration)
+    streamed = sum(int(INVENTORY.sizes[n]) for n in range(len(INVENTORY.cycle)) if n not in plan.locked)
+    products_s = sum(costs_of(INVENTORY, calibration).compute_s)
+    monkeypatch.setattr(prediction, "usable_cores", lambda: 1)
+    alone = predict(INVENTORY, plan, calibration, paged=False).token_s
+    assert alone == pytest.approx(products_s + streamed * prediction.CHECK_S_PER_BYTE)
+    monkeypatch.setattr(prediction, "usable_cores", lambda: 64)
+    assert predict(INVENTORY, plan, calibration, paged=False).token_s < alone
+
+
+@pytest.mark.spec("CAL-7")
+def test_only_what_was_measured_has_a_range_of_a_factor_to_both_sides() -> None:
+    def found(device: Device, processor: Processor) -> Prediction:
+        calibration = Calibration(device, processor)
+        return predict(INVENTORY, plan_of(calibration), calibration, paged=False)
+
+    measured = found(FAST, EVEN)
+    assert measured.range_tokens_per_s == pytest.approx((1 / 1.5 / measured.token_s, 1.5 / measured.token_s))
+    assert measured.calibration.assumed == ()
+    for device, processor, assumed in (
+        (DEVICES["nvme"], EVEN, ("disk",)),
+        (FAST, HERE.processor, ("processor",)),
+        (HERE.device, HERE.processor, ("disk", "processor")),
+    ):
+        assert found(device, processor).range_tokens_per_s is None
+        assert found(device, processor).calibration.assumed == assumed
+
+
+# What the tokens of a run show.
+
+
+class Tokens:
+    """Tokens that take, on a clock of their own, what a test says: waiting, computing, and reading by each thread."""
+
+    def __init__(self, threads: int) -> None:
+        self.time, self.threads = 0.0, threads
+        self.recorder = Recorder(self)
+        self.meter = Meter(self.recorder, threads)
+        self.seconds: list[float] = []
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep(self, seconds: float) -> None:
+        raise AssertionError
+
+    def token(self, waiting: float, computing: float, reading: float) -> None:
+        """Let a token pass in which each thread reads for `reading` seconds, at most as long as the token takes."""
+        reading = min(reading, waiting + computing)
+        with self.meter.token(first=not self.seconds), ExitStack() as reads:
+            for thread in range(self.threads):
+                reads.enter_context(self.recorder.reading(thread, "q_proj"))
+            started, ends = self.time, self.time + waiting + computing
+            self.time += reading
+            reads.close()
+            self.time = started + waiting
+            self.recorder.waited("q_proj", started)
+            self.time = ends
+        self.seconds.append(waiting + computing)
+
+
+seconds = st.floats(0.001, 10)
+
+
+@pytest.mark.spec("CAL-8")
+@given(tokens=st.lists(st.tuples(st.just(0.0) | seconds, seconds, seconds), max_size=12), threads=st.integers(1, 3))
+def test_no_generation_is_faster_than_its_ideal(tokens: list[tuple[float, float, float]], threads: int) -> None:
+    run = Tokens(threads)
+    for spent in tokens:
+        run.token(*spent)
+    if len(tokens) < 2:
+        assert run.meter.ideal_token_s is None
+        return
+    ideal = run.meter.ideal_token_s
+    assert ideal is not None
+    assert ideal <= sum(run.seconds[1:]) / len(run.seconds[1:]) * (1 + 1e-9)
+    computing = min(computing for _, computing, _ in tokens[1:])
+    reading = min(min(reading, waiting + computing) for waiting, computing, reading in tokens[1:])
+    assert ideal == pytest.approx(max(computing, reading), abs=1e-9)
+
+
+@pytest.mark.spec("CAL-9")
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_eight_tokens_after_the_prompt_the_simulator_is_asked_again_at_their_rates(threads: int) -> None:
+    plan = replace(plan_of(Calibration(FAST, EVEN), max(threads, 1)), prefetch_threads=threads)
+    run = Tokens(max(threads, 1))
+    run.token(0, 100, 100)  # the prompt
+    for token in range(8):
+        assert run.meter.estimate_s(INVENTORY, plan) is None
+        run.token(1, 2 + token % 2, 2)
+    estimated = run.meter.estimate_s(INVENTORY, plan)
+    run.token(0, 100, 100)
+    assert run.meter.estimate_s(INVENTORY, plan) == estimated
+    locked = locked_array(INVENTORY, plan.locked)
+    streamed = INVENTORY.sizes * ~locked
+    costs = Costs(2 * max(threads, 1) * streamed / streamed.sum(), 2.5 * INVENTORY.sizes / INVENTORY.sizes.sum())
+    assert estimated == pytest.approx(token_s(costs, locked, plan.ring_slots, threads))
+    run.meter = Meter(run.recorder, threads)
+    assert run.meter.estimate_s(INVENTORY, plan) is None
+
+
+@pytest.mark.spec("CAL-8", "CAL-9")
+def test_a_new_generation_forgets_the_tokens_of_the_one_before() -> None:
+    run = Tokens(1)
+    for _ in range(9):
+        run.token(0, 1, 1)
+    assert run.meter.ideal_token_s == pytest.approx(1)
+    run.seconds.clear()
+    run.token(0, 5, 5)
+    assert run.meter.ideal_token_s is None
+    run.token(0, 3, 3)
+    assert run.meter.ideal_token_s == pytest.approx(3)
+    assert run.meter.estimate_s(INVENTORY, plan_of(Calibration(FAST, EVEN))) is None
 
 
 # What a start shows.
@@ -159,7 +281,8 @@ def test_products_with_locked_chunks_show_what_a_byte_costs() -> None:
 
 @pytest.mark.spec("GEN-18", "PLAN-1")
 def test_the_figures_of_a_run_are_its_plan_its_account_and_what_was_measured() -> None:
-    stats = OffloadStats("none", Account(100, Fixed(1, 2, 3), 4, 5), 15, 80, 800, 2.0, 4.0, 0.5, 1.5)
+    account = Account(100, Fixed(1, 2, 3), 4, 5)
+    stats = OffloadStats("none", account, 15, 80, 800, 2.0, (1.0, 4.0), (), 3.0, 4.0, 0.5, 1.5)
     rest = [field.name for field in dataclasses.fields(stats) if field.name not in ("plan", "account")]
     assert list(stats.to_json()) == ["plan", *stats.account.to_json(), *rest]
     assert stats.to_json() == {
@@ -175,6 +298,9 @@ def test_the_figures_of_a_run_are_its_plan_its_account_and_what_was_measured() -
         "streamed_bytes_per_token": 80,
         "read_bytes_total": 800,
         "predicted_tokens_per_s": 2.0,
+        "predicted_range_tokens_per_s": (1.0, 4.0),
+        "assumed": (),
+        "estimated_tokens_per_s": 3.0,
         "ideal_tokens_per_s": 4.0,
         "wait_s": 0.5,
         "compute_s": 1.5,

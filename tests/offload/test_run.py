@@ -168,18 +168,29 @@ def test_a_file_that_takes_the_place_of_the_damaged_one_meanwhile_is_not_removed
     opened(model, planned(model, threads)).source.close()
 
 
-@pytest.mark.spec("GEN-18", "COST-3")
+@pytest.mark.spec("GEN-18", "CAL-8", "CAL-9")
 @every_number_of_threads
 def test_the_speeds_of_a_run_are_tokens_per_second_and_the_ideal_is_the_fastest(
     threads: int, model: PackedModel
 ) -> None:
     run = opened(model, planned(model, threads))
-    stats, prediction = run.stats(2.0, 0.0), run.prediction
-    run.source.close()
-    assert stats.predicted_tokens_per_s * prediction.token_s == pytest.approx(1)
-    assert stats.ideal_tokens_per_s * prediction.ideal_token_s == pytest.approx(1)
-    assert stats.ideal_tokens_per_s >= stats.predicted_tokens_per_s
+    stats = run.stats(2.0, 0.0)
+    assert stats.predicted_tokens_per_s * run.prediction.token_s == pytest.approx(1)
+    assert (stats.ideal_tokens_per_s, stats.estimated_tokens_per_s) == (None, None)
     assert (stats.wait_s, stats.compute_s) == (0.0, 2.0)
+    started = run.recorder.clock.now()
+    for token in range(9):
+        with run.meter.token(first=token == 0):
+            for _ in run.source.chunks(0, len(model.inventory.cycle)):
+                pass
+        started = run.recorder.clock.now() if token == 0 else started
+    token_s = (run.recorder.clock.now() - started) / 8
+    stats = run.stats(2.0, 0.0)
+    run.source.close()
+    assert stats.ideal_tokens_per_s is not None
+    assert stats.ideal_tokens_per_s >= 1 / token_s
+    assert stats.estimated_tokens_per_s is not None
+    assert stats.estimated_tokens_per_s * run.meter.estimate_s(model.inventory, run.planned.plan) == pytest.approx(1)  # type: ignore[operator]
 
 
 @pytest.mark.spec("OFFLOAD-9", "OPEN-7")
@@ -343,7 +354,8 @@ def test_a_run_reports_what_it_read_waited_for_and_computed(paged: bool, model: 
         assert stats.compute_s == pytest.approx(9 - stats.wait_s)
         assert run.stats(seconds=0.0, waited_before=0.0).compute_s == 0
         assert stats.predicted_tokens_per_s == 1 / run.prediction.token_s
-        assert stats.ideal_tokens_per_s == 1 / run.prediction.ideal_token_s
+        assert stats.predicted_range_tokens_per_s == run.prediction.range_tokens_per_s
+        assert stats.assumed == run.prediction.calibration.assumed
         assert len(run.source.locked) == (0 if paged else len(run.planned.plan.locked))
     finally:
         run.source.close()
