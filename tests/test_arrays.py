@@ -20,6 +20,7 @@ from refinfer.arrays import (
     f32_to_bf16,
     require_rows,
     stored_to_f32,
+    whole_pages,
 )
 from refinfer.errors import RequestError
 
@@ -165,3 +166,11 @@ def test_rows_are_refused_unless_all_of_them_exist() -> None:
     for missing in ([5], [-1], [0, 5], [-5, 0], [0, 1 << 40]):
         with pytest.raises(RequestError, match=rf"rows {min(missing)} to {max(missing)} are asked for; .* 0 to 4"):
             require_rows(np.array(missing, np.int64), 5)
+
+
+@pytest.mark.spec("FILE-7")
+@given(st.integers(0, 1 << 62))
+def test_whole_pages_are_the_fewest_that_hold_so_many_bytes(nbytes: int) -> None:
+    whole = whole_pages(nbytes)
+    assert whole % PAGE_BYTES == 0
+    assert whole - PAGE_BYTES < nbytes <= whole

@@ -19,7 +19,9 @@ from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.folder import open_folder
 from refinfer.packing.formats import FORMATS, layout_of
 from refinfer.prepare import prepare
+from refinfer.weight_cache.key import WeightId
 from refinfer.weight_cache.mapped_file import read_file
+from refinfer.weight_cache.packers import padded_nbytes_of, vectors_key
 
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -70,6 +72,14 @@ def test_matrices_are_listed_layer_by_layer_and_the_output_table_comes_last(
             assert matrix.name == f"model.layers.{matrix.layer}.{block}.{matrix.kind}.weight"
     output = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     assert inventory.matrices[-1].name == output
+
+
+@pytest.mark.spec("OFFLOAD-2")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_block_of_vectors_takes_what_it_takes_in_the_file(shape: str) -> None:
+    inventory = Inventory(SHAPES[shape], "f32")
+    key = vectors_key(sum(inventory.vectors.values()), WeightId(bytes(32), inventory.vectors_name))
+    assert inventory.resident_nbytes == padded_nbytes_of(key)
 
 
 @pytest.mark.spec("OFFLOAD-1")

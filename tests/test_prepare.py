@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -559,6 +560,22 @@ def test_building_keeps_less_than_64_mb_in_private_memory(tmp_path: Path) -> Non
     assert measured["bytes"] > 130_000_000
     assert measured["looks"] > 50
     assert measured["growth"] < 64_000_000
+
+
+@pytest.mark.spec("PREP-6")
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux reports what of a mapping is in memory")
+@pytest.mark.parametrize("shard_nbytes", [None, 3_000_000], ids=["one file", "shards"])
+def test_the_pages_of_a_models_files_are_given_back_when_they_are_packed(
+    shard_nbytes: int | None, tmp_path: Path
+) -> None:
+    config = replace(SHAPES["tiny"], vocab_size=3000, hidden_size=512, tie_word_embeddings=False)
+    write_checkpoint(tmp_path / "m", config, dtype="f32", shard_nbytes=shard_nbytes)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    prepare(Inventory(config, "int8"), checkpoint, IN_MEMORY, clock=RealClock())
+    maps = Path("/proc/self/smaps").read_text()
+    for path in checkpoint.paths:
+        (resident_kb,) = re.findall(rf"{re.escape(str(path))}\n(?:.+\n)*?Rss: +(\d+) kB", maps)
+        assert int(resident_kb) * 1024 < path.stat().st_size // 4
 
 
 @pytest.mark.spec("PREP-8", "CLI-36")

@@ -92,6 +92,16 @@ def test_a_file_that_is_larger_than_its_kind_can_be_is_refused_unread(tmp_path: 
         read_whole(path, 1_000_000)
 
 
+@pytest.mark.spec("TENSOR-16")
+def test_a_pointer_of_git_lfs_is_refused_as_one_but_not_what_only_mentions_it(tmp_path: Path) -> None:
+    path, pointer = tmp_path / "x", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    path.write_bytes(pointer)
+    with pytest.raises(OSError, match="it is a Git LFS pointer"):
+        read_whole(path, 1000)
+    path.write_bytes(b"# " + pointer)
+    assert read_whole(path, 1000) == b"# " + pointer
+
+
 @pytest.mark.spec("INPUT-1")
 def test_an_opened_file_is_not_passed_on_to_programs_and_closes(tmp_path: Path) -> None:
     path = tmp_path / "x"

@@ -7,7 +7,7 @@ Read more: tutorial 07; clauses SAMPLE-6 to SAMPLE-8.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +103,7 @@ class GenerationConfig:
         value = self.raw.get(key)
         if value is None:
             return default
-        if type(value) not in (int, float) or not least <= value < math.inf:
+        if type(value) not in (int, float) or not least <= value <= sys.float_info.max:
             raise self.error(key, "a number from 0 up" if least == 0 else "a number above 0")
         return float(value)
 

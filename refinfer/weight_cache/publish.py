@@ -334,7 +334,7 @@ def named_draft(path: Path) -> Draft:
 def remove_dead_draft(path: Path, begin: bytes) -> None:
     """Remove a draft of `path` that begins with `begin` and that nobody is writing: its builder was killed."""
     temporary = draft_path(path)
-    if fcntl is None or not temporary.exists():
+    if fcntl is None:
         return
     try:
         with open_other_draft(temporary) as file:
@@ -342,7 +342,7 @@ def remove_dead_draft(path: Path, begin: bytes) -> None:
             if _is_at(temporary, file) and is_ours(file, begin):
                 temporary.unlink()
     except OSError:
-        return  # somebody is writing it, or has removed it, or we may not
+        return  # there is none, or somebody is writing it, or has removed it, or we may not
 
 
 def discard(path: Path, begin: bytes, is_at: Callable[[Path], bool]) -> bool:

@@ -141,6 +141,14 @@ def test_the_quickest_test_that_runs_the_line_is_the_first(toy: mutants.Module) 
     assert all("largest" in row["by"] or "another" in row["by"] for row in rows if row["killed"] and row["line"] < 7)
 
 
+def test_a_test_that_fails_while_it_is_watched_is_used_all_the_same(toy: mutants.Module) -> None:
+    toy.tests[0].write_text(TESTS + "\ndef test_unwatched():\n    assert sys.gettrace() is None\n")
+    rows, _ = script(toy)
+    assert {row["by"] for row in rows if row["after"] == "min"} == {
+        "tests/test_toy.py::test_the_largest_of_the_first_three_numbers_is_returned"
+    }
+
+
 @pytest.mark.parametrize(
     ("tests", "why"),
     [

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from refinfer.cli.ending import _SHORT_STEPS, _WHOLE_CALLS, INTERRUPTED, Stopped, ends_well
+from refinfer.cli.ending import _SHORT_STEPS, _WHOLE_CALLS, INTERRUPTED, Stopped, drop_unwritable_output, ends_well
 from refinfer.cli.main import main
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -334,3 +334,10 @@ def test_an_interrupt_without_a_signal_is_answered_the_same(
         signal.signal(signal.SIGINT, before[0])
         sys.unraisablehook = before[1]
     assert capsys.readouterr().err == "refinfer: interrupted\n"
+
+
+@pytest.mark.spec("CLI-8")
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_program_without_a_stream_has_nothing_to_drop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, name, None)
+    drop_unwritable_output()

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,28 @@ def test_generate_within_a_budget_shows_where_the_budget_went_what_was_read_and_
     assert re.fullmatch(likely, one_token)
     nine_tokens = run("generate", "--max-tokens", 9, "--budget", "70%")[2].splitlines()[-1]
     assert re.fullmatch(rf"{likely}, after 8 tokens {number}, measured {number}, ideal {number}", nine_tokens)
+
+
+@pytest.mark.spec("CLI-2")
+@pytest.mark.parametrize("plan", [None, "leading"])
+def test_a_plan_is_chosen_on_the_command_line_or_is_the_best_one(plan: str | None) -> None:
+    options = ["--plan", plan] if plan else []
+    status, out, _ = run("generate", "a", "--max-tokens", 1, "--budget", "60%", "--json", *options)
+    assert (status, json.loads(out)["offload"]["plan"]) == (0, plan or "optimal")
+
+
+@pytest.mark.spec("CLI-5")
+def test_an_interrupt_ends_the_text_without_a_summary(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> Iterator[str]:
+        yield "a"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["generate", "a", "--weight-cache", ":memory"])
+    assert capsys.readouterr() == ("aa", "")
 
 
 @pytest.mark.spec("CLI-1")

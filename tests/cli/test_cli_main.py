@@ -198,6 +198,17 @@ def test_closed_and_full_streams_change_no_exit_status(closed: str) -> None:
     assert statuses == ([2, 0] if closed != "2>/dev/full" else [2, 1])
 
 
+@pytest.mark.spec("ERR-2")
+def test_a_lack_of_memory_is_one_line_and_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("refinfer.cli.cache.prepare", lack)
+    status, out, err = run("pack", "-q", "-o", tmp_path / "packed")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "there is not enough memory for this" in err
+
+
 @pytest.mark.spec("CLI-8")
 def test_a_reader_that_closes_the_pipe_early_ends_the_program_quietly() -> None:
     read_end, write_end = os.pipe()

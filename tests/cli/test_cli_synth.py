@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from command_line import program, run
+from command_line import program, refused, run
+from refinfer.model.config import SHAPES
+from refinfer.model.synth import write_checkpoint
 
 
 @pytest.mark.spec("CLI-5", "SYNTH-4")
@@ -35,3 +37,12 @@ def test_synth_writes_a_checkpoint_that_generate_reads(tmp_path: Path) -> None:
     assert "tiny, 214,592 parameters, 429 kB in f16" in err
     status, out, _ = run("generate", "hello", "--model", folder, "--max-tokens", 4, "--json")
     assert (status, len(json.loads(out)["token_ids"])) == (0, 4)
+    write_checkpoint(tmp_path / "same", SHAPES["tiny"], dtype="f16", shard_nbytes=100_000, seed=3)
+    written, same = ({path.name: path.read_bytes() for path in made.iterdir()} for made in (folder, tmp_path / "same"))
+    assert written == same
+
+
+@pytest.mark.spec("CLI-4")
+def test_a_type_that_synth_cannot_store_is_refused(tmp_path: Path) -> None:
+    assert "invalid choice: 'fp8'" in refused("synth", tmp_path / "m", "--shape", "tiny", "--dtype", "fp8")
+    assert list(tmp_path.iterdir()) == []

@@ -112,7 +112,15 @@ def test_what_native_code_reports_is_dropped_and_standard_error_is_there_again(
             os.write(2, b"thread panicked")
             raise ValueError("its error")
 
+    def free_descriptors() -> list[int]:
+        found = [os.dup(2) for _ in range(3)]
+        for descriptor in found:
+            os.close(descriptor)
+        return found
+
+    before = free_descriptors()
     with pytest.raises(ValueError, match="its error"):
         fail()
+    assert free_descriptors() == before  # nothing stays open
     os.write(2, b"seen")
     assert capfd.readouterr().err == "seen"

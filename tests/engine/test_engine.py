@@ -27,6 +27,7 @@ from refinfer.model.config import SHAPES
 from refinfer.model.safetensors import TensorSpec, write_safetensors
 from refinfer.model.synth import write_checkpoint
 from refinfer.model.weights import Matrix
+from refinfer.trace import Trace
 
 sys.path.insert(0, str(Path(__file__).parent))
 import engine_runs
@@ -99,6 +100,14 @@ def test_memory_built_loaded_and_any_budget_give_the_same_bits(name: str, folder
         with opened(folder, cache, weights=name, **options) as session:
             np.testing.assert_array_equal(session.logits(ids).view(np.uint32), expected)
             assert tokens_of(session) == tokens
+
+
+@pytest.mark.spec("TRACE-5")
+@pytest.mark.parametrize("budget", [None, "1GB"])
+def test_a_run_that_is_not_traced_has_an_empty_trace(budget: str | None, folder: Path, built: Path) -> None:
+    with opened(folder, built, budget=budget) as session:
+        tokens_of(session)
+        assert session.trace == Trace(())
 
 
 @pytest.mark.spec("GEN-12", "DIR-1")

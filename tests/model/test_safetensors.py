@@ -149,6 +149,20 @@ def test_views_are_read_only_and_outlive_the_file_object(tmp_path: Path) -> None
     assert not view.flags.writeable
 
 
+@pytest.mark.spec("GEN-8")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc, as Linux has it")
+def test_a_file_that_nobody_uses_any_more_is_neither_open_nor_mapped(tmp_path: Path) -> None:
+    def held() -> tuple[bool, bool]:
+        links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return path in links, str(path) in Path("/proc/self/maps").read_text()
+
+    file = open_bytes(tmp_path, file_bytes({"a": entry()}, b"abc"))
+    path, view = file.path, file.view("a")
+    assert held() == (True, True)
+    del file, view
+    assert held() == (False, False)
+
+
 BAD_HEADERS = {
     "empty file": (b"", "it has only 0 bytes"),
     "cut length": (b"\x02\0\0\0\0\0\0", "it has only 7 bytes"),

@@ -59,6 +59,18 @@ def test_norms_are_around_1_and_biases_around_0_and_neither_are_trivial(tmp_path
         assert all(abs(vector.mean() - middle) < 0.1 and 0.05 < vector.std() < 0.2 for vector in of_kind)
 
 
+@pytest.mark.spec("SYNTH-1")
+def test_matrices_are_random_and_keep_the_length_of_what_they_multiply(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, SMALL, dtype="f32")
+    checkpoint = open_checkpoint(tmp_path)
+    for name, tensor in checkpoint.items():
+        if len(tensor.shape) == 2:
+            w = checkpoint.float32(name, tensor.shape) * tensor.shape[1] ** 0.5
+            assert abs(w.mean()) < 0.1
+            assert 0.9 < w.std() < 1.1
+            assert len(set(w.flat)) > w.size // 2
+
+
 @pytest.mark.spec("SYNTH-2")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_checkpoint_has_the_tensors_and_the_bytes_that_its_config_says(tmp_path: Path, dtype: str) -> None:

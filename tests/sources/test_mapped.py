@@ -45,6 +45,7 @@ from refinfer.weight_cache.format import StoredChunk
 from refinfer.weight_cache.mapped_file import MappedFile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "offload"))
+from build_site import come_to_rest
 from packed_model import PackedModel, change, threads_and_descriptors
 
 POSITIONS = 48
@@ -526,6 +527,17 @@ def test_where_no_thread_can_be_started_each_chunk_is_checked_when_it_is_used(
     checked.clear()
     np.testing.assert_array_equal(ahead.again(ahead=none).decode([7]).view(np.uint32), expected)
     assert {offset for _, _, offset, _ in ahead.chunks()} <= set(checked)
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_of_a_file_to_which_nobody_wrote_lately_everything_is_checked_once_too(
+    mapped: Mapped, checked: list[int]
+) -> None:
+    come_to_rest(mapped.path)
+    transformer = mapped.again()
+    for _ in range(2):
+        transformer.decode([7])
+    assert sorted(checked) == sorted({mapped.vectors.offset, *(offset for _, _, offset, _ in mapped.chunks())})
 
 
 @pytest.mark.spec("OFFLOAD-4")

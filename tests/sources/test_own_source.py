@@ -82,6 +82,19 @@ def test_what_is_no_source_of_this_model_is_refused_by_name(name: str, tiny_fold
     assert str(refused.value).startswith(why)
 
 
+@pytest.mark.spec("GEN-23", "GEN-8")
+def test_a_source_of_another_model_is_closed_when_it_is_refused(tiny_folder: Path) -> None:
+    made: list[WeightSource] = []
+
+    def make(config: ModelConfig, folder: Path) -> WeightSource:
+        made.append(other(config, folder))
+        return made[-1]
+
+    with pytest.raises(RequestError, match="for another model"):
+        refinfer.load(tiny_folder, source=make)
+    assert [source.closed for source in made if isinstance(source, Own)] == [1]
+
+
 @pytest.mark.spec("GEN-23")
 def test_a_source_itself_in_the_place_of_its_class_is_refused(tiny_folder: Path, tiny_source: RowMajorSource) -> None:
     with pytest.raises(RequestError, match="not RowMajorSource"):

@@ -14,7 +14,13 @@ from numpy.testing import assert_array_equal
 from file_contents import ABOUT, SOURCE, fill, flip, floats, gaps, packed, tensors, write
 from provider_kinds import A, B, C, D, contents, finalized, insert, loaded, noise
 from refinfer.arrays import PAGE_BYTES
-from refinfer.errors import DamagedWeightsError, PackingError, RequestError, WeightCacheStateError
+from refinfer.errors import (
+    CacheFileError,
+    DamagedWeightsError,
+    PackingError,
+    RequestError,
+    WeightCacheStateError,
+)
 from refinfer.packing.formats import PackedMatrix, layout_of, pack_matrix
 from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.file import FileWeightCacheProvider
@@ -23,6 +29,7 @@ from refinfer.weight_cache.key import PackKey, WeightId
 from refinfer.weight_cache.mapped_file import read_file
 from refinfer.weight_cache.packers import chunks_of, layout_of_key, matrix_key, padded_nbytes_of, vectors_key
 from refinfer.weight_cache.provider import WeightCacheProvider
+from refinfer.weight_cache.publish import draft_path
 
 PAGE = PAGE_BYTES
 
@@ -497,6 +504,17 @@ def test_a_provider_is_not_built_over_a_persons_file(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="is not a draft of refinfer, and stays as it is"):
         FileWeightCacheProvider.build(thesis)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("thesis.txt.tmp", b"dear")]
+
+
+@pytest.mark.spec("FILE-3")
+def test_what_a_provider_writes_says_from_the_beginning_that_it_was_not_completed(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    provider = FileWeightCacheProvider.build(path, ABOUT)
+    for key in (A, B):
+        with pytest.raises(CacheFileError, match=r"^it was never completed$"):
+            read_file(draft_path(path))
+        insert(provider, key, noise(key))
+    provider.delete_cache()
 
 
 @pytest.mark.spec("CACHE-11")

@@ -10,6 +10,7 @@ import socket
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from refinfer.errors import RequestError, WeightCacheError
 from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.identity import SIDE_FILE_BEGINS, side_path
 from refinfer.weight_cache.mapped_file import NO_FILE
-from refinfer.weight_cache.ownership import make_folder, require_replaceable
+from refinfer.weight_cache.ownership import make_folder, require_replaceable, write_to_device
 from refinfer.weight_cache.publish import Draft, Patience, draft_path, write_small_file
 from starts import make_small
 
@@ -168,6 +169,20 @@ def test_what_a_crash_has_left_of_a_draft_is_taken_over(site: Site, left: bytes)
     draft_path(side_path(site.cache)).write_bytes(SIDE_FILE_BEGINS[: len(left)])
     assert site.open_checked().outcome.reason == NO_FILE
     assert site.folder == site.own_names
+
+
+@pytest.mark.spec("CLI-24")
+def test_a_pipe_gets_all_of_what_is_written_to_it_if_somebody_reads_it(tmp_path: Path) -> None:
+    pipe, data = tmp_path / "pipe", os.urandom(300_000)  # more than a pipe holds
+    os.mkfifo(pipe)
+    with os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader, ThreadPoolExecutor(1) as pool:
+        with pipe.open("wb"):  # it does not end meanwhile
+            os.set_blocking(reader.fileno(), True)
+            read = pool.submit(reader.read)
+            write_to_device(pipe, data)
+        assert read.result() == data
+    with pytest.raises(OSError, match="No such device or address"):
+        write_to_device(pipe, data)
 
 
 @pytest.mark.spec("PUBLISH-8")

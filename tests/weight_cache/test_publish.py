@@ -15,15 +15,23 @@ from typing import IO
 
 import pytest
 
-from build_site import Site, come_to_rest, mapped_of, taken
+from build_site import Site, come_to_rest, mapped_of, put, taken
 from children import WATCHDOG_S, Child, Gate, Say, watched
 from refinfer.arrays import PAGE_BYTES
-from refinfer.errors import WeightsError
+from refinfer.errors import RequestError, WeightsError
 from refinfer.packing.layout import Bytes
 from refinfer.weight_cache import publish
 from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.mapped_file import MappedFile
-from refinfer.weight_cache.publish import Draft, Space, discard, draft_path, remove_dead_draft, write_small_file
+from refinfer.weight_cache.publish import (
+    Draft,
+    Space,
+    discard,
+    draft_path,
+    named_draft,
+    remove_dead_draft,
+    write_small_file,
+)
 from starts import BEGINNINGS, before, make_small
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, as POSIX has it")
@@ -275,6 +283,63 @@ def test_a_start_that_finds_a_good_file_removes_a_dead_draft_next_to_it(site: Si
     site.check(prepared := site.open())
     assert prepared.outcome.reason is None
     assert site.folder == site.own_names
+
+
+@pytest.mark.spec("PUBLISH-4", "CACHE-2")
+def test_what_a_killed_builder_had_written_is_not_in_the_file_that_the_next_one_builds(site: Site) -> None:
+    """What is not written is zeros, such as the padding of a matrix."""
+    put(site.cache.parent, {draft_path(site.cache).name: MAGIC + b"\xff" * 1_000_000})
+    assert site.open_checked().outcome.packed_buffers == 3
+
+
+@pytest.mark.spec("OPEN-9")
+def test_a_persons_file_that_appears_while_its_place_is_built_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "thesis"
+    draft = named_draft(path)
+    draft.write(0, MAGIC)
+    draft.settle(len(MAGIC))
+    path.write_bytes(b"dear")
+    with pytest.raises(RequestError, match="is not a weight cache, and stays as it is"):
+        draft.publish()
+    draft.abandon()
+    assert taken(tmp_path) == {"thesis": b"dear"}
+
+
+@pytest.mark.spec("PUBLISH-13")
+def test_without_locks_a_draft_that_another_removes_meanwhile_hinders_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_at = publish._is_at
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def remove(path: Path, file: IO[bytes]) -> bool:
+        try:
+            return is_at(path, file)
+        finally:
+            path.unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", refuse)
+        patch.setattr(publish, "_is_at", remove)
+        draft = Draft(tmp_path / "file")
+    draft.write(0, b"whole")
+    draft.settle(5)
+    draft.publish()
+    assert taken(tmp_path) == {"file": b"whole"}
+
+
+@pytest.mark.spec("FILE-11")
+@pytest.mark.parametrize("nbytes", [PAGE_BYTES, 1 << 20, 5 << 19], ids=["a page", "1 MiB", "2.5 MiB"])
+def test_clearing_a_part_of_a_draft_makes_zeros_of_it_and_leaves_what_is_around(tmp_path: Path, nbytes: int) -> None:
+    path, start, end = tmp_path / "file", PAGE_BYTES, PAGE_BYTES + nbytes
+    draft = Draft(path)
+    draft.write(0, b"\xff" * (end + PAGE_BYTES))
+    draft.clear(start, end)
+    draft.settle(end + PAGE_BYTES)
+    draft.publish()
+    assert path.read_bytes() == b"\xff" * start + bytes(nbytes) + b"\xff" * PAGE_BYTES
 
 
 @pytest.mark.spec("PUBLISH-3", "PUBLISH-4")

@@ -117,6 +117,20 @@ def test_an_answer_also_ends_at_the_end_token_of_the_tokenizers_config(manner: P
     assert model.ending_turns().ending_turns() == model.ending_turns()
 
 
+@pytest.mark.spec("CHAT-5")
+@pytest.mark.parametrize("lacks", ["an end token", "a tokenizer"])
+def test_an_answer_ends_as_any_text_does_if_no_end_token_is_named_for_it(
+    lacks: str, tmp_path: Path, tiny_config: ModelConfig
+) -> None:
+    folder = checkpoint(tmp_path / "qwen3", tiny_config)
+    if lacks == "a tokenizer":
+        (folder / "tokenizer.json").unlink()
+    else:
+        with_config(folder, {"eos_token": None})
+    model = open_folder(folder)
+    assert model.ending_turns() is model
+
+
 @pytest.mark.spec("CHAT-6")
 def test_a_prompt_without_chat_gets_one_line_that_says_what_chat_does(manner: Path) -> None:
     asked = ["generate", "--model", manner, "--max-tokens", 1, "--weight-cache", ":memory"]
@@ -197,6 +211,20 @@ def test_a_damaged_template_stops_a_chat_and_nothing_else(
     assert not model.has_chat_template
     with pytest.raises(InputError, match="chat"):
         model.encode_chat("hi", None, str)
+
+
+@pytest.mark.spec("CHAT-4")
+@pytest.mark.parametrize(("length", "why"), [(200_000, None), (200_001, "more than 200,000 characters")], ids=str)
+def test_a_template_of_the_config_may_be_as_long_as_one_in_a_file(
+    length: int, why: str | None, tmp_path: Path, tiny_config: ModelConfig
+) -> None:
+    model = open_folder(with_config(checkpoint(tmp_path / "qwen3", tiny_config), {"chat_template": "x" * length}))
+    assert model.has_chat_template is (why is None)
+    if why is None:
+        assert model.encode_chat("hi", None, str) == model.encode("x" * length)
+    else:
+        with pytest.raises(InputError, match=why):
+            model.encode_chat("hi", None, str)
 
 
 MALFORMED = {

@@ -114,6 +114,40 @@ def test_a_refused_key_may_have_a_value_that_changes_nothing(key: str, family: s
             parse_config(raw_config(family, **{key: value}))
 
 
+FACTORS = [
+    "partial_rotary_factor",
+    "attention_in_multiplier",
+    "attention_out_multiplier",
+    "embedding_multiplier",
+    "key_multiplier",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "residual_multiplier",
+    "rotary_pct",
+    "scale_emb",
+]
+
+
+@pytest.mark.spec("CONFIG-10", "CONFIG-11")
+@pytest.mark.parametrize("key", sorted({*REFUSED, *OTHERS} - {"is_causal"}))
+def test_a_factor_changes_nothing_if_it_is_1_and_any_other_key_if_it_is_0_or_false(key: str) -> None:
+    for value in (0, False, 1, True):
+        raw = raw_config(**{key: value})
+        if bool(value) == (key in FACTORS):
+            assert parse_config(raw) == parse_config(raw_config())
+        else:
+            with pytest.raises(ConfigError, match=rf"config\.json: {key} is "):
+                parse_config(raw)
+
+
+@pytest.mark.spec("CONFIG-6")
+@pytest.mark.parametrize("value", [{"bits": 4}, {"quant_method": None}, {"quant_method": 7}, "gptq", 8], ids=str)
+def test_weights_that_are_quantised_by_no_method_of_a_name_are_refused_without_one(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"quantization_config is set: the weights are quantised; give"):
+        parse_config(raw_config(quantization_config=value))
+
+
 PRIVATE = {"unsloth_version": "2025.1", "_name_or_path": "x", "auto_map": {"AutoModel": "x.y"}, "my_key": [1, {}]}
 
 

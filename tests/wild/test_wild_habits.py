@@ -72,7 +72,7 @@ def test_quiet_prints_the_text_alone(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.spec("CLI-33", "CLI-36")
-def test_the_bar_has_a_share_and_quiet_shows_none(model: Path, tmp_path: Path) -> None:
+def test_the_bar_has_a_share_and_quiet_shows_none(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = on_terminal(lambda: run_plain("pack", str(model), "-o", str(tmp_path / "one")), 80)
     assert re.search(r"packing the weights .*\d+%", shown)
     assert re.search(r"reading the weights .*\d+%", shown)
@@ -80,6 +80,9 @@ def test_the_bar_has_a_share_and_quiet_shows_none(model: Path, tmp_path: Path) -
     assert shown == f"{tmp_path / 'two'}\n"
     shown = on_terminal(lambda: run_plain("synth", str(tmp_path / "other"), "--shape", "tiny", "-q"), 80)
     assert shown == ""
+    monkeypatch.chdir(tmp_path)  # a short name leaves room for the bar
+    shown = on_terminal(lambda: run_plain("synth", "third", "--shape", "tiny"), 80)
+    assert re.search(r"third .*100%", shown)
 
 
 @pytest.mark.spec("CLI-37", "SYNTH-5")

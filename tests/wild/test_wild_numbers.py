@@ -42,7 +42,7 @@ def test_without_options_plan_simulate_generate_and_load_spend_a_budget_alike(we
         assert session.stats is not None
         assert session.stats.offload is not None
         assert account_of(session.stats.offload.to_json()) == expected
-        assert planned["positions"] == simulated["positions"] == session.max_positions == DEFAULT_POSITIONS
+        assert planned["positions"] == simulated["positions"] == session.max_positions == DEFAULT_POSITIONS == 256
 
 
 @pytest.mark.spec("PLAN-20")

@@ -70,6 +70,24 @@ def test_what_is_asked_for_and_not_applied_is_named(name: str) -> None:
     assert found.not_applied(found.sampling()) == wanted
 
 
+# The values with which `transformers` does nothing.
+NEUTRAL = {
+    **dict.fromkeys(
+        ["repetition_penalty", "encoder_repetition_penalty", "num_beams", "guidance_scale", "typical_p"], 1
+    ),
+    **dict.fromkeys(["no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"], 0),
+    **dict.fromkeys(["penalty_alpha", "min_p", "epsilon_cutoff", "eta_cutoff"], 0),
+}
+
+
+@pytest.mark.spec("SAMPLE-8")
+@pytest.mark.parametrize(("key", "neutral"), NEUTRAL.items())
+def test_every_value_but_the_one_that_does_nothing_is_named(key: str, neutral: int) -> None:
+    for value in (0, 1, 2, 0.5):
+        found = GenerationConfig("generation_config.json", {key: value, "do_sample": True})
+        assert found.not_applied(found.sampling()) == ([] if value == neutral else [f"{key} {value}"])
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A small model that draws, with a penalty."""
