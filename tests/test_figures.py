@@ -102,7 +102,8 @@ def arm(of: dict[str, Any], share: float, name: str, weights: str = "f32", threa
     usual = 0 if name in ("synchronous", "mmap", "lru-paged") else 2
     wanted = (weights, share, name, usual if threads is None else threads)
     keys = ("format", "budget_share", "arm", "prefetch_threads")
-    (row,) = [row for row in of["rows"] if tuple(row[key] for key in keys) == wanted]
+    rows = [row for row in of["rows"] if row.get("threads", 1) == 1]
+    (row,) = [row for row in rows if tuple(row[key] for key in keys) == wanted]
     return row
 
 
@@ -135,7 +136,7 @@ def limit_table() -> list[str]:
     """How near `optimal` comes to what disk and processor allow, in every format."""
     lines = []
     for row in OFFLOAD["rows"]:
-        if row["arm"] == "optimal" and row["prefetch_threads"] == 2:
+        if (row["arm"], row["prefetch_threads"], row.get("threads", 1)) == ("optimal", 2, 1):
             cells = (
                 row["format"],
                 f"{row['budget_share']:.0%}",

@@ -57,7 +57,7 @@ MODEL: Final = replace(
 )
 """Six layers of TinyLlama with its output table: 1.2 GB in float32."""
 
-_ROUNDS: Final = 5
+_ROUNDS: Final = 3
 _QUICK_ROUNDS: Final = 2
 _ALL_SHARES: Final = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 _PLAN_SHARES: Final = (0.25, 0.5, 0.75)

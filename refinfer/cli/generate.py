@@ -294,7 +294,7 @@ def _offload_lines(done: GenerationStats, prediction: Prediction | None) -> list
     if (likely := stats.predicted_range_tokens_per_s) is not None:
         rates.insert(0, f"predicted {predicted} ({' to '.join(map(_rate, likely))})")
     else:
-        assumed = f"{' and '.join(stats.assumed)} {'are' if len(stats.assumed) > 1 else 'is'} as assumed"
+        assumed = f"the {' and the '.join(stats.assumed)} {'are' if len(stats.assumed) > 1 else 'is'} as assumed"
         rates.insert(0, f"{predicted} if {assumed} (run refinfer bench calibrate)")
     return [
         f"budget: {format_nbytes(stats.account.budget)}, peak {format_nbytes(stats.peak_bytes)}: {spent}",

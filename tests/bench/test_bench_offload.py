@@ -55,7 +55,7 @@ def test_compute_heavy_runs_are_the_plans_and_no_threads_at_three_budgets() -> N
         (name, share) for name in (*PLANS, "synchronous") for share in (0.25, 0.5, 0.75)
     }
     assert {arm.format for arm in heavy} == {"f32"}
-    assert steps(compute_heavy=True) == 5 * len(heavy)
+    assert steps(compute_heavy=True) == 3 * len(heavy)
     assert steps(quick=True) == 2 * len(arms(quick=True))
 
 

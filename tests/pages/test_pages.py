@@ -180,8 +180,9 @@ def _require_measured(fence: Fence, where: str) -> None:
 def committed() -> dict[str, Any]:
     """Return the committed figures by the names of their files, and what chooses among their rows."""
 
-    def row(of: dict[str, Any], **wanted: Any) -> Any:
-        found = [r for r in of["rows"] if all(r[key] == value for key, value in wanted.items())]
+    def row(of: dict[str, Any], threads: int = 1, **wanted: Any) -> Any:
+        of_threads = [r for r in of["rows"] if r.get("threads", 1) == threads]
+        found = [r for r in of_threads if all(r[key] == value for key, value in wanted.items())]
         assert len(found) == 1, f"{len(found)} rows have {wanted}"
         return found[0]
 

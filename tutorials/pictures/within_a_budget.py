@@ -20,7 +20,8 @@ _HEIGHT: Final = 300
 
 def draw() -> str:
     """Draw one line for each arm over the budgets, and the bound of what disk and processor allow."""
-    rows = [row for row in json.loads(_FIGURES.read_text())["rows"] if row["format"] == "f32"]
+    measured = json.loads(_FIGURES.read_text())["rows"]
+    rows = [row for row in measured if row["format"] == "f32" and row.get("threads", 1) == 1]
     best = [row for row in rows if row["arm"] == "optimal" and row["prefetch_threads"] > 1]
     most = max(max(row["ideal_tokens_per_s"], row["tokens_per_s"]) for row in best) * 1.05
     lines = [
