@@ -34,9 +34,12 @@ GOLDEN = Path(__file__).parent / "golden"
 for _name in ("CI", "BUILD_NUMBER"):
     os.environ.pop(_name, None)
 
-# Whoever runs the tests in the background of a script has them ignore Ctrl-C, and every program that they start.
+# Whoever runs the tests in the background of a script has them ignore Ctrl-C, and `nohup` the end of the terminal; so
+# would every program that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # Windows has no SIGHUP
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Property tests draw the same examples each time, and none is timed: a shared machine would make them flicker.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)

@@ -87,7 +87,7 @@ def _best(kernels: Mapping[str, Kernel], timings: Timings) -> dict[str, float]:
 
 
 def machine_limits(threads: int, rounds: int = 9) -> dict[str, float]:
-    """Measure how fast so many BLAS threads read (GB/s) each kind of page, and multiply float32 (GFLOP/s)."""
+    """Measure how fast BLAS threads read each kind of page (GB/s), and how fast they multiply float32 (GFLOP/s)."""
     ones, n = np.ones((1024, 1024), np.float32), max(1, _STREAMED_BYTES >> 22)
     kernels = limit_kernels({_READ: _copies(ones, n), _READ_4K: _copies(ones, n, _in_small_pages)})
     with threadpool_limits(threads, user_api="blas"):
@@ -256,8 +256,9 @@ def _measure(weights: Weights, x: Float32Array, rounds: int, limits: dict[str, f
 def _with_limits(progress: Progress) -> dict[str, Any]:
     one: dict[str, float] = {}
     rows = list(matmul_rows(limits=one, progress=progress))
-    more = [threads for threads in (usable_cores(),) if threads > 1]
-    by_threads = [{"threads": 1} | one, *({"threads": threads} | machine_limits(threads) for threads in more)]
+    by_threads = [{"threads": 1} | one]
+    if (cores := usable_cores()) > 1:
+        by_threads.append({"threads": cores} | machine_limits(cores))
     return {"limits": one | {"by_threads": by_threads}, "rows": rows}
 
 

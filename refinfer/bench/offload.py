@@ -257,16 +257,14 @@ def _planned(bench: _Bench, arm: Arm, runs: list[dict[str, Any]]) -> Row:
         "planned_bytes_per_token": streamed,
         "peak_bytes": max(run["offload"]["peak_bytes"] for run in runs),
         "predicted_tokens_per_s": statistics.median(run["offload"]["predicted_tokens_per_s"] for run in runs),
-        "estimated_tokens_per_s": _median_of([run["estimated_tokens_per_s"] for run in runs]),
-        "in_range": _median_of([_share_in_range(run) for run in runs], statistics.mean),
+        "estimated_tokens_per_s": _averaged(statistics.median, [run["estimated_tokens_per_s"] for run in runs]),
+        "in_range": _averaged(statistics.mean, [_share_in_range(run) for run in runs]),
     }
 
 
-def _median_of(
-    values: Sequence[float | None], mean: Callable[[Sequence[float]], float] = statistics.median
-) -> float | None:
+def _averaged(average: Callable[[Sequence[float]], float], values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return mean(known) if known else None
+    return average(known) if known else None
 
 
 def _share_in_range(run: dict[str, Any]) -> float | None:

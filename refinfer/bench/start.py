@@ -28,6 +28,7 @@ from refinfer.generate import STORYTELLER, load
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.synth import write_checkpoint
 from refinfer.packing.formats import FORMATS
+from refinfer.process import usable_cores
 from refinfer.units import format_nbytes
 from refinfer.weight_cache.directory import remove
 from refinfer.weight_cache.mapped_file import MappedFile
@@ -139,22 +140,18 @@ class _Round:
     check_s: float
 
     def checked_ratio(self, page_cache: str) -> tuple[float, float]:
-        """Return how long a checked start takes beside the better of what it is compared with, and the least possible.
+        """Return the time of a checked start divided by that of another way, and the least that this can be.
 
-        Warm, that is an unchecked start: checks and products can do no better than to share all cores evenly. Cold, it
-        is an unchecked start or reading the file alone: no start ends before its products, which the warm one has.
+        With a warm page cache the other way is an unchecked start; at best, checks and products share all cores evenly.
+        With a cold one it is an unchecked start or reading the file alone, the quicker one; at best, only products take
+        time.
         """
         checked, unchecked = (self.starts[Start("load", page_cache, verify=verify)] for verify in (True, False))
         products = self.starts[Start("load", "warm", verify=False)]
         if page_cache == "warm":
-            return checked / unchecked, max(1.0, (products + self.check_s) / _cores() / products)
+            return checked / unchecked, max(1.0, (products + self.check_s) / usable_cores() / products)
         best = min(unchecked, self.read_s)
         return checked / best, max(1.0, products / best)
-
-
-def _cores() -> int:
-    """Return the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_bench(
@@ -216,7 +213,7 @@ def _row(weights: str, start: Start, measured: Mapping[Start, list[dict[str, Any
 
 def _checking(row: Row) -> str:
     """Show what checking costs, and the least it can."""
-    ratio = row.get("checked_ratio")  # rows of older versions have none
+    ratio = row.get("checked_ratio")  # a row of an older version does not have it
     return "" if ratio is None else f"{ratio:.2f} (≥ {row['least_checked_ratio']:.2f})"
 
 

@@ -39,7 +39,6 @@ from refinfer.model.folder import DEFAULT_MAX_TOKENS, DEFAULT_POSITIONS, ModelFo
 from refinfer.model.generation_config import GenerationConfig, read_generation_config
 from refinfer.model.sampler import Sampling
 from refinfer.model.synth import has_random_weights
-from refinfer.offload.prediction import Prediction
 from refinfer.planning.cost import PREFETCH_THREADS
 from refinfer.units import format_nbytes
 
@@ -159,7 +158,7 @@ def run_generate(args: argparse.Namespace) -> None:
         _write(chain(["" if args.chat else prompt or ""], pieces), heard=not args.json)
         if args.trace is not None:
             write_file(args.trace, CHROME_BEGINS, json.dumps(to_chrome(session.trace)))
-        stats, prediction = session.stats, session.prediction
+        stats = session.stats
         cache = cache_line(session.weight_cache, mapped=args.budget is None)
     assert stats is not None
     if args.json:
@@ -172,7 +171,7 @@ def run_generate(args: argparse.Namespace) -> None:
     print(file=sys.stderr)
     noise = ["this model has random weights, so its text is noise"] if has_random_weights(model.path) else []
     drawn = seed if args.seed is None else None
-    for line in (_summary(stats, drawn), *noise, cache, *_offload_lines(stats, prediction)):
+    for line in (_summary(stats, drawn), *noise, cache, *_offload_lines(stats)):
         say(line, sys.stderr)
 
 
@@ -278,10 +277,10 @@ def _summary(stats: GenerationStats, drawn_seed: int | None) -> str:
     return " · ".join(parts)
 
 
-def _offload_lines(done: GenerationStats, prediction: Prediction | None) -> list[str]:
+def _offload_lines(done: GenerationStats) -> list[str]:
     """Return where a budget went, what was read, and how that compares with what disk and processor allow."""
     stats = done.offload
-    if stats is None or prediction is None:
+    if stats is None:
         return []
     spent = ", ".join(f"{what} {format_nbytes(nbytes)}" for what, nbytes in stats.account.parts.items())
     measured = {

@@ -49,7 +49,7 @@ __all__ = [
 CALIBRATION_FILE: Final = "calibration.json"
 CALIBRATION_VERSION: Final = 1
 _MEASURE_S: Final = 0.1
-_TELLING_BYTES: Final = 32 << 20  # products with less than this are measured more than once
+_FEW_BYTES: Final = 32 << 20  # products with less than this are measured more than once
 _AGAIN: Final = 20
 _LARGEST_FILE_BYTES: Final = 1_000_000  # an entry takes about 1000
 _RATES: Final = 1.0, 1e15  # bytes per second, from the slowest to the fastest that is believed
@@ -190,7 +190,7 @@ def product_seconds_per_byte(
     A few small chunks are multiplied again and again: the first time, everything is still on its way into caches.
     """
     spent, nbytes = 0.0, 0
-    few = sum(inventory.cycle[number].padded_nbytes for number in chunks) < _TELLING_BYTES
+    few = sum(inventory.cycle[number].padded_nbytes for number in chunks) < _FEW_BYTES
     for number, tiles in [*chunks.items()] * (_AGAIN if few else 1):
         used = inventory.cycle[number]
         layout = inventory.matrices[used.matrix].layout.alone(used.index)

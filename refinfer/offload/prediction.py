@@ -31,9 +31,9 @@ __all__ = ["CHECK_S_PER_BYTE", "Meter", "OffloadStats", "Prediction", "observe",
 
 _TELLING_BYTES: Final = 32 << 20  # reading less than this shows too little about a disk
 _TELLING_TOKENS: Final = 8  # from the rates of this many tokens, the rest is estimated
-_SPREAD: Final = 1.5  # nine of ten runs were within this factor of what was predicted before them
+_SPREAD: Final = 1.5  # a range is this factor to both sides; `bench offload` counts the runs that are in it
 CHECK_S_PER_BYTE: Final = 0.5e-9
-"""What checking costs: the CRC-32 of zlib takes in about 2 GB/s."""
+"""What checking costs: the CRC-32 of zlib takes in about 2 GB/s (`refinfer bench start --json`, `check_alone_s`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Prediction:
 
     @property
     def range_tokens_per_s(self) -> tuple[float, float] | None:
-        """The speeds between which nine of ten runs end; None if costs are assumed, which says nothing about here."""
+        """The speeds between which most runs end; None if costs are assumed, which says nothing about this machine."""
         return None if self.calibration.assumed else (1 / self.token_s / _SPREAD, _SPREAD / self.token_s)
 
 
@@ -110,7 +110,7 @@ class OffloadStats:
     """What a run under a budget spent and read, and the speeds, in tokens per second, to compare its own with.
 
     `peak_bytes` is the most of the budget that was in use at once, `wait_s` how long the computation waited for
-    chunks. `predicted_tokens_per_s` was known before the first token, and nine of ten runs end within
+    chunks. `predicted_tokens_per_s` was known before the first token, and most runs end within
     `predicted_range_tokens_per_s`; `assumed` names what it took from a table, and then there is no range.
     `estimated_tokens_per_s` comes from the rates of the first eight tokens after the prompt. No run at the best rates
     that this one saw beats `ideal_tokens_per_s`. What a generation is too short for is None.

@@ -48,7 +48,7 @@ __all__ = [
 Seconds: TypeAlias = Sequence[float] | Float64Array
 
 _ROUNDING: Final = 1e-10  # two times are equal if they differ by less than this share of a token
-_ROUNDS: Final = 100  # so many rounds of the ring are a part of a run; a search looks at it after each
+_ROUNDS: Final = 100  # rounds of the ring in a part of a run; a search looks at the run after each part
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def simulate(
 
 
 def _bound(reading: float, computing: float, taken: float, slots: float, prefetch_threads: int) -> float:
-    """Return the least time in which threads read, slots are taken, and products are computed for so many seconds."""
+    """Return the least time for these seconds of reading, by all threads, of computing, and of taking slots."""
     return max(computing, reading / prefetch_threads, taken / slots)
 
 

@@ -176,6 +176,7 @@ class World:
         self.calls: list[Call] = []
         self.threads: list[threading.Thread] = []
         self.wrong: list[str] = []
+        self.woken: list[str] = []  # the names of threads, in the order in which they were woken
         self._gated = True
         self._moved = threading.Condition()
         self._awake: set[threading.Thread] = set()
@@ -196,6 +197,8 @@ class World:
     # What threads report.
 
     def wake(self, threads: Iterable[threading.Thread]) -> None:
+        threads = list(threads)
+        self.woken += [thread.name for thread in threads]
         with self._moved:
             self._awake.update(threads)
 

@@ -376,6 +376,31 @@ def test_products_are_timed_for_a_tenth_of_a_second_at_most() -> None:
     assert clock.t == pytest.approx(4 * 2 * 0.03)  # the fourth product is the one that goes beyond
 
 
+@pytest.mark.spec("CAL-5")
+def test_a_few_small_chunks_are_multiplied_again_until_enough_is_measured() -> None:
+    """The first product is slow here, as it is while weights are on their way into caches; the others are not."""
+
+    class Warming:
+        def __init__(self) -> None:
+            self.t, self.looks = 0.0, 0
+
+        def now(self) -> float:
+            self.looks += 1
+            self.t += 0.05 if self.looks == 2 else 0.001
+            return self.t
+
+        def sleep(self, seconds: float) -> None:
+            raise AssertionError
+
+    inventory, clock = Inventory(SHAPES["tiny"], "f32"), Warming()
+    layout = inventory.matrices[0].layout
+    tiles = pack_matrix(np.ones((layout.N, layout.K), np.float32), "f32").tiles[0]
+    seconds = product_seconds_per_byte(inventory, {0: tiles}, Scratch(inventory, 1), clock)
+    assert seconds is not None
+    assert clock.looks >= 2 * 10
+    assert seconds * layout.chunks[0].nbytes < 0.05 / 10
+
+
 @pytest.mark.spec("CAL-5", "CAL-6")
 def test_only_a_run_under_a_budget_has_a_prediction(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", SHAPES["tiny"], dtype="f32")

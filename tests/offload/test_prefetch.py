@@ -161,6 +161,21 @@ def test_a_taken_chunk_stays_as_it_is_until_it_is_released_and_only_then_its_slo
             assert (reading.slot == POISON).all()
 
 
+@pytest.mark.spec("FETCH-12")
+@pytest.mark.parametrize("threads", [2, 4])
+def test_a_free_slot_wakes_one_thread_and_a_chunk_that_was_read_wakes_none(threads: int) -> None:
+    with World(range(9), 4, threads) as world:
+        world.finish_all()  # the ring is full, and every thread sleeps
+        for _ in range(5):
+            world.take()
+            world.woken.clear()
+            world.release()
+            assert sum(name.startswith("prefetch-") for name in world.woken) == 1
+            world.woken.clear()
+            world.finish(*world.under_way)
+            assert not [name for name in world.woken if name.startswith("prefetch-")]
+
+
 @pytest.mark.spec("FETCH-4")
 def test_a_chunk_is_given_once_it_is_read_while_those_after_it_are_still_being_read() -> None:
     with World(range(3), 3, 3) as world:
