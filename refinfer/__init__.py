@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the names in `_NAMES`, for type checkers; a test compares t
     from refinfer.errors import DamagedWeightsError as DamagedWeightsError
     from refinfer.errors import GenerationError as GenerationError
     from refinfer.errors import InputError as InputError
+    from refinfer.errors import LabError as LabError
     from refinfer.errors import PackingError as PackingError
     from refinfer.errors import PlanFunctionError as PlanFunctionError
     from refinfer.errors import RefinferError as RefinferError
@@ -54,6 +55,7 @@ _NAMES = {
         "DamagedWeightsError",
         "GenerationError",
         "InputError",
+        "LabError",
         "PackingError",
         "PlanFunctionError",
         "RefinferError",

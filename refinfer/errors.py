@@ -17,6 +17,7 @@ __all__ = [
     "DamagedWeightsError",
     "GenerationError",
     "InputError",
+    "LabError",
     "PackingError",
     "PlanFunctionError",
     "RefinferError",
@@ -83,6 +84,10 @@ class CacheFileError(InputError):
 
 class ConfigError(InputError):
     """A `config.json` is missing, malformed, or describes a model that is not supported."""
+
+
+class LabError(InputError):
+    """A lab or a workspace cannot be used: it is missing, damaged, or there already."""
 
 
 class SafetensorsError(InputError):

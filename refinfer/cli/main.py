@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "plan": ("plan", "Show how each of the seven plans would spend a memory budget; no weights are needed."),
     "simulate": ("simulate", "Simulate a run within a memory budget on a virtual clock; no weights are needed."),
     "doctor": ("machine", "Describe this machine and what it can do."),
+    "lab": ("lab", "Learn by rewriting the heart of this package, one function at a time."),
     "bench": ("machine", "Measure in interleaved rounds, and print medians."),
 }
 """Each command: the module in this room whose function `add_COMMAND` adds its options, and a line of help."""
@@ -46,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_parser(argv).print_help()
             return 0
         args = make_parser(argv).parse_args(argv)
-        run: Callable[[argparse.Namespace], None] = args.run
-        run(args)
+        run: Callable[[argparse.Namespace], int | None] = args.run
+        status = run(args)
         sys.stdout.flush()
     except RefinferError as error:
         return _complain(str(error), error.exit_status)
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("there is not enough memory for this; use a smaller model or fewer tokens", 1)
     except OSError as error:
         return _complain(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
-    return 0
+    return status or 0
 
 
 def _mend_streams() -> None:

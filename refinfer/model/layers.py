@@ -135,6 +135,7 @@ def attention(
 
     Ainslie et al., "GQA", 2023. No `np.repeat`: the broadcast over R costs nothing.
     """
+    # lab 01: mix the values of all positions by how well their keys agree with the queries
     np.matmul(q, keys, out=scores)
     if mask is not None:
         tail = scores[..., -mask.shape[0] :]
@@ -146,6 +147,7 @@ def attention(
     np.exp(scores, out=scores)
     np.matmul(scores, values, out=out)
     np.divide(out, np.add.reduce(scores, axis=-1, keepdims=True), out=out)
+    # end lab
 
 
 def silu_multiply(gate: Float32Array, up: Float32Array, scratch: Float32Array) -> None:

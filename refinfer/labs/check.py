@@ -1,0 +1,312 @@
+"""Checks a lab: puts a student's regions into a clean copy of the package, and runs the lab's tests on it.
+
+Each check is a process of its own, with limits on time and memory. A lab is passed if the report names every test of
+it as passed, so silence is failure. This is not a sandbox: the code runs with the rights of whoever checks it.
+Leaves to others: what the tests are (`catalogue`), their report (`reporter`), what is printed (`cli.lab`).
+Read more: the page Teach with it; clauses LAB-9 to LAB-14.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from refinfer.errors import LabError
+from refinfer.labs.catalogue import PACKAGE, Lab, Place, course, lab_of
+from refinfer.labs.regions import is_blank, regions_of, replaced
+from refinfer.labs.workspace import Workspace, copy_package
+
+__all__ = [
+    "MEMORY_LIMIT",
+    "REPORT",
+    "Failure",
+    "Limits",
+    "Verdict",
+    "check",
+    "clean_copy",
+    "require_pytest",
+    "run_tests",
+    "sentence",
+]
+
+REPORT: Final = "REFINFER_LAB_REPORT"
+"""The environment variable with the file that the report is written to."""
+
+MEMORY_LIMIT: Final = "REFINFER_LAB_BYTES"
+"""The environment variable with the largest number of bytes that the tests may take."""
+
+_SETTINGS: Final = """\
+[pytest]
+addopts = --import-mode=importlib -p no:cacheprovider -p refinfer.labs.reporter -q --tb=no
+pythonpath = . {paths}
+filterwarnings = error
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a check may take."""
+
+    seconds: float = 60
+    nbytes: int = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The first law that does not hold: its sentence, its clauses with their text, and what was seen."""
+
+    sentence: str
+    clauses: tuple[str, ...]
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a check found: how many of the lab's laws hold, and what to do about the first that does not.
+
+    `problem` says why there is nothing to count, such as a syntax error; `notes` are about changes outside the lab.
+    """
+
+    lab: Lab
+    held: int
+    problem: str | None = None
+    failure: Failure | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every law of the lab holds."""
+        return self.problem is None and self.held == len(self.lab.tests)
+
+
+def require_pytest() -> None:
+    """Require what tests are run with.
+
+    Raises:
+        LabError: it is not installed.
+    """
+    if missing := [name for name in ("pytest", "hypothesis") if find_spec(name) is None]:
+        raise LabError(f"the labs need {' and '.join(missing)}; install them with: pip install 'refinfer[labs]'")
+
+
+def check(
+    workspace: Workspace,
+    lab: Lab,
+    *,
+    reference_before: bool = False,
+    tests: Path | None = None,
+    limits: Limits = Limits(),
+) -> Verdict:
+    """Check a lab of a workspace.
+
+    Args:
+        workspace: the student's folder.
+        lab: which lab.
+        reference_before: whether earlier labs are ours; otherwise those that were passed are the student's own.
+        tests: a folder of tests to run instead of those of the course.
+        limits: what the check may take.
+
+    Raises:
+        LabError: pytest or the tests are not there.
+    """
+    require_pytest()
+    try:
+        for place in lab.places:
+            if is_blank(region := workspace.region(place)):
+                task = f"{place.region.task} ({place.module}, line {region.first})"
+                return Verdict(lab, 0, f"not written yet: {task}")
+        notes = tuple(workspace.strays(lab))
+    except LabError as error:
+        return Verdict(lab, 0, str(error))
+    before = [] if reference_before else [lab_of(n) for n in workspace.state.passed if n < lab.number]
+    with tempfile.TemporaryDirectory(prefix="refinfer-lab-") as folder:
+        copy = Path(folder)
+        try:
+            lines = clean_copy(copy, workspace, [*before, lab])
+        except LabError as error:
+            return Verdict(lab, 0, str(error), notes=notes)
+        verdict = run_tests(copy, lab, tests=tests, limits=limits)
+    return replace(verdict, failure=_at_home(verdict.failure, lines), notes=notes)
+
+
+Lines = dict[tuple[str, int], int]
+"""For a module and a line of the clean copy, the line of the student's file."""
+
+
+def clean_copy(folder: Path, workspace: Workspace, taken: Sequence[Lab]) -> Lines:
+    """Write a copy of the package in which some labs are a student's; return where its lines came from.
+
+    Raises:
+        LabError: a region cannot be found, or the module would not be Python.
+    """
+    copy_package(folder)
+    lines: Lines = {}
+    by_module: dict[str, list[Place]] = {}
+    for place in (place for lab in taken for place in lab.places):
+        by_module.setdefault(place.module, []).append(place)
+    for module, found in by_module.items():
+        own = {place.order: workspace.region(place) for place in found}
+        texts = {
+            order: region.text if region.text.endswith("\n") else region.text + "\n" for order, region in own.items()
+        }
+        source = replaced((PACKAGE.parent / module).read_text(), texts)
+        for order, region in enumerate(regions_of(source)):
+            if order in own:
+                shift = own[order].first - region.first
+                lines |= {(module, n): n + shift for n in range(region.first + 1, region.end + 1)}
+        try:
+            compile(source, module, "exec")
+        except SyntaxError as error:
+            line = lines.get((module, error.lineno or 0))
+            place_of = f"{module}, line {line}" if line else f"{module}, in lab {taken[-1].number}"
+            raise LabError(f"{place_of}: {error.msg}") from None
+        except ValueError as error:
+            raise LabError(f"{module}: {error}") from None
+        (folder / module).write_text(source)
+    return lines
+
+
+def run_tests(copy: Path, lab: Lab, *, tests: Path | None = None, limits: Limits = Limits()) -> Verdict:
+    """Run the tests of a lab on a copy of the package, in a process of its own.
+
+    Raises:
+        LabError: the tests are not there.
+    """
+    home = course()
+    shutil.copytree(tests or home / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__", "wrong"))
+    (copy / "docs").mkdir()
+    shutil.copy(home / "docs" / "spec.md", copy / "docs" / "spec.md")
+    folders = [f"tests/{path.name}" for path in sorted((copy / "tests").iterdir()) if path.is_dir()]
+    (copy / "pytest.ini").write_text(_SETTINGS.format(paths=" ".join(folders)))
+    report, output = copy / "report.jsonl", copy / "output"
+    report.touch()
+    environment = os.environ | {
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        REPORT: str(report),
+        MEMORY_LIMIT: str(limits.nbytes),
+    }
+    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONWARNINGS", "COVERAGE_PROCESS_START"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir", str(copy), *lab.tests]
+    with output.open("wb") as file:
+        running = subprocess.Popen(  # noqa: S603  (the tests of this package)
+            command,
+            cwd=copy,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+        try:
+            running.wait(limits.seconds)
+            is_late = False
+        except subprocess.TimeoutExpired:
+            is_late = True
+        finally:
+            _kill(running)
+    records = [json.loads(line) for line in report.read_text().splitlines() if line.endswith("}")]
+    clauses = _clauses(copy / "docs" / "spec.md")
+    verdict = _judge(lab, records, clauses)
+    if verdict.problem is None and is_late:
+        problem = (
+            f"not over after {limits.seconds:g} seconds, in: {_latest(records)} Is there a loop that does not end?"
+        )
+        return Verdict(lab, verdict.held, problem, None)
+    if verdict.problem is None and not any("ended" in record for record in records):
+        if not any("collected" in record for record in records):
+            said = output.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
+            return Verdict(lab, 0, f"the tests cannot be run: {said[-1]}")
+        return Verdict(lab, verdict.held, f"the program ended in the middle of: {_latest(records)}", None)
+    return verdict
+
+
+def _kill(running: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it has started."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+    else:
+        running.kill()
+    running.wait()
+
+
+def _judge(lab: Lab, records: list[dict[str, Any]], clauses: dict[str, str]) -> Verdict:
+    """Count the laws that hold: those of which every test was collected, and reported as passed."""
+    if broken := next((record for record in records if "broken" in record), None):
+        return Verdict(lab, 0, f"{broken['broken']} cannot be imported: {broken['why']}")
+    collected = [test for record in records for test in record.get("collected", [])]
+    outcomes: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        if "test" in record:
+            outcomes.setdefault(record["test"], []).append(record)
+    held, failure = 0, None
+    for law in lab.tests:
+        tests = [test for test in collected if test == law or test.startswith(f"{law}[")]
+        failed = next((r for test in tests for r in outcomes.get(test, []) if r["outcome"] == "failed"), None)
+        done = [any(r["when"] == "call" and r["outcome"] == "passed" for r in outcomes.get(t, [])) for t in tests]
+        if tests and all(done) and failed is None:
+            held += 1
+        elif failure is None and failed is not None:
+            failure = _failure(failed, clauses)
+    return Verdict(lab, held, None, failure)
+
+
+def _failure(record: dict[str, Any], clauses: dict[str, str]) -> Failure:
+    lines = list(record.get("lines", []))
+    if case := re.search(r"\[(.+)\]$", record["test"]):
+        lines.append(f"case: {case[1]}")
+    if where := record.get("where"):
+        lines.append(f"at {where[0]}, line {where[1]}")
+    marks = [f"{mark}: {clauses[mark]}" for mark in record.get("clauses", []) if mark in clauses]
+    return Failure(sentence(record["test"]), tuple(marks), tuple(lines))
+
+
+def _at_home(failure: Failure | None, lines: Lines) -> Failure | None:
+    """Return a failure with the line numbers of the student's file; places that are not the student's are left out."""
+    if failure is None:
+        return None
+    kept = []
+    for line in failure.lines:
+        match = re.fullmatch(r"at (\S+), line (\d+)", line)
+        if match is None:
+            kept.append(line)
+        elif (number := lines.get((match[1], int(match[2])))) is not None:
+            kept.append(f"at {match[1]}, line {number}")
+    return Failure(failure.sentence, failure.clauses, tuple(kept))
+
+
+def _latest(records: list[dict[str, Any]]) -> str:
+    """Return the sentence of the test that had begun last."""
+    return next((sentence(record["began"]) for record in reversed(records) if "began" in record), "the first test.")
+
+
+def sentence(test: str) -> str:
+    """Return the sentence that the name of a test is.
+
+    Examples:
+        >>> sentence("tests/model/test_layers.py::test_attention_equals_its_formula[2-3]")
+        'Attention equals its formula.'
+    """
+    words = re.sub(r"\[.*", "", test).rpartition("::")[2].removeprefix("test_").replace("_", " ")
+    return f"{words[:1].upper()}{words[1:]}."
+
+
+def _clauses(page: Path) -> dict[str, str]:
+    """Return the sentence of each clause."""
+    text = re.sub(r'<a id="[^"]*"></a>|{[^}]*}', "", page.read_text())
+    return dict(re.findall(r"^- *\*\*([A-Z]+-\d+)\*\* *(.+?) \*Source: ", text, flags=re.MULTILINE))

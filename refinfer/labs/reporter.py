@@ -1,0 +1,135 @@
+"""A plugin of pytest: reports each test in a line of JSON, with what failed in one or two sentences.
+
+Runs inside the process that `check` starts; limits the memory of that process. Leaves to others: which tests are run,
+what is made of the report (`check`).
+Read more: the page Teach with it; clause LAB-10.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import hypothesis
+import pytest
+
+from refinfer.labs.check import MEMORY_LIMIT, REPORT
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+__all__ = ["Reporter", "explain"]
+
+_LONGEST: Final = 240
+_MARKS: Final = ("spec(*ids)", "slow", "long", "pages", "browser", "attack")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Limit this process's memory; a report that is asked for is begun."""
+    for mark in _MARKS:
+        config.addinivalue_line("markers", f"{mark}: as in the specification")
+    if resource is not None and (limit := os.environ.get(MEMORY_LIMIT)):
+        resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
+    if path := os.environ.get(REPORT):
+        config.pluginmanager.register(Reporter(Path(path)))
+
+
+def pytest_collection() -> None:
+    """Have a property test report its smallest failing example alone."""
+    hypothesis.settings.register_profile(
+        "labs", hypothesis.settings(), report_multiple_bugs=False, print_blob=False, database=None
+    )
+    hypothesis.settings.load_profile("labs")
+
+
+class Reporter:
+    """Writes a report: what was collected, when each test began, how it ended, and that the run has ended."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", buffering=1)
+
+    def _write(self, **record: Any) -> None:  # noqa: ANN401  (any JSON value)
+        self._file.write(json.dumps(record) + "\n")
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Report a file that cannot be imported."""
+        if report.failed:
+            lines = str(report.longrepr).strip().splitlines()
+            self._write(broken=report.nodeid, why=lines[-1].removeprefix("E").strip()[:_LONGEST] if lines else "")
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Report the tests there are."""
+        self._write(collected=[item.nodeid for item in session.items])
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Report that a test begins."""
+        self._write(began=nodeid)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+        """Report how a phase of a test ended."""
+        report: pytest.TestReport = yield  # type: ignore[assignment, misc]
+        about: dict[str, Any] = {"test": item.nodeid, "when": report.when, "outcome": report.outcome}
+        if call.excinfo is not None and report.failed:
+            about["lines"] = explain(call.excinfo.value)
+            about["where"] = _where(call.excinfo)
+            about["clauses"] = [str(i) for mark in item.iter_markers("spec") for i in mark.args]
+        self._write(**about)
+        return report  # type: ignore[return-value]
+
+    def pytest_sessionfinish(self) -> None:
+        """Report that every test was run."""
+        self._write(ended=True)
+
+
+def _where(excinfo: pytest.ExceptionInfo[BaseException]) -> list[Any] | None:
+    """Return the last module of the package that the error came through, and the line."""
+    package = str(Path(__file__).parents[2])
+    for entry in reversed(list(excinfo.traceback)):
+        path = str(entry.path)
+        if path.startswith(os.path.join(package, "refinfer")):  # noqa: PTH118  (a text)
+            return [os.path.relpath(path, package), entry.lineno + 1]
+    return None
+
+
+def explain(error: BaseException) -> list[str]:
+    """Return what went wrong in one line, and in another the smallest example, if a property test found one."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return [line[:_LONGEST] for line in (_message(error), _example("\n".join(getattr(error, "__notes__", [])))) if line]
+
+
+def _message(error: BaseException) -> str:
+    text = str(error).strip()
+    first = text.partition("\n")[0].strip()
+    if match := re.match(r"DID NOT RAISE <class '(?:.*\.)?(\w+)'>", text):
+        return f"no {match[1]} was raised"
+    if match := re.match(
+        r"Regex pattern did not match\.\s+(?:Expected r|R)egex: (.+)\n\s*(?:Actual message|Input): (.+)", text
+    ):
+        return f"the message does not say {match[1]}: {match[2]}"
+    if isinstance(error, AssertionError):
+        return first.removeprefix("AssertionError: ") or "an assertion of the code failed"
+    if isinstance(error, SystemExit):
+        return "SystemExit: the code ends the program"
+    if isinstance(error, MemoryError):
+        return "MemoryError: the code takes more memory than it may"
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _example(notes: str) -> str:
+    """Return the smallest example of a property test in one line."""
+    if match := re.search(r"Falsifying example: \w+\(\n(.*?)\n\)", notes, flags=re.DOTALL):
+        values = [line.strip().rstrip(",") for line in match[1].splitlines()]
+        values = [value.partition("  # or any")[0].rstrip(", ") for value in values if not value.startswith("self=")]
+        return f"smallest example: {', '.join(values)}"
+    if match := re.search(r"Falsifying example:\n(.*?)state\.teardown\(\)", notes, flags=re.DOTALL):
+        steps = re.findall(r"state\.(\w+\(.*\))", match[1])
+        return f"smallest example: {', then '.join(steps)}"
+    return ""

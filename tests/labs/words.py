@@ -1,0 +1,67 @@
+"""Comparisons that say what differs in the words of a lab: a row, a key, a chunk, a byte; never a wall of values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["require_equal", "require_items", "require_near"]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float | np.floating):
+        return f"{value:.6g}"
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return f"{value:,}"
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def require_equal(found: object, expected: object, what: str) -> None:
+    """Require that one value is right; `what` names it, such as `the offset of 'k_proj'`."""
+    if found != expected:
+        raise AssertionError(f"{what} is {_shown(found)} in your code, and should be {_shown(expected)}")
+
+
+def require_items(found: Sequence[Any], expected: Sequence[Any], what: str) -> None:
+    """Require that a list is right; names the first item that is not. `what` names an item, such as `chunk`."""
+    for i, (ours, right) in enumerate(zip(found, expected, strict=False)):
+        if ours != right:
+            raise AssertionError(f"{what} {i} is {_shown(ours)} in your code, and should be {_shown(right)}")
+    if len(found) != len(expected):
+        raise AssertionError(f"there are {len(found)} in your code, and should be {len(expected)}: {what}s")
+
+
+def require_near(
+    found: npt.NDArray[Any],
+    expected: npt.NDArray[Any],
+    what: str,
+    axes: Sequence[str] = (),
+    *,
+    atol: float | npt.NDArray[Any] = 0.0,
+    rtol: float = 0.0,
+) -> None:
+    """Require that every element of an array is right; names the first that is not, by the names of the axes.
+
+    Args:
+        found: what the code gave.
+        expected: what is right.
+        what: what the array is, such as `the output`.
+        axes: a word for each axis, such as `("row", "column")`; by default they are only numbered.
+        atol: how far an element may be off.
+        rtol: the same, as a share of what is right.
+    """
+    if np.shape(found) != np.shape(expected):
+        raise AssertionError(
+            f"{what} has the shape {list(np.shape(found))} in your code, not {list(np.shape(expected))}"
+        )
+    bad = ~(np.abs(np.asarray(found, np.float64) - expected) <= atol + rtol * np.abs(expected))
+    if bad.any():
+        at = tuple(int(i) for i in np.argwhere(bad)[0])
+        names = [*axes, *(f"axis {i}" for i in range(len(axes), len(at)))]
+        place = ", ".join(f"{name} {i}" for name, i in zip(names, at, strict=True))
+        value, right = _shown(np.asarray(found)[at]), _shown(np.asarray(expected)[at])
+        raise AssertionError(f"{what} at {place} is {value} in your code, and should be {right}")
