@@ -47,11 +47,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": GROUND | ROOMS | {"prepare", "engine"},
     "__init__": {"errors", "generate", "model", "weight_cache"},
     "bench": GROUND | ROOMS | {"prepare", "engine", "generate"},
-    "cli": {""} | GROUND | ROOMS | {"prepare", "engine", "generate", "bench"},
+    "labs": {""} | GROUND,
+    "cli": {""} | GROUND | ROOMS | {"prepare", "engine", "generate", "bench", "labs"},
     "__main__": {"cli"},
 }
 
-PRINTING = ("cache", "ending", "generate", "machine", "main", "plan", "show", "simulate", "synth", "table", "terminal")
+PRINTING = ("cache", "ending", "generate", "lab", "machine", "main", "plan", "show", "simulate", "synth", "table")
+PRINTING += ("terminal",)
 
 # A power, as a pattern over code without strings and comments, and the modules that may use it.
 POWERS: dict[str, tuple[str, set[str]]] = {
@@ -95,11 +97,11 @@ POWERS: dict[str, tuple[str, set[str]]] = {
         r"\bprint\(|sys\.std(out|err)|\brich\b",
         {f"cli/{name}.py" for name in PRINTING},
     ),
-    "signals": (r"\bimport signal\b|\bfrom signal\b|\bsignal\.", {"cli/ending.py"}),
+    "signals": (r"\bimport signal\b|\bfrom signal\b|\bsignal\.", {"cli/ending.py", "labs/check.py"}),
     "global random state": (r"np\.random\.(?!default_rng|Generator)|\bimport random\b", set()),
     "starting programs": (
         r"\bsubprocess\b|os\.(fork|exec|spawn|system)",
-        {"bench/arm.py", "bench/share.py", "bench/start.py"},
+        {"bench/arm.py", "bench/share.py", "bench/start.py", "labs/check.py", "labs/run.py"},
     ),
 }
 

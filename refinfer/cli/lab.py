@@ -1,7 +1,7 @@
 """The command `lab`: a course in which students rewrite parts of this package.
 
 Prints what to do next, and what a check found. Leaves to others: workspaces and checking (`labs`).
-Read more: the page Teach with it; clauses LAB-15 to LAB-19.
+Read more: tutorial 00; clauses LAB-15 to LAB-19.
 """
 
 from __future__ import annotations
@@ -199,6 +199,7 @@ def _saves(workspace: Workspace, lab: Lab) -> Iterator[None]:
     clock, known = RealClock(), times()
     say(["waiting for you to save", *(f"{file};" for file in dict.fromkeys(map(str, files))), "Ctrl-C ends it"])
     while True:
+        sys.stdout.flush()
         clock.sleep(_LOOK_S)
         if (now := times()) != known:
             known = now

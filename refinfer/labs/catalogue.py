@@ -2,7 +2,7 @@
 
 The labs are data, a file `exercises/NN.toml` for each; where they are in the code is marked there (`regions`).
 Leaves to others: workspaces, checking.
-Read more: the page Teach with it; clauses LAB-3, LAB-4.
+Read more: tutorial 00; clauses LAB-3, LAB-4.
 """
 
 from __future__ import annotations

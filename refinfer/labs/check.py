@@ -3,7 +3,7 @@
 Each check is a process of its own, with limits on time and memory. A lab is passed if the report names every test of
 it as passed, so silence is failure. This is not a sandbox: the code runs with the rights of whoever checks it.
 Leaves to others: what the tests are (`catalogue`), their report (`reporter`), what is printed (`cli.lab`).
-Read more: the page Teach with it; clauses LAB-9 to LAB-14.
+Read more: tutorial 00; clauses LAB-9 to LAB-14.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ A region is what stands between two comments, with the first one's indentation: 
         # end lab
 
 Works on text alone. Leaves to others: what a lab is about (`catalogue`), files (`workspace`).
-Read more: the page Teach with it; clauses LAB-1, LAB-2.
+Read more: tutorial 00; clauses LAB-1, LAB-2.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Runs inside the process that `check` starts; limits the memory of that process. Leaves to others: which tests are run,
 what is made of the report (`check`).
-Read more: the page Teach with it; clause LAB-10.
+Read more: tutorial 00; clause LAB-10.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ except ImportError:  # not on Windows
 __all__ = ["Reporter", "explain"]
 
 _LONGEST: Final = 240
+_FOUND: Final = "(?:Falsifying example|Failing test case)"  # as hypothesis has called it over the years
 _MARKS: Final = ("spec(*ids)", "slow", "long", "pages", "browser", "attack")
 
 
@@ -125,11 +126,11 @@ def _message(error: BaseException) -> str:
 
 def _example(notes: str) -> str:
     """Return the smallest example of a property test in one line."""
-    if match := re.search(r"Falsifying example: \w+\(\n(.*?)\n\)", notes, flags=re.DOTALL):
+    if match := re.search(rf"{_FOUND}: \w+\(\n(.*?)\n\)", notes, flags=re.DOTALL):
         values = [line.strip().rstrip(",") for line in match[1].splitlines()]
         values = [value.partition("  # or any")[0].rstrip(", ") for value in values if not value.startswith("self=")]
         return f"smallest example: {', '.join(values)}"
-    if match := re.search(r"Falsifying example:\n(.*?)state\.teardown\(\)", notes, flags=re.DOTALL):
+    if match := re.search(rf"{_FOUND}:.*?\n(.*?)state\.teardown\(\)", notes, flags=re.DOTALL):
         steps = re.findall(r"state\.(\w+\(.*\))", match[1])
         return f"smallest example: {', then '.join(steps)}"
     return ""

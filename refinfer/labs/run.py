@@ -3,7 +3,7 @@
 Every lab that is written takes part if there is a way to have it take part: the matrices are in int8, within a budget,
 and planned by Algorithm 1. A lab that is still blank is gone around, if there is a way around it.
 Leaves to others: generating (`generate`, in the student's copy).
-Read more: the page Teach with it; clause LAB-8.
+Read more: tutorial 00; clause LAB-8.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
         weight-cache/   of `refinfer lab run`
 
 Writes and reads this folder. Leaves to others: what is right (`check`), what is printed (`cli.lab`).
-Read more: the page Teach with it; clauses LAB-5 to LAB-8.
+Read more: tutorial 00; clauses LAB-5 to LAB-8.
 """
 
 from __future__ import annotations

@@ -1,0 +1,192 @@
+"""`refinfer lab`: what a student and a teacher see."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command_line import WATCHDOG_S, program, refused, run
+from refinfer.labs.catalogue import PACKAGE, lab_of, labs
+from refinfer.labs.workspace import Workspace
+
+LAYERS = "refinfer/model/layers.py"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def solve(here: Path, number: str) -> None:
+    Workspace.find(here / "refinfer-labs").solve(lab_of(number))
+
+
+@pytest.mark.spec("LAB-5", "LAB-15")
+def test_a_start_says_where_the_workspace_is_and_what_to_do(here: Path) -> None:
+    status, out, err = run("lab", "start")
+    assert (status, err) == (0, "")
+    assert "refinfer-labs" in out
+    assert f"{LAYERS}, line " in out
+    assert "then: refinfer lab check" in out
+    assert (here / "refinfer-labs" / "README.md").read_text().startswith("# A course cut out of refinfer")
+    assert run("lab")[1].startswith("0 of 12 labs passed")
+    assert "is not an empty folder" in refused("lab", "start", here)
+    assert "has a workspace already" in refused("lab", "start")
+
+
+@pytest.mark.spec("LAB-5")
+@pytest.mark.parametrize(("option", "course"), [("--only", ["03"]), ("--at", [f"{n:02}" for n in range(3, 13)])])
+def test_a_start_takes_one_lab_alone_or_begins_at_one(here: Path, option: str, course: list[str]) -> None:
+    assert run("lab", "start", option, 3)[0] == 0
+    workspace = Workspace.find(here / "refinfer-labs")
+    assert workspace.state.course == course
+    assert [lab.number for lab in labs() if workspace.is_blank(lab)] == ["03"]
+
+
+@pytest.mark.spec("LAB-7", "CLI-4")
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["check"], "has no workspace; refinfer lab start makes one"),
+        (["hint"], "has no workspace"),
+        (["run"], "has no workspace"),
+        (["list", "--dir", "nowhere"], "nowhere has no workspace"),
+        (["start", "--only", "77"], "there is no lab '77'; the labs are 01, "),
+        (["check", "one"], "has no workspace"),
+        (["grade"], "the following arguments are required: DIR"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.usefixtures("here")
+def test_misuse_is_one_line_and_status_two(argv: list[str], why: str) -> None:
+    assert why in refused("lab", *argv)
+
+
+@pytest.mark.spec("LAB-15")
+@pytest.mark.usefixtures("here")
+def test_the_list_has_every_lab_with_its_state() -> None:
+    run("lab", "start")
+    rows = json.loads(run("lab", "list", "--json")[1])
+    assert [row["number"] for row in rows] == [lab.number for lab in labs()]
+    assert set(rows[0]) == {"number", "title", "minutes", "state", "page"}
+    assert [row["state"] for row in rows[:2]] == ["open", "not begun"]
+    assert "Attention with a KV cache" in run("lab", "list")[1]
+
+
+@pytest.mark.spec("LAB-13", "LAB-6")
+def test_a_check_has_status_one_until_the_lab_is_passed_and_then_names_the_next(here: Path) -> None:
+    run("lab", "start")
+    status, out, err = run("lab", "check")
+    assert (status, err) == (1, "")
+    assert "lab 01, Attention with a KV cache: not written yet" in out
+    assert "read: tutorial 07; for help: refinfer lab hint 01" in out
+    solve(here, "1")
+    status, out, err = run("lab", "check")
+    assert (status, err) == (0, "")
+    assert (
+        f"lab 01, Attention with a KV cache: passed, {len(lab_of('1').tests)} of {len(lab_of('1').tests)} laws" in out
+    )
+    assert "next: lab 02" in out
+    assert "not written yet" not in out
+
+
+@pytest.mark.spec("LAB-13")
+def test_a_check_prints_one_object_as_json(here: Path) -> None:
+    run("lab", "start")
+    status, out, _ = run("lab", "check", "--json")
+    found = json.loads(out)
+    assert status == 1
+    assert (found["lab"], found["passed"], found["held"]) == ("01", False, 0)
+    assert found["problem"].startswith("not written yet")
+    assert "--watch and --json do not go together" in refused("lab", "check", "--watch", "--json")
+
+
+@pytest.mark.spec("LAB-19")
+def test_a_watch_checks_whenever_a_file_is_saved_and_ends_when_the_lab_is_passed(here: Path) -> None:
+    run("lab", "start")
+    watching = subprocess.Popen(program("lab", "check", "--watch"), cwd=here, stdout=subprocess.PIPE, text=True)
+    assert watching.stdout is not None
+    seen = []
+    for line in watching.stdout:
+        seen.append(line)
+        if line.startswith("waiting for you to save"):
+            solve(here, "1")
+            break
+    out, _ = watching.communicate(timeout=WATCHDOG_S)
+    assert watching.returncode == 0
+    assert "not written yet" in "".join(seen)
+    assert "passed" in out
+
+
+@pytest.mark.spec("LAB-16")
+def test_a_solution_is_shown_after_passing_or_when_the_lab_is_given_up(here: Path) -> None:
+    run("lab", "start")
+    assert "lab 01 is not passed yet" in refused("lab", "solution")
+    status, out, _ = run("lab", "solution", "--give-up", "--apply")
+    assert status == 0
+    assert "+np.matmul(q, keys, out=scores)" in out
+    assert lab_of("1").shows[:40] in out
+    workspace = Workspace.find(here / "refinfer-labs")
+    assert workspace.state_of(lab_of("1")) == "given up"
+    assert workspace.source(LAYERS) == (PACKAGE.parent / LAYERS).read_text()
+    assert run("lab", "check", "1")[0] == 0
+    assert Workspace.find(here / "refinfer-labs").state_of(lab_of("1")) == "given up"
+
+
+@pytest.mark.spec("LAB-8")
+def test_a_run_without_a_lab_that_it_needs_is_refused_and_otherwise_names_the_students_parts(here: Path) -> None:
+    run("lab", "start")
+    assert "there is no text without lab 01" in refused("lab", "run")
+    solve(here, "1")
+    run("lab", "check")
+    run("lab", "reset", "11")
+    done = subprocess.run(program("lab", "run", "JULIET:"), cwd=here, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("JULIET:")
+    assert "written by your 01 Attention with a KV cache" in done.stderr
+    assert "left out, because it is not written yet: lab 11" in done.stderr
+
+
+@pytest.mark.spec("LAB-8")
+def test_an_error_of_the_students_code_in_a_run_is_one_line_with_its_place(here: Path) -> None:
+    run("lab", "start")
+    solve(here, "1")
+    path = here / "refinfer-labs" / LAYERS
+    path.write_text(path.read_text().replace("np.exp(scores, out=scores)", "np.exp(wrong)"))
+    done = subprocess.run(program("lab", "run"), cwd=here, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("refinfer: NameError: name 'wrong' is not defined (refinfer/model/layers.py, line ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.spec("LAB-17")
+def test_a_grade_has_a_row_for_each_student_and_lab_and_for_a_broken_workspace(here: Path) -> None:
+    for name in ("ann", "bob"):
+        run("lab", "start", "--only", "1", name)
+    Workspace.find(here / "ann").solve(lab_of("1"))
+    path = here / "ann" / LAYERS
+    path.write_text(path.read_text().replace("np.exp(scores, out=scores)", "scores[:] = np.exp(scores)"))
+    (here / "cyd").mkdir()
+    status, out, _ = run("lab", "grade", "ann", "bob", "cyd", "--json")
+    rows = json.loads(out)
+    assert status == 0
+    assert [(row["student"], row["lab"], row["state"]) for row in rows] == [
+        ("ann", "01", "passed"),
+        ("bob", "01", "blank"),
+        ("cyd", None, "no workspace"),
+    ]
+    assert "student" in run("lab", "grade", "bob", "cyd")[1]
+
+
+@pytest.mark.spec("LAB-7")
+def test_the_copy_in_a_workspace_does_not_run_labs(here: Path) -> None:
+    run("lab", "start")
+    command = [sys.executable, "-m", "refinfer", "lab"]
+    done = subprocess.run(command, cwd=here / "refinfer-labs", capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "this is the copy in" in done.stderr
