@@ -2,7 +2,7 @@
 
 BLAS has one number for the whole process. If each thread restored the number that it found, the last to end could
 restore the limit of another. Leaves to others: what is computed (`generate`), runs that wait for a disk (`offload`).
-Read more: tutorial 00; clauses GEN-7, GEN-10, GEN-22.
+Read more: tutorial 00; clauses GEN-7, GEN-10, GEN-22, CAL-11.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from statistics import median
 from typing import Any, Final
 
 from threadpoolctl import LibController, ThreadpoolController, threadpool_info
 
 from refinfer.process import usable_cores
 
-__all__ = ["BlasThreads", "blas_libraries", "blas_threads", "default_threads"]
+__all__ = ["BlasThreads", "Trial", "blas_libraries", "blas_threads", "default_threads"]
 
 _THREADS_PAY_FROM_BYTES: Final = 64 << 20
+_TURNS: Final = 3
+_WORTH_IT: Final = 0.95
 _LIMITS: Final = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 _POSITIVE: Final = re.compile("0*[1-9][0-9]{0,8}")
 
@@ -36,6 +39,33 @@ def default_threads(n_parameters: int, environment: Mapping[str, str] = os.envir
     # OpenMP's variable may be a list, with a number for each level of nesting.
     allowed = [environment.get(name, "").split(",")[0].strip() for name in _LIMITS]
     return min([usable_cores(), *(int(number) for number in allowed if _POSITIVE.fullmatch(number))])
+
+
+class Trial:
+    """Finds out while a text is generated whether one BLAS thread or `many` compute a token faster.
+
+    Laws: tokens take turns, `_TURNS` with each number; afterwards `threads` is the one with the shorter median, and
+    stays. If `many` are not a twentieth faster it is 1, which leaves the other cores to the threads that read.
+    """
+
+    def __init__(self, many: int) -> None:
+        self.threads = self._many = many
+        self._seconds: dict[int, list[float]] = {1: [], many: []}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the number was chosen."""
+        return min(map(len, self._seconds.values())) == _TURNS
+
+    def took(self, seconds: float) -> None:
+        """Note how long a token took with `threads`, and set the number for the next one."""
+        if self.is_over:
+            return
+        self._seconds[self.threads].append(seconds)
+        self.threads = 1 if self.threads != 1 else self._many
+        if self.is_over:
+            one, many = (median(self._seconds[n]) for n in (1, self._many))
+            self.threads = self._many if many < _WORTH_IT * one else 1
 
 
 def blas_libraries() -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from refinfer.arrays import BoolArray, Float32Array, IntArray
-from refinfer.blas_threads import blas_threads, default_threads
+from refinfer.blas_threads import Trial, blas_threads, default_threads
 from refinfer.clock import Clock, RealClock
 from refinfer.engine import CacheOptions, Engine, EngineRequest, open_engine, require_finite_weights
 from refinfer.errors import DamagedWeightsError, GenerationError, RequestError
@@ -122,7 +122,7 @@ def load(
         max_positions: number of positions that the KV cache reserves for prompt and generated tokens together;
             None means 512, or 256 within a budget, or less if the model has fewer.
         threads: BLAS threads while generating; None means one for models below 64 MiB and for runs that wait for the
-            disk, else one per core.
+            disk, else one per core; other runs within a budget try both with their first tokens.
         lock_memory: keep the mapped file in memory (`mlock`).
         verify: check mapped weights against their checksums before they are used; if False, the first token comes
             sooner, but damage is not noticed.
@@ -207,10 +207,12 @@ class Session:
         with self._computing():
             engine = _open_sound(request)
         self._engine = Kept(self, engine, f"the session of {request.model.path}")
-        run = engine.run
-        waits_for_disk = run is not None and run.prediction.io_bound
-        # BLAS threads that wait busily for work would take the prefetch threads' core.
-        self.threads = threads or (1 if waits_for_disk else default_threads(request.model.config.n_parameters))
+        self.threads = threads or default_threads(request.model.config.n_parameters)
+        self._trial: Trial | None = None
+        if threads is None and engine.run is not None:
+            # BLAS threads that wait busily for work take the prefetch threads' cores.
+            self._trial = engine.run.trial(self.threads)
+            self.threads = self._trial.threads if self._trial else 1
         self._loading_s = self._clock.now() - started
 
     @property
@@ -331,9 +333,12 @@ class Session:
         for _ in range(n):
             if self._latest is not tokens:
                 raise RequestError("this generation was ended by a later one of the same session")
-            run = self._engine.now().run
+            run, started = self._engine.now().run, self._clock.now()
             with run.meter.token(first=not tokens.ids) if run else nullcontext():
                 logits = self._next_logits(tokens.ids[-1:], prompt_ids)
+            if self._trial is not None and tokens.ids:
+                self._trial.took(self._clock.now() - started)
+                self.threads = self._trial.threads
             yield sample(logits, sampling, rng)
 
     def _next_logits(self, last: list[int], prompt_ids: list[int]) -> Float32Array:

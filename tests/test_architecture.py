@@ -52,7 +52,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 
-PRINTING = ("cache", "ending", "generate", "lab", "machine", "main", "plan", "show", "simulate", "synth", "table")
+PRINTING: tuple[str, ...] = (
+    "cache",
+    "ending",
+    "generate",
+    "lab",
+    "machine",
+    "main",
+    "plan",
+    "show",
+    "simulate",
+    "synth",
+    "table",
+)
 PRINTING += ("terminal",)
 
 # A power, as a pattern over code without strings and comments, and the modules that may use it.

@@ -15,7 +15,7 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 from engine_runs import in_a_child, needs_fork
 from packed_model import within
 from refinfer import blas_threads as module
-from refinfer.blas_threads import BlasThreads, blas_libraries, blas_threads, default_threads
+from refinfer.blas_threads import BlasThreads, Trial, blas_libraries, blas_threads, default_threads
 from refinfer.model.config import SHAPES
 
 BLAS = ThreadpoolController()
@@ -265,3 +265,30 @@ def test_where_the_libraries_of_a_process_are_not_listed_blas_keeps_its_number(m
             assert [library["num_threads"] for library in blas_libraries()] == before
     monkeypatch.setattr(module, "threadpool_info", refuse)
     assert blas_libraries() == []
+
+
+@pytest.mark.spec("CAL-11")
+@pytest.mark.parametrize(
+    ("one", "many", "chosen"),
+    [
+        ([1.0, 1.0, 1.0], [0.5, 0.6, 9.0], 4),
+        ([1.0, 1.0, 1.0], [1.1, 0.9, 1.2], 1),
+        ([1.0, 1.0, 1.0], [0.96, 0.96, 0.96], 1),
+        ([1.0, 1.0, 1.0], [0.94, 0.94, 0.94], 4),
+    ],
+    ids=["faster", "slower", "hardly faster", "a twentieth faster"],
+)
+def test_a_trial_takes_turns_and_keeps_the_number_with_the_shorter_median(
+    one: list[float], many: list[float], chosen: int
+) -> None:
+    trial = Trial(4)
+    turns = []
+    for pair in zip(many, one, strict=True):
+        for seconds in pair:
+            assert not trial.is_over
+            turns.append(trial.threads)
+            trial.took(seconds)
+    assert turns == [4, 1] * 3
+    assert (trial.is_over, trial.threads) == (True, chosen)
+    trial.took(99.0)
+    assert trial.threads == chosen

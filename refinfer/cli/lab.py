@@ -45,7 +45,8 @@ def add_lab(parser: argparse.ArgumentParser) -> None:
                 type=Path,
                 help=f"the workspace (default: this folder, one above it, or {DEFAULT_FOLDER} in it)",
             )
-        _OPTIONS.get(name, lambda _: None)(action)
+        if name in _OPTIONS:
+            _OPTIONS[name](action)
 
 
 def _start_options(parser: argparse.ArgumentParser) -> None:
@@ -111,8 +112,8 @@ def run_lab(args: argparse.Namespace) -> int | None:
     if (PACKAGE.parent / "lab.json").exists():
         raise LabError(f"this is the copy in {PACKAGE.parent}; run the command refinfer, or python from another folder")
     if args.action is None:
-        args.dir = None
-        return _next(args)
+        _next()
+        return None
     run, _ = ACTIONS[args.action]
     return run(args)
 
@@ -155,8 +156,8 @@ def _start(args: argparse.Namespace) -> None:
     require_pytest()
 
 
-def _next(args: argparse.Namespace) -> None:
-    workspace = Workspace.find(args.dir)
+def _next() -> None:
+    workspace = Workspace.find()
     lab = workspace.current
     if lab is None:
         _over(workspace)

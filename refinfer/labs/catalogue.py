@@ -77,7 +77,7 @@ def labs() -> tuple[Lab, ...]:
 
 def _read(path: Path) -> Lab:
     raw: dict[str, Any] = tomllib.loads(path.read_text())
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
     return Lab(number=path.stem, **fields)
 
 

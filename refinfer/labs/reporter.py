@@ -75,7 +75,7 @@ class Reporter:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
         """Report how a phase of a test ended."""
-        report: pytest.TestReport = yield  # type: ignore[assignment, misc]
+        report: pytest.TestReport = yield  # type: ignore[assignment]
         about: dict[str, Any] = {"test": item.nodeid, "when": report.when, "outcome": report.outcome}
         if call.excinfo is not None and report.failed:
             about["lines"] = explain(call.excinfo.value)

@@ -250,7 +250,7 @@ class Workspace:
 
     def difference(self, lab: Lab) -> str:
         """Return what differs between a student's solution and ours, as a unified difference."""
-        parts = []
+        parts: list[str] = []
         for place in lab.places:
             theirs, ours = self.region(place).lines, place.region.lines
             title = f"{place.module}, lab {lab.number}"

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from refinfer.blas_threads import blas_libraries
+from refinfer.blas_threads import blas_libraries, blas_threads
 from refinfer.clock import Clock
 from refinfer.errors import InputError
 from refinfer.inventory import Inventory
@@ -202,3 +202,24 @@ def product_seconds_per_byte(
         if spent > _MEASURE_S:
             break
     return spent / nbytes if nbytes and spent > 0 else None
+
+
+def same_bits(inventory: Inventory, chunks: Mapping[int, Tiles], scratch: Scratch, threads: int) -> bool:
+    """Return whether one BLAS thread and several give the same bits, by a product with a chunk of each shape.
+
+    A BLAS may add in another order with more threads. Where it does, a choice by time would change a text by chance.
+    """
+    kinds = {(inventory.cycle[n].kind, inventory.cycle[n].padded_nbytes): n for n in chunks}
+    for number in kinds.values():
+        used = inventory.cycle[number]
+        layout = inventory.matrices[used.matrix].layout.alone(used.index)
+        x = np.linspace(-1, 1, layout.K, dtype=np.float32)[None]
+        outs = []
+        for n in (1, threads):
+            out = np.empty((1, layout.N), np.float32)
+            with blas_threads.limited(n):
+                matmul(x, layout, [chunks[number]], out, scratch.of(1))
+            outs.append(out)
+        if not np.array_equal(outs[0], outs[1]):
+            return False
+    return True

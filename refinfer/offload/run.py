@@ -12,12 +12,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from refinfer.blas_threads import Trial
 from refinfer.clock import Clock
 from refinfer.errors import CacheFileError, DamagedWeightsError
 from refinfer.inventory import Inventory
 from refinfer.model.transformer import prefill_block
 from refinfer.offload.budget import Budget, parse_budget
-from refinfer.offload.calibration import calibration_file, known_calibration, slower
+from refinfer.offload.calibration import calibration_file, known_calibration, same_bits, slower
 from refinfer.offload.packed_file import PackedFile
 from refinfer.offload.prediction import Meter, OffloadStats, Prediction, observe, predict
 from refinfer.offload.store import FileStore, ThrottledStore
@@ -77,6 +78,14 @@ class BudgetedRun:
     store: FileStore
     recorder: Recorder
     meter: Meter
+
+    def trial(self, many: int) -> Trial | None:
+        """Return a trial of one BLAS thread against `many`; None if the disk is the limit, or bits would change."""
+        source = self.source
+        if many == 1 or self.prediction.io_bound:
+            return None
+        kept = same_bits(self.planned.inventory, source.locked, source.scratch, many)
+        return Trial(many) if kept and source.locked else None
 
     def stats(self, seconds: float, waited_before: float) -> OffloadStats:
         """Return what a generation of `seconds` spent; `waited_before` is how long the run had waited before it."""

@@ -38,9 +38,13 @@ from refinfer.offload.calibration import (
     known_calibration,
     observed_calibration,
     product_seconds_per_byte,
+    same_bits,
     slower,
 )
+from refinfer.offload.prediction import Prediction
+from refinfer.offload.streamed import StreamedSource
 from refinfer.packing.formats import FORMATS, pack_matrix
+from refinfer.packing.matmul import matmul as packing_matmul
 from refinfer.planning.cost import DEVICES, HERE, Calibration, Device, Processor
 from refinfer.sources.matrices import Scratch
 
@@ -429,3 +433,50 @@ def test_a_run_that_waits_for_the_disk_multiplies_with_one_thread(
             assert session.prediction is not None
             assert session.prediction.io_bound
             assert session.threads == chosen
+
+
+@pytest.mark.spec("CAL-11")
+@pytest.mark.parametrize("weights", FORMATS)
+def test_a_product_with_other_bits_is_noticed(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SHAPES["tiny"]
+    write_checkpoint(tmp_path / "model", config, dtype="f32", seed=1)
+    with load(
+        tmp_path / "model", weights=weights, weight_cache=tmp_path / "packed", budget="2MB", max_positions=8
+    ) as session:
+        source = session.source
+        assert isinstance(source, StreamedSource)
+        inventory = Inventory(session.model.config, weights)
+        assert same_bits(inventory, source.locked, source.scratch, 2)
+        right, calls = packing_matmul, []
+
+        def matmul(x: Any, layout: Any, chunks: Any, out: Any, scratch: Any) -> None:
+            right(x, layout, chunks, out, scratch)
+            calls.append(1)
+            if len(calls) % 2 == 0:  # the one with several threads
+                out[0, -1] = np.nextafter(out[0, -1], np.float32(np.inf))
+
+        monkeypatch.setattr("refinfer.offload.calibration.matmul", matmul)
+        assert not same_bits(inventory, source.locked, source.scratch, 2)
+
+
+@pytest.mark.spec("CAL-11")
+@pytest.mark.parametrize(("io_bound", "asked", "tried"), [(False, None, True), (True, None, False), (False, 2, False)])
+def test_a_session_tries_blas_threads_if_products_are_the_limit_and_no_number_was_asked_for(
+    io_bound: bool, asked: int | None, tried: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refinfer.generate.default_threads", lambda _: 2)
+    monkeypatch.setattr("refinfer.offload.run.predict", lambda *_, **__: Prediction(1.0, io_bound, HERE))
+    write_checkpoint(tmp_path / "model", SHAPES["tiny"], dtype="f32", seed=1)
+    texts = []
+    with load(
+        tmp_path / "model", weight_cache=tmp_path / "packed", budget="90%", threads=asked, max_positions=10
+    ) as session:
+        for _ in range(2):
+            for _ in session.generate(token_ids=[1], max_tokens=9):
+                pass
+            assert session.stats is not None
+            texts.append(session.stats.token_ids)
+        assert (session._trial is not None) == tried
+        assert session._trial is None or session._trial.is_over
+        assert session.threads in ({1, 2} if tried else {asked or 1})
+    assert texts[0] == texts[1]
