@@ -1,4 +1,4 @@
-"""What every test shares: the specification's marks, and models to test with."""
+"""What the tests share: the specification's marks, models to test with, and a browser."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 import refinfer
+from browser import Browser, find_chromium, open_browser
 from cage import Cases
 from refinfer.cli.imported import imported
 from refinfer.errors import RefinferError
@@ -60,6 +61,15 @@ class Golden:
 def _load_golden(family: str) -> Golden:
     raw: dict[str, Any] = json.loads((GOLDEN / family / "golden.json").read_text())
     return Golden(family, GOLDEN / family, raw["prompt"], raw["logits"], raw["greedy"])
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("there is no Chromium here; on Debian: apt-get install chromium")
+    with open_browser(program, tmp_path_factory.mktemp("chromium")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -216,6 +216,16 @@ def test_a_picture_can_always_be_written() -> None:
 
 
 @pytest.mark.spec("TRACE-3")
+def test_a_long_title_keeps_its_beginning_and_its_end() -> None:
+    title = f"a model {'in a folder ' * 30}within 1.2 GB: two tokens"
+    shown = next(ET.fromstring(to_svg(SMALL, title)).iter(f"{SVG}text")).text or ""
+    assert len(shown) < 100
+    assert shown.startswith("a model in a folder")
+    assert "…" in shown
+    assert shown.endswith("within 1.2 GB: two tokens")
+
+
+@pytest.mark.spec("TRACE-3")
 @pytest.mark.parametrize("seconds", [0.0, 1e-13, 3e-7, 0.04, 1.0, 7e5], ids=str)
 def test_a_trace_of_any_length_has_a_ruler_of_few_round_steps_from_zero(seconds: float) -> None:
     root = ET.fromstring(to_svg(Trace((Span("a", "wait", "", 9.0, 9.0 + seconds),)), "t"))

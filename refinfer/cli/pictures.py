@@ -87,6 +87,8 @@ _LEFT: Final = 90
 _LANE: Final = 34
 _TOP: Final = 56
 _EDGED: Final = 4
+_LETTER: Final = 0.7
+"""The average width of a letter in a wide, bold font, as a share of the font's size."""
 
 
 def to_svg(trace: Trace, title: str) -> str:
@@ -105,7 +107,7 @@ def to_svg(trace: Trace, title: str) -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">',
         f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
-        f'<text x="{_LEFT}" y="20" font-size="14" font-weight="bold">{_text(title)}</text>',
+        f'<text x="{_LEFT}" y="20" font-size="14" font-weight="bold">{_text(_shortened(title))}</text>',
     ]
     shown = [kind for kind in KINDS if any(span.kind == kind for span in trace.spans)]
     for i, kind in enumerate(shown):
@@ -133,9 +135,17 @@ def to_svg(trace: Trace, title: str) -> str:
     for tick in _ticks(lasted):
         at = x(start + tick)
         lines.append(f'<line x1="{at:.2f}" y1="{_TOP - 4}" x2="{at:.2f}" y2="{bottom}" stroke="#00000022"/>')
-        lines.append(f'<text x="{at:.2f}" y="{bottom + 16}" text-anchor="middle">{tick * 1e3:g} ms</text>')
+        label = f"{tick * 1e3:g} ms"
+        middle = min(at, _WIDTH - 12 * _LETTER * len(label) / 2)  # at the right edge it stays inside
+        lines.append(f'<text x="{middle:.2f}" y="{bottom + 16}" text-anchor="middle">{label}</text>')
     lines.append("</svg>")
     return "\n".join(lines) + "\n"
+
+
+def _shortened(title: str) -> str:
+    """Replace the middle of a title by an ellipsis if a wide font would have it leave the picture."""
+    most = int((_WIDTH - _LEFT) / (14 * _LETTER))
+    return title if len(title) <= most else f"{title[: most // 2]}…{title[len(title) - (most - most // 2 - 1) :]}"
 
 
 def _text(text: str) -> str:

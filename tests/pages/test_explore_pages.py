@@ -26,17 +26,8 @@ from refinfer.units import format_nbytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 import explore_data as explore
-from browser import Browser, Page, find_chromium, open_browser
+from browser import Browser, Page
 from explore_tools import PAGES, ROOT, SMALL, entry_of, schedule
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("there is no Chromium here; on Debian: apt-get install chromium")
-    with open_browser(program, tmp_path_factory.mktemp("chromium")) as running:
-        yield running
 
 
 @pytest.fixture(scope="session")
@@ -417,8 +408,22 @@ def test_a_model_that_cannot_be_loaded_is_said(browser: Browser, site: Path) -> 
     page.close()
 
 
+# The texts of all pictures that overlap, two by two. What a line has above and below its letters does not count. Fonts
+# of one width are about as wide everywhere.
+OVERLAPS = """[...document.querySelectorAll('.explorer svg')].flatMap(svg => {
+  const texts = [...svg.querySelectorAll('text')].filter(text => text.textContent.trim()).map(text => {
+    const {left, right, top, bottom} = text.getBoundingClientRect();
+    const spare = (bottom - top - parseFloat(getComputedStyle(text).fontSize)) / 2;
+    return {words: text.textContent, left, right, top: top + spare, bottom: bottom - spare};
+  });
+  return texts.flatMap((a, i) => texts.slice(i + 1).filter(b =>
+    Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
+    Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1).map(b => `${a.words} and ${b.words}`));
+})"""
+
+
 @pytest.mark.browser
-@pytest.mark.spec("BOOK-5")
+@pytest.mark.spec("BOOK-5", "BOOK-11")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("name", ["packing", "schedule"])
@@ -432,6 +437,7 @@ def test_an_explorable_can_be_read_on_a_phone_and_in_the_dark(
     assert page.run("document.documentElement.scrollWidth") <= width
     script = "[...document.querySelectorAll('.explorer svg text')].map((t) => parseFloat(getComputedStyle(t).fontSize))"
     assert min(page.run(script)) >= 12
+    assert page.run(OVERLAPS) == []
     # Everything to choose with has a label, every picture a name, and what is drawn is said where it is announced.
     unnamed = "[...document.querySelectorAll('.explorer :is(select, input)')].filter((e) => !e.labels.length).length"
     assert page.run(unnamed) == 0

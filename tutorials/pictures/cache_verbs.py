@@ -80,14 +80,17 @@ def draw() -> str:
 
 def _panel(title: str, calls: list[tuple[str, str]], top: int, height: int) -> list[str]:
     lines = [f'<text x="{_WIDTH // 2}" y="{top + 16}" font-weight="bold">{title}</text>']
-    for x, who, colour in ((_LEFT, "who needs it", _BLUE), (_RIGHT, "the weight cache", _ORANGE)):
+    for x, who, colour, ink in (
+        (_LEFT, "who needs it", _BLUE, "#ffffff"),
+        (_RIGHT, "the weight cache", _ORANGE, "#222222"),
+    ):
         lines.append(f'<line x1="{x}" y1="{top + 58}" x2="{x}" y2="{top + height - 8}" stroke="{_GREY}"/>')
-        lines.append(f'<rect x="{x - 78}" y="{top + 28}" width="156" height="30" rx="5" fill="{colour}"/>')
-        lines.append(f'<text x="{x}" y="{top + 49}" fill="#ffffff">{who}</text>')
+        lines.append(f'<rect x="{x - 88}" y="{top + 28}" width="176" height="30" rx="5" fill="{colour}"/>')
+        lines.append(f'<text x="{x}" y="{top + 49}" fill="{ink}">{who}</text>')
     y = top + 84
     for verb, answer in calls:
         if verb == "pack":
-            lines.append(f'<rect x="{_LEFT - 78}" y="{y - 14}" width="250" height="36" rx="5" fill="{_GREEN}"/>')
+            lines.append(f'<rect x="{_LEFT - 88}" y="{y - 14}" width="270" height="36" rx="5" fill="{_GREEN}"/>')
             lines.append(f'<text x="{_LEFT + 47}" y="{y + 10}" fill="#ffffff">packs, into that space</text>')
         else:
             lines += _arrow(verb, y, _LEFT, _RIGHT, "")

@@ -9,9 +9,9 @@ from refinfer.planning.page_cache import belady_misses, lru_misses
 _CHUNKS: Final = 64
 _CHUNK: Final = 1_000_000
 _RING: Final = 1
-_LEFT: Final = 76
+_LEFT: Final = 92
 _TOP: Final = 24
-_WIDTH: Final = 590
+_WIDTH: Final = 574
 _HEIGHT: Final = 300
 
 

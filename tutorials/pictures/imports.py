@@ -26,7 +26,7 @@ COLOURS = {
     "model": GREEN,
 }
 GREY = "#bab0ac"
-WIDTH, MARGIN, GAP, LINE, LETTER = 700, 12, 6, 20, 7.9
+WIDTH, MARGIN, GAP, LINE, LETTER = 700, 12, 6, 20, 9.05
 
 
 def room_of(module: str) -> str:

@@ -33,7 +33,7 @@ def draw() -> str:
         (_COLOURS["compute"], "0.45", "of a locked chunk"),
         (_COLOURS["wait"], "1", "wait"),
     )
-    for (colour, opacity, what), left in zip(legend, (84, 180, 424, 588), strict=True):
+    for (colour, opacity, what), left in zip(legend, (84, 152, 438, 624), strict=True):
         lines.append(f'<rect x="{left}" y="12" width="13" height="13" fill="{colour}" fill-opacity="{opacity}"/>')
         lines.append(f'<text x="{left + 19}" y="23">{what}</text>')
     for (title, locked), top in zip(panels, (44, 198), strict=True):
@@ -53,8 +53,9 @@ def _panel(title: str, run: Simulation, locked: Collection[int], top: int) -> li
                 lines += _box(span, start, y, span.kind == "compute" and int(span.name) in locked)
     for token in range(3):
         x = _LEFT + token * run.token_s * _SECOND
-        ends = f'x1="{x:.1f}" y1="{top + 22}" x2="{x:.1f}" y2="{top + 114}"'
-        lines.append(f'<line {ends} stroke="#333333" stroke-dasharray="4 3"/>')
+        for first, last in ((22, 26), (62, 114)):  # not through the numbers of the reads
+            ends = f'x1="{x:.1f}" y1="{top + first}" x2="{x:.1f}" y2="{top + last}"'
+            lines.append(f'<line {ends} stroke="#333333" stroke-dasharray="4 3"/>')
         lines.append(f'<text x="{x:.1f}" y="{top + 131}" text-anchor="middle">{token * run.token_s:g}</text>')
     return lines
 

@@ -73,7 +73,7 @@ def _feed_forward(y: int) -> list[str]:
         _turning((190, y + 114), (190, y + 22), (329, y + 22), (329, y + 34)),
         _arrow(360, y + 114, 386, y + 114),
         _turning((241, y + 190), (241, y + 206), (453, y + 206), (453, y + 142)),
-        *_box("silu(gate) × up", 390, y + 84, 126, 56),
+        *_box("silu(gate)\n× up", 390, y + 84, 126, 56),
         _arrow(518, y + 114, 532, y + 114),
         *_matrix("down_proj", 538, y + 84, _ORANGE),
         *_back(615, y + 144, y + 244),
@@ -95,7 +95,7 @@ def _token(y: int) -> list[str]:
             f'stroke="#ffffff" stroke-width="0.7"><title>{matrix.name}</title></rect>'
         )
         if matrix.kind == "gate_proj":
-            lines.append(_text(round(x), y + 64, f"layer {matrix.layer}"))
+            lines.append(_text(round(x), y + 64, f"{matrix.layer}" if matrix.layer else "layer 0"))
         x += width
     return [*lines, _text(690, y + 64, "lm_head", anchor="end")]
 
@@ -105,7 +105,7 @@ def _matrix(kind: str, x: int, y: int, colour: str) -> list[str]:
     rows, columns = _MODEL.layer_shapes()[f"{part}.{kind}.weight"]
     width, height = _SCALE * columns, _SCALE * rows
     name = kind.removesuffix("_proj")
-    text = _text(round(x + width / 2), round(y + height / 2 + 5), name, "#ffffff")
+    text = _text(round(x + width / 2), round(y + height / 2 + 5), name, _DARK if colour == _ORANGE else "#ffffff")
     return [f'<rect x="{x}" y="{y}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>', text]
 
 
@@ -123,9 +123,11 @@ def _back(x: int, top: int, bottom: int) -> list[str]:
 
 
 def _box(text: str, x: int, y: int, width: int, height: int) -> list[str]:
+    lines = text.split("\n")
+    first = y + height // 2 + 15 - 10 * len(lines)
     return [
         f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="4" fill="#f2f0ef" stroke="{_GREY}"/>',
-        _text(x + width // 2, y + height // 2 + 5, text),
+        *(_text(x + width // 2, first + 20 * i, line) for i, line in enumerate(lines)),
     ]
 
 

@@ -77,8 +77,8 @@ def draw() -> str:
     ]
     for i, (colour, what, nbytes) in enumerate(parts):
         y = below - 4 + 28 * i
-        lines.append(f'<rect x="300" y="{y}" width="14" height="14" fill="{colour}"/>')
-        lines.append(f'<text x="322" y="{y + 12}">{what}: {format_nbytes(nbytes)}</text>')
+        lines.append(f'<rect x="346" y="{y}" width="14" height="14" fill="{colour}"/>')
+        lines.append(f'<text x="368" y="{y + 12}">{what}: {format_nbytes(nbytes)}</text>')
     lines.append("</svg>")
     return "\n".join(lines) + "\n"
 

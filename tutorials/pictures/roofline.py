@@ -78,9 +78,10 @@ def _curve(device: str, colour: str, along: float, below: int, costs: Costs) -> 
     shares = [ridge * i / 60 for i in range(61)]
     points = " ".join(f"{_x(s):.1f},{_y(1 / (reading * (1 - s))):.1f}" for s in shares)
     at = ridge * along
+    ink = "#a85400" if device == "nvme" else colour  # orange is too pale for letters
     return [
         f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5" stroke-linejoin="round"/>',
-        f'<text x="{_x(at):.1f}" y="{_y(1 / (reading * (1 - at))) + below:.1f}" fill="{colour}">{device}</text>',
+        f'<text x="{_x(at):.1f}" y="{_y(1 / (reading * (1 - at))) + below:.1f}" fill="{ink}">{device}</text>',
     ]
 
 

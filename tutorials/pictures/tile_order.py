@@ -38,7 +38,7 @@ def draw() -> str:
     ]
     for y, words, order in (
         (300, "in memory, row by row: four places", row_major),
-        (405, "in memory, packed: one place, and the next step begins where it ends", packed),
+        (405, "in memory, packed: one place; the next step begins where it ends", packed),
     ):
         parts.append(_text(20, y, words))
         parts += [

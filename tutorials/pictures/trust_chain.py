@@ -31,7 +31,7 @@ def draw() -> str:
         *_chunks(first),
         _box(index, _INDEX, _ORANGE),
         f'<text x="{_LEFT + _HEADER // 2}" y="{middle}" fill="#ffffff">header</text>',
-        f'<text x="{index + _INDEX // 2}" y="{middle}" fill="#ffffff">index</text>',
+        f'<text x="{index + _INDEX // 2}" y="{middle}" fill="#222222">index</text>',
         # Above: the header vouches for itself and for the index.
         _arrow(f"M{_LEFT + 22},{_TOP} C{_LEFT + 2},{_TOP - 48} {_LEFT + 70},{_TOP - 48} {_LEFT + 54},{_TOP - 3}"),
         f'<text x="{_LEFT + 38}" y="{_TOP - 66}">SHA-256</text>',
@@ -44,7 +44,7 @@ def draw() -> str:
         f'<text x="{first + 345}" y="{_TOP + _TALL + 106}">a SHA-256 of every buffer</text>',
         # Below the header: what the file was made of, and by what.
         *_outside(_LEFT + 34, "SHA-256 of", "the model's files", _TOP + _TALL + 146, 104),
-        *_outside(_LEFT + 70, "fingerprint of", "the packing code", _TOP + _TALL + 146, 286),
+        *_outside(_LEFT + 70, "fingerprint of", "the packing code", _TOP + _TALL + 146, 300),
     ]
     return "\n".join([*lines, "</svg>"]) + "\n"
 
@@ -79,7 +79,7 @@ def _outside(x: int, what: str, of: str, y: int, centre: int) -> list[str]:
     base = _TOP + _TALL
     return [
         _arrow(f"M{x},{base} C{x},{base + 70} {centre},{base + 40} {centre},{y - 27}"),
-        f'<rect x="{centre - 82}" y="{y - 24}" width="164" height="48" rx="6" fill="{_GREY}"/>',
+        f'<rect x="{centre - 89}" y="{y - 24}" width="178" height="48" rx="6" fill="{_GREY}"/>',
         f'<text x="{centre}" y="{y - 4}">{what}</text>',
         f'<text x="{centre}" y="{y + 16}">{of}</text>',
     ]

@@ -20,19 +20,19 @@ def draw() -> str:
     """Draw it from top to bottom; the chunks are those of the storyteller, and what is locked is a real plan."""
     lines = [
         (
-            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 680" width="700" height="680" '
+            '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 702" width="700" height="702" '
             'font-family="sans-serif" font-size="16" text-anchor="middle">'
         ),
         (
             '<defs><marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
             f'<path d="M0,0 L8,4 L0,8 z" fill="{_DARK}"/></marker></defs>'
         ),
-        '<rect width="700" height="680" fill="#ffffff"/>',
+        '<rect width="700" height="702" fill="#ffffff"/>',
         *_checkpoint(),
         *_file(146),
         *_mapped(252),
         *_streamed(252),
-        *_below(478),
+        *_below(500),
     ]
     return "\n".join([*lines, "</svg>"]) + "\n"
 
@@ -50,25 +50,25 @@ def _checkpoint() -> list[str]:
 
 def _file(y: int) -> list[str]:
     return [
-        _text(20, y + 18, "the weight cache: a file, chunks in order of use", anchor="start", bold=True),
+        _text(20, y + 18, "the weight cache file: chunks in order of use", anchor="start", bold=True),
         _room(680, y + 18, "weight_cache: 04 to 06"),
         *_strip(20, y + 30, 660, 34, frozenset(), _GREY),
         _arrow(175, y + 68, 175, y + 104),
         _text(189, y + 90, "mapped", anchor="start"),
         _arrow(515, y + 68, 515, y + 104),
-        _text(529, y + 90, "read with direct I/O", anchor="start"),
+        _text(501, y + 90, "read with direct I/O", anchor="end"),
     ]
 
 
 def _mapped(y: int) -> list[str]:
     return [
-        _box(20, y, 310, 178, "#ffffff"),
+        _box(20, y, 310, 200, "#ffffff"),
         _text(175, y + 24, "enough memory", bold=True),
         *_strip(36, y + 44, 278, 30, frozenset(range(len(_MODEL.cycle)))),
-        _text(175, y + 100, "nothing is packed or copied;"),
-        _text(175, y + 122, "processes share the pages"),
-        _text(175, y + 160, "tutorial 06", "#8a5a00"),
-        _arrow(175, y + 180, 175, y + 222),
+        _text(175, y + 112, "nothing is packed or copied;"),
+        _text(175, y + 134, "processes share the pages"),
+        _text(175, y + 190, "tutorial 06", "#8a5a00"),
+        _arrow(175, y + 202, 175, y + 244),
     ]
 
 
@@ -76,19 +76,21 @@ def _streamed(y: int) -> list[str]:
     budget = round(_SHARE * _MODEL.streamable_nbytes)
     plan = make_plan("balanced", _MODEL, fixed_of(_MODEL, _POSITIONS), budget, costs_of(_MODEL, HERE))
     slots = [
-        f'<rect x="{436 + 34 * i}" y="{y + 112}" width="28" height="24" fill="{_BLUE}"/>'
+        f'<rect x="{436 + 34 * i}" y="{y + 104}" width="28" height="24" fill="{_BLUE}"/>'
         for i in range(plan.ring_slots)
     ]
     return [
-        _box(350, y, 330, 178, "#ffffff"),
+        _box(350, y, 330, 200, "#ffffff"),
         _text(515, y + 24, "a memory budget", bold=True),
         *_strip(366, y + 44, 298, 30, plan.locked),
-        _text(366, y + 96, "green: locked in memory for good", _GREEN_TEXT, anchor="start"),
-        _text(366, y + 130, "blue:", _BLUE_TEXT, anchor="start"),
+        _text(366, y + 94, "green: locked in memory for good", _GREEN_TEXT, anchor="start"),
+        _text(366, y + 122, "blue:", _BLUE_TEXT, anchor="start"),
         *slots,
-        _text(446 + 34 * plan.ring_slots, y + 130, "a ring, filled ahead", _BLUE_TEXT, anchor="start"),
-        _text(515, y + 160, "by threads, for each token anew", _BLUE_TEXT),
-        _arrow(515, y + 180, 515, y + 222),
+        _text(446 + 34 * plan.ring_slots, y + 122, "a ring,", _BLUE_TEXT, anchor="start"),
+        _text(515, y + 146, "filled ahead by threads,", _BLUE_TEXT),
+        _text(515, y + 167, "for each token anew", _BLUE_TEXT),
+        _text(515, y + 190, "planning, offload: 08 to 12", "#8a5a00"),
+        _arrow(515, y + 202, 515, y + 244),
     ]
 
 
@@ -98,10 +100,8 @@ _BLUE_TEXT: Final = "#3b6290"
 
 def _below(y: int) -> list[str]:
     return [
-        _room(680, y - 32, "planning, offload:"),
-        _room(680, y - 12, "08 to 12"),
         f'<rect x="20" y="{y}" width="660" height="40" rx="4" fill="{_ORANGE}"/>',
-        _text(350, y + 26, "the seam: a weight source gives matrix after matrix", "#ffffff", bold=True),
+        _text(350, y + 26, "the seam: a weight source gives matrix after matrix", "#222222", bold=True),
         _arrow(350, y + 42, 350, y + 80),
         _box(230, y + 84, 240, 54, "#f2f0ef"),
         _text(350, y + 106, "the transformer", bold=True),

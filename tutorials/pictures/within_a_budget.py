@@ -9,7 +9,7 @@ from typing import Any, Final
 _FIGURES: Final = Path(__file__).parents[2] / "docs" / "figures" / "offload.json"
 _ARMS: Final = (  # arm, its colour, what it is called
     ("optimal", "#4c78a8", "refinfer, plan optimal"),
-    ("synchronous", "#f28e2b", "the same locks, no prefetch thread"),
+    ("synchronous", "#f28e2b", "same locks, no prefetch thread"),
     ("mmap", "#e15759", "real mmap, real memory limit"),
 )
 _LEFT: Final = 62
