@@ -20,7 +20,7 @@ from refinfer.planning.paper import PUBLISHED
 from refinfer.planning.plan import PLANS
 
 GOLDEN: dict[str, list[str]] = json.loads((Path(__file__).parent / "golden" / "json_names.json").read_text())
-SLOW = {"bench offload", "bench share", "bench start", "simulate --paper"}
+SLOW = {"lab check", "lab grade", "bench offload", "bench share", "bench start", "simulate --paper"}
 CASES = [pytest.param(command, marks=pytest.mark.slow if command in SLOW else ()) for command in GOLDEN]
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
@@ -34,6 +34,7 @@ OPTIONAL = ("cgroup", "blas[]")
 # What a command needs besides its name in the golden file.
 OPTIONS = {
     **dict.fromkeys(("plan", "simulate"), "--shape tiny"),
+    "lab grade": "refinfer-labs",
     **dict.fromkeys(("cache info", "cache verify", "cache rm"), "--all"),
     **dict.fromkeys((name for name in GOLDEN if name.startswith("generate")), "--max-tokens 2"),
 }
@@ -100,11 +101,18 @@ def small_benches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "CLI-18", "CLI-2", "CLI-7", "CLI-10", "CLI-11", "CLI-12", "CLI-13", "CLI-14", "CLI-15", "CLI-17", "BENCH-13"
 )
 @pytest.mark.parametrize("command", CASES)
-def test_a_command_still_prints_every_name_of_its_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_still_prints_every_name_of_its_json(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if command == "bench share" and not Path("/proc/self/smaps_rollup").exists():
         pytest.skip("only Linux reports proportional set sizes")
     if command.startswith("cache "):
         assert main(["pack"]) == 0  # there is a file to describe
+        capsys.readouterr()
+    if command.startswith("lab "):
+        monkeypatch.chdir(tmp_path)
+        assert main(["lab", "start", "--only", "1"]) == 0
+        assert main(["lab", "solution", "--give-up", "--apply"]) == 0
         capsys.readouterr()
     assert main([*command.split(), *OPTIONS.get(command, "").split(), "--json"]) == 0
     got = set(names_in(json.loads(capsys.readouterr().out)))

@@ -26,6 +26,7 @@ from refinfer.labs.workspace import DEFAULT_FOLDER, Workspace, all_labs
 __all__ = ["ACTIONS", "add_lab", "run_lab"]
 
 _LOOK_S: Final = 0.3
+_WIDEST: Final = 100
 
 
 def add_lab(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +36,9 @@ def add_lab(parser: argparse.ArgumentParser) -> None:
     for name, (_, text) in ACTIONS.items():
         action = actions.add_parser(name, help=text, description=text)
         if name == "reset":
-            action.add_argument("lab", metavar="N", help="which lab")
+            action.add_argument("lab", metavar="N", help="number of the lab")
         elif name in ("check", "hint", "solution"):
-            action.add_argument("lab", metavar="N", nargs="?", help="which lab (default: the open one)")
+            action.add_argument("lab", metavar="N", nargs="?", help="number of the lab (default: the open one)")
         if name not in ("start", "grade"):
             action.add_argument(
                 "--dir",
@@ -126,8 +127,9 @@ def _chosen(args: argparse.Namespace, workspace: Workspace) -> Lab:
     return workspace.current
 
 
-def _paragraph(text: str) -> None:
-    print(*wrap(words_of(text), min(columns_of(sys.stdout) or PIPE_COLUMNS, 100)), sep="\n")
+def _paragraph(text: str, margin: str = "", then: str | None = None) -> None:
+    width = min(columns_of(sys.stdout) or PIPE_COLUMNS, _WIDEST)
+    print(*wrap(words_of(text), width, margin, margin if then is None else then), sep="\n")
 
 
 def _title(lab: Lab) -> str:
@@ -139,8 +141,7 @@ def _show(lab: Lab, workspace: Workspace) -> None:
     say(f"{_title(lab)}: about {lab.minutes} minutes")
     for place in lab.places:
         print(f"  {place.module}, line {workspace.region(place).first}")
-        for line in wrap(words_of(place.region.task), PIPE_COLUMNS - 20, "    ", "    "):
-            print(line)
+        _paragraph(place.region.task, "    ")
     _paragraph(f"read tutorial {lab.page}. Think first: {lab.think}")
     if lab.spoilers:
         _paragraph(f"these places give it away: {', '.join(lab.spoilers)}")
@@ -250,9 +251,9 @@ def _report(verdict: Verdict) -> None:
     if failure := verdict.failure:
         _paragraph(f"the first that does not: {failure.sentence}")
         for line in failure.lines:
-            print(*wrap(words_of(line), PIPE_COLUMNS - 20, "  ", "    "), sep="\n")
+            _paragraph(line, "  ", "    ")
         for clause in failure.clauses:
-            print(*wrap(words_of(clause), PIPE_COLUMNS - 20, "  ", "    "), sep="\n")
+            _paragraph(clause, "  ", "    ")
     _paragraph(f"read: tutorial {lab.page}; for help: refinfer lab hint {lab.number}")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,16 +73,18 @@ class Reporter:
         self._write(began=nodeid)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Report how a phase of a test ended."""
-        report: pytest.TestReport = yield  # type: ignore[assignment]
+        report: pytest.TestReport = yield
         about: dict[str, Any] = {"test": item.nodeid, "when": report.when, "outcome": report.outcome}
         if call.excinfo is not None and report.failed:
             about["lines"] = explain(call.excinfo.value)
             about["where"] = _where(call.excinfo)
             about["clauses"] = [str(i) for mark in item.iter_markers("spec") for i in mark.args]
         self._write(**about)
-        return report  # type: ignore[return-value]
+        return report
 
     def pytest_sessionfinish(self) -> None:
         """Report that every test was run."""

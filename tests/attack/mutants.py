@@ -68,6 +68,8 @@ SHARED: Final = {
     "bench/entry": ["bench/test_*"],
     "bench/machine": ["bench/test_bench_abilities", "cli/test_cli_columns"],
     "bench/naive": ["bench/test_bench_decode"],
+    "cli/lab": ["labs/test_labs_workspace"],
+    "labs/*": ["labs/test_labs_*", "cli/test_cli_lab"],
     "cli/[cgmps]*": ["cli/test_cli_main"],
     "cli/cache": ["wild/test_wild_habits"],
     "cli/synth": ["wild/test_wild_habits"],

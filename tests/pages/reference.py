@@ -189,6 +189,14 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
         "bench.arm": "the paper's evaluation: one run within a real memory limit",
         "bench.offload": "the paper's evaluation: tokens per second within a budget, arm by arm, compared with mmap",
     },
+    "The labs": {
+        "labs.regions": "neither original; the markers of minitorch",
+        "labs.catalogue": OWN,
+        "labs.workspace": "neither original; rustlings: one command, one open exercise, hints, progress",
+        "labs.check": OWN,
+        "labs.reporter": OWN,
+        "labs.run": OWN,
+    },
     "The command line": {
         "cli.main": OWN,
         "cli.ending": OWN,
@@ -208,6 +216,7 @@ ORIGINS: Final[dict[str, dict[str, str]]] = {
         "cli.plan": OWN,
         "cli.simulate": OWN,
         "cli.machine": OWN,
+        "cli.lab": OWN,
     },
 }
 
