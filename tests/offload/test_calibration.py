@@ -480,3 +480,20 @@ def test_a_session_tries_blas_threads_if_products_are_the_limit_and_no_number_wa
         assert session._trial is None or session._trial.is_over
         assert session.threads in ({1, 2} if tried else {asked or 1})
     assert texts[0] == texts[1]
+
+
+@pytest.mark.spec("CAL-5")
+def test_what_is_timed_is_a_product_with_each_chunk_and_one_row_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    inventory, seen = Inventory(SHAPES["tiny"], "f32"), []
+
+    def noted(x: Any, layout: Any, chunks: Any, out: Any, scratch: Any) -> None:
+        packing_matmul(x, layout, chunks, out, scratch)
+        seen.append((x.shape[0], id(chunks[0])))
+
+    monkeypatch.setattr("refinfer.offload.calibration.matmul", noted)
+    layouts = [inventory.matrices[inventory.cycle[n].matrix].layout for n in (0, 1)]
+    chunks = {
+        n: pack_matrix(np.ones((layout.N, layout.K), np.float32), "f32").tiles[0] for n, layout in enumerate(layouts)
+    }
+    assert product_seconds_per_byte(inventory, chunks, Scratch(inventory, 1), RealClock())
+    assert set(seen) == {(1, id(tiles)) for tiles in chunks.values()}

@@ -451,3 +451,36 @@ def test_a_session_has_0_to_64_threads_and_a_ring_of_at_least_two_chunks(model: 
     for ring in (0, 2 * slot - 1, 6 * slot):
         with pytest.raises(RequestError, match="a ring must hold 2 to 4096 chunks"):
             opened_with(2, ring)
+
+
+@pytest.mark.spec("STORE-5")
+def test_a_run_with_a_disk_bandwidth_waits_on_its_clock_and_one_without_does_not(model: PackedModel) -> None:
+    class Noted(RealClock):
+        def __init__(self) -> None:
+            self.slept = 0.0
+
+        def sleep(self, seconds: float) -> None:
+            self.slept += seconds
+
+    for rate, waits in ((None, False), (1e6, True)):
+        clock = Noted()
+        run = open_run(planned(model, disk_bandwidth=rate), model.keys, clock, quiet=True)
+        run.source.close()
+        assert (clock.slept > 0) == waits
+
+
+@pytest.mark.spec("CAL-4")
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_a_plan_rests_on_what_reads_cost_with_its_own_number_of_threads(
+    threads: int, model: PackedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    right = run_module.costs_of
+
+    def noted(inventory: Any, calibration: Any, prefetch_threads: int = 2) -> Any:
+        seen.append(prefetch_threads)
+        return right(inventory, calibration, prefetch_threads=prefetch_threads)
+
+    monkeypatch.setattr("refinfer.offload.run.costs_of", noted)
+    planned(model, threads)
+    assert seen == [threads]
