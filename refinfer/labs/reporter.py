@@ -111,7 +111,7 @@ def explain(error: BaseException) -> list[str]:
 def _message(error: BaseException) -> str:
     text = str(error).strip()
     first = text.partition("\n")[0].strip()
-    if match := re.match(r"DID NOT RAISE <class '(?:.*\.)?(\w+)'>", text):
+    if match := re.match(r"DID NOT RAISE (?:<class '(?:.*\.)?)?(\w+)", text):
         return f"no {match[1]} was raised"
     if match := re.match(
         r"Regex pattern did not match\.\s+(?:Expected r|R)egex: (.+)\n\s*(?:Actual message|Input): (.+)", text

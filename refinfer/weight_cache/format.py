@@ -2,7 +2,7 @@
 
 Covers every byte that is not packed weights; `docs/file-format.md` draws them. Leaves to others: files and mappings
 (`mapped_file`), what packed weights mean (`packers`).
-Read more: tutorial 05; clauses FILE-1 to FILE-8.
+Read more: tutorial 05; clauses FILE-1 to FILE-8, FILE-17, FILE-18.
 
     0          4096                                            index offset        end of file
     +----------+---------+---------+--- ... ---+---------------+-------------------+
@@ -171,9 +171,24 @@ def unfinished(provenance: Provenance) -> Header:
 def decode_header(page: bytes, file_nbytes: int) -> Header:
     """Return the header of a file of `file_nbytes` whose first page is `page`.
 
+    The digest covers the fields, zeros among them included, and lies right after them. The rest of the page has no
+    meaning and is not looked at. The checks, in their order; the first that fails is the reason:
+
+        what must hold                                         else
+        --------------                                         ----
+        the page begins with MAGIC                             it is not a refinfer weight cache
+        it has PAGE_BYTES                                      it is cut short
+        the version is FORMAT_VERSION                          it has the format version 1, and this is version 2
+        the digest is that of the fields                       its header is damaged
+        the state is COMPLETE                                  it was never completed
+        the size is file_nbytes                                it has 8191 bytes instead of 8192
+        the index begins on a page after the header, ends      its header contradicts itself
+        the file, and has _LARGEST_INDEX bytes or fewer
+
     Raises:
-        CacheFileError: it is not a cache file, is damaged or not complete, or has another version; the text says which.
+        CacheFileError: one of them does not hold.
     """
+    # lab 06: check the first page in the order of the table, and return its fields
     if page[: len(MAGIC)] != MAGIC:
         raise CacheFileError("it is not a refinfer weight cache")
     if len(page) < PAGE_BYTES:
@@ -190,6 +205,7 @@ def decode_header(page: bytes, file_nbytes: int) -> Header:
     if offset % PAGE_BYTES or offset < PAGE_BYTES or offset + nbytes != size or nbytes > _LARGEST_INDEX:
         raise CacheFileError("its header contradicts itself")
     return Header(state, model, packers, offset, nbytes, index_digest)
+    # end lab
 
 
 # --8<-- [end:header]

@@ -2,7 +2,7 @@
 
 Takes digests of the source files, the files that weights come from, and decides when one that was taken before may be
 believed. Leaves to others: what is in the files.
-Read more: tutorial 05; clauses IDENT-1 to IDENT-6.
+Read more: tutorial 05; clauses IDENT-1 to IDENT-7.
 
 The identity of a source file is the SHA-256 of its content, which takes half a second for each gigabyte. What the
 file system records (size, times, and inode, the file's number) and the first 64 KiB only decide whether a digest that
@@ -133,22 +133,32 @@ def believed(sources: Sequence[Path], side: SideFile) -> tuple[SourceFile, ...] 
 
 
 def _believed(path: Path, records: Mapping[str, Record]) -> Record | None:
+    """Return the record of a file if its digest may be believed, else None; reads at most 64 KiB of the file.
+
+    It may be believed if the record has the file's name, the file was at rest when its digest was begun, and everything
+    that `Stat.of` sees is still the same.
+    """
+    # lab 07: return the record of the file if its digest may be believed, else None
     record = records.get(path.name)
     return record if record and record.at_rest and record.stat == Stat.of(path) else None
+    # end lab
 
 
 # --8<-- [end:believed]
 
 
 def unchanged(sources: Sequence[Path], records: Sequence[Record]) -> bool:
-    """Return whether the files are still what they were when their digests were taken.
+    """Return whether the files are still what they were when their digests were taken; one record for each file.
 
-    A file that had just been written then, and might have changed since without showing it, is read again.
+    Everything that `Stat.of` sees must be the same. A file that had just been written then, and might have changed
+    since without showing it, is read again; a file that was at rest is not.
     """
+    # lab 07: compare each file with its record; read again only what was not at rest
     return all(
         Stat.of(path) == record.stat and (record.at_rest or _digest(path, lambda nbytes: None) == record.digest)
         for path, record in zip(sources, records, strict=True)
     )
+    # end lab
 
 
 def identify(
@@ -170,11 +180,21 @@ def identify(
 
 
 def _take_digest(path: Path, now_ns: int, progress: Callable[[int], None]) -> Record:
+    """Read a file and return its record, with what was seen of it before it was read.
+
+    The file was at rest if it had changed last (`ctime_ns`) more than a tick before `now_ns`.
+
+    Raises:
+        WeightsError: the file cannot be read, or does not look the same afterwards
+            (`w changed while it was read; try again`).
+    """
+    # lab 07: record the digest, what was seen of the file, and whether it was at rest
     before = Stat.of(path)
     digest = _digest(path, progress)
     if Stat.of(path) != before:
         raise WeightsError(f"{path} changed while it was read; try again")
     return Record(path.name, before, digest, before.ctime_ns + tick_ns(before.ctime_ns) < now_ns)
+    # end lab
 
 
 def tick_ns(time_ns: int) -> int:

@@ -1,7 +1,7 @@
 """The provider in memory: packed buffers that live as long as the process.
 
 Keeps each buffer in memory of its own. Leaves to others: files.
-Read more: tutorial 04; clauses CACHE-1 to CACHE-12.
+Read more: tutorial 04; clauses CACHE-1 to CACHE-12, CACHE-14.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import numpy as np
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import PackingError, WeightCacheStateError
 from refinfer.packing.layout import Bytes
+from refinfer.weight_cache import provider
 from refinfer.weight_cache.key import PackKey
-from refinfer.weight_cache.provider import DictFace, State, lies_at, require, require_fitting
+from refinfer.weight_cache.provider import DictFace, State
 
 __all__ = ["MemoryWeightCacheProvider"]
 
@@ -31,7 +32,7 @@ class MemoryWeightCacheProvider(DictFace):
 
     def look_up(self, key: PackKey) -> int | None:
         """Return the offset of the buffer of `key`, or None."""
-        require("look_up", self._state)
+        provider.require("look_up", self._state)
         return self._offsets.get(key)
 
     def reserve_space(self, nbytes: int) -> Bytes:
@@ -41,7 +42,7 @@ class MemoryWeightCacheProvider(DictFace):
             WeightCacheStateError: the cache is not being built.
             PackingError: `nbytes` is below one.
         """
-        require("reserve_space", self._state)
+        provider.require("reserve_space", self._state)
         if nbytes < 1:
             raise PackingError(f"at least one byte can be reserved, not {nbytes}")
         memory = np.zeros(nbytes + PAGE_BYTES, np.uint8)
@@ -52,17 +53,31 @@ class MemoryWeightCacheProvider(DictFace):
     def look_up_or_insert(self, key: PackKey, buffer: Bytes) -> int:
         """Keep `buffer` under `key`, unless that key has a buffer already; return the offset.
 
+        These laws apply in their order:
+
+        1. The verb works in the states that `provider.require` allows.
+        2. An existing key wins, even once the cache is finalized: its offset is returned, and `buffer` is dropped
+           without a look at its size.
+        3. Once the cache is finalized, a new key is refused: `the weight cache is finalized: 'w' cannot be inserted`.
+        4. A buffer that does not fit its key is refused (`provider.require_fitting`), and nothing is kept of it.
+        5. A buffer that lies in the latest reservation (`provider.lies_at`) is kept in place. Any other buffer is
+           copied to space that is reserved for it, so every buffer starts on a page.
+        6. Space belongs to one key. Once it is committed, it is no longer the latest reservation.
+        7. The first offset is `PAGE_BYTES`. Each later one is where the buffer before it ends.
+        8. What is kept can be read, but not written to.
+
         Raises:
-            WeightCacheStateError: the key is new, and the cache is finalized.
+            WeightCacheStateError: the key is new, and the cache is finalized, or the cache was deleted.
             PackingError: the buffer does not have the size of its key.
         """
-        require("look_up_or_insert", self._state)
+        # lab 05: return the offset of the key, and first keep the buffer if the key is new
+        provider.require("look_up_or_insert", self._state)
         if (offset := self._offsets.get(key)) is not None:
             return offset
         if self._state is not State.BUILDING:
             raise WeightCacheStateError(f"the weight cache is finalized: {key.name!r} cannot be inserted")
-        require_fitting(key, buffer)
-        if not lies_at(buffer, self._reserved):
+        provider.require_fitting(key, buffer)
+        if not provider.lies_at(buffer, self._reserved):
             np.copyto(self.reserve_space(buffer.size), buffer)
         assert self._reserved is not None
         offset, kept = self._end, self._reserved[: buffer.size]
@@ -71,6 +86,7 @@ class MemoryWeightCacheProvider(DictFace):
         self._offsets[key], self._buffers[offset] = offset, kept
         self._end += kept.size
         return offset
+        # end lab
 
     def offset_to_addr(self, offset: int) -> Bytes:
         """Return the buffer at `offset`, read-only.
@@ -78,7 +94,7 @@ class MemoryWeightCacheProvider(DictFace):
         Raises:
             WeightCacheStateError: no buffer starts there.
         """
-        require("offset_to_addr", self._state)
+        provider.require("offset_to_addr", self._state)
         if offset not in self._buffers:
             raise WeightCacheStateError(f"no buffer starts at offset {offset}")
         return self._buffers[offset]
@@ -89,7 +105,7 @@ class MemoryWeightCacheProvider(DictFace):
 
     def finalize(self) -> None:
         """Finish building; nothing can be inserted afterwards."""
-        require("finalize", self._state)
+        provider.require("finalize", self._state)
         self._state = State.FINALIZED
 
     def delete_cache(self) -> None:

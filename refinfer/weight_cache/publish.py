@@ -2,7 +2,7 @@
 
 Uses temporary files, locks, fsync and renaming. Leaves to others: what is in a file, what may be written over
 (`ownership`).
-Read more: tutorial 05; clauses PUBLISH-1 to PUBLISH-7, PUBLISH-12 to PUBLISH-14.
+Read more: tutorial 05; clauses PUBLISH-1 to PUBLISH-7, PUBLISH-12 to PUBLISH-15.
 
 The draft of `name` is `name.tmp`; only the process that has its lock may write to it. Publishing makes its bytes
 durable (they are on the disk when `fsync` returns, and survive a power cut), then gives it its name, then makes the
@@ -185,17 +185,28 @@ class Draft:
 
     # --8<-- [start:publish]
     def settle(self, nbytes: int) -> None:
-        """Cut the file to `nbytes`, give it its mode, and make both durable.
+        """Cut the file to `nbytes`, give it its mode, and make its bytes, its size and its mode durable.
 
         Raises:
             OSError: that fails, or a file whose mode it is to have is not there.
         """
+        # lab 08: make the draft what it is to be under its name, and durable
         self._file.truncate(nbytes)
-        change_mode(self._file.fileno(), mode_like(*self._readable_like, os.fstat(self._file.fileno()).st_gid))
+        self._take_mode()
         _sync(self._file.fileno())
+        # end lab
 
     def publish(self) -> None:
-        """Give the settled file its name, durably, and call `then`; the draft is closed."""
+        """Give the settled file its name, durably, and call `then`; the draft is closed.
+
+        First `before` runs, which may refuse. If another file has the draft's name by now, that is an error (`taken_by`
+        with `no longer the draft that was written`). Then the draft takes the place of `path` in one step, and the
+        folder is made durable. While the lock is still held, `then` runs.
+
+        Raises:
+            OSError: the draft's name is another file's, or the system refuses to rename it or to make it durable.
+        """
+        # lab 08: give the draft its name in one step, durably, and unlock it after all else
         self.before()
         if not _is_at(self.temporary, self._file):
             raise taken_by(self.temporary, "no longer the draft that was written")
@@ -203,15 +214,25 @@ class Draft:
         _sync_folder(self.path.parent)
         self.then()
         self._close()
+        # end lab
 
     # --8<-- [end:publish]
 
     def abandon(self) -> None:
-        """Remove the draft, unless it was published."""
+        """Remove the draft and release its lock; after `publish` or `abandon`, do nothing.
+
+        If publishing failed half-way, the draft's name may be another builder's by now. That file stays.
+        """
+        # lab 08: remove the draft if it still has its name, and release the lock
         if not self._file.closed:
             if _is_at(self.temporary, self._file):
                 self.temporary.unlink(missing_ok=True)
             self._close()
+        # end lab
+
+    def _take_mode(self) -> None:
+        """Give the file the mode that it is to have under its name."""
+        change_mode(self._file.fileno(), mode_like(*self._readable_like, os.fstat(self._file.fileno()).st_gid))
 
     def _close(self) -> None:
         """Unlock and close; closing alone would not unlock it, because a mapping keeps the file open."""

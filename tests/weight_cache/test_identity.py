@@ -35,11 +35,14 @@ from refinfer.weight_cache.format import SourceFile
 from refinfer.weight_cache.identity import SideFile, Stat, believed, identify, side_path, unchanged
 from refinfer.weight_cache.load_or_build import Contents, load_or_build
 from refinfer.weight_cache.mapped_file import NO_FILE
+from words import require_equal
 
 HEAD_BYTES = 64 << 10
 BLOCK_BYTES = 1 << 20
 SHAPE = (257, 192)  # reaches beyond the first 64 KiB
 NBYTES = 4 * SHAPE[0] * SHAPE[1]
+STAT = ["size", "mtime_ns", "ctime_ns", "inode", "head"]
+INVENTED = "ab" * 32
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process has read")
 
@@ -85,6 +88,21 @@ def test_a_source_file_is_identified_by_the_sha256_of_its_content(tmp_path: Path
 
 
 @pytest.mark.spec("IDENT-1")
+def test_a_record_has_the_digest_of_every_byte_and_what_was_seen_of_the_file(tmp_path: Path) -> None:
+    path, nbytes = tmp_path / "w", HEAD_BYTES + 1000
+    data = write(path, nbytes)
+    progress: list[int] = []
+    (record,) = identify([path], SideFile(()), FAR_FUTURE_NS, progress.append)
+    require_equal(record.name, "w", "the name in the record of file w")
+    require_equal(record.digest, hashlib.sha256(data).hexdigest(), f"the digest of the {nbytes:,} bytes of file w")
+    seen = Stat.of(path)
+    for what in STAT:
+        require_equal(getattr(record.stat, what), getattr(seen, what), f"the {what} in the record of file w")
+    assert record.at_rest, "file w was written long ago, but its record has at_rest false"
+    require_equal(sum(progress), nbytes, "the number of bytes that were reported as read")
+
+
+@pytest.mark.spec("IDENT-1")
 def test_files_are_identified_in_the_order_they_are_given(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in "cab"]
     digests = [hashlib.sha256(write(path, 100, seed)).digest() for seed, path in enumerate(paths)]
@@ -104,7 +122,7 @@ def test_a_file_that_changes_while_its_digest_is_taken_is_refused(tmp_path: Path
     def change(_: int) -> None:
         flip(path, at)
 
-    with pytest.raises(WeightsError, match="changed while it was read"):
+    with pytest.raises(WeightsError, match="w changed while it was read; try again"):
         identify([path], SideFile(()), FAR_FUTURE_NS, change)
 
 
@@ -184,18 +202,31 @@ def test_a_fifo_in_place_of_a_source_file_is_refused_and_not_waited_for(tmp_path
 
 
 @pytest.mark.spec("IDENT-2")
-@pytest.mark.parametrize("what", ["size", "mtime_ns", "ctime_ns", "inode", "head"])
+def test_a_record_that_agrees_is_believed_and_its_file_is_not_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    write(path, 2 * HEAD_BYTES)
+    (record,) = noted(path).records
+    side = SideFile((replace(record, digest=INVENTED),))  # only who reads the file can know that this is not true
+    assert believed([path], side) is not None, "file w is as it was, but its record is not believed"
+    progress: list[int] = []
+    (found,) = identify([path], side, FAR_FUTURE_NS, progress.append)
+    require_equal(sum(progress), 0, "the number of bytes that were read of file w, whose record agrees,")
+    require_equal(found.digest, INVENTED, "the digest of file w, which is in its record,")
+
+
+@pytest.mark.spec("IDENT-2")
+@pytest.mark.parametrize("what", STAT)
 def test_a_digest_is_believed_only_while_everything_seen_is_the_same(tmp_path: Path, what: str) -> None:
     path = tmp_path / "w"
     write(path, 2 * HEAD_BYTES)
     side = noted(path)
-    assert believed([path], side) == (side.records[0].source,)
+    assert believed([path], side) == (side.records[0].source,), "file w is as it was, but its record is not believed"
     stat = side.records[0].stat
     other: Any = stat.head[::-1] if what == "head" else getattr(stat, what) + 1
     record = replace(side.records[0], stat=replace(stat, **{what: other}))
-    assert believed([path], SideFile((record,))) is None
-    assert not unchanged([path], [record])
-    assert unchanged([path], side.records)
+    assert believed([path], SideFile((record,))) is None, f"file w has another {what}, but its record is believed"
+    assert not unchanged([path], [record]), f"file w has another {what}, but it counts as unchanged"
+    assert unchanged([path], side.records), "file w is as it was, but it counts as changed"
 
 
 @pytest.mark.spec("IDENT-2")
@@ -245,11 +276,14 @@ def test_a_digest_of_another_file_or_of_some_of_the_files_is_not_believed(tmp_pa
     for path in paths:
         write(path, 10)
     a, b = noted(*paths).records
-    assert believed(paths, SideFile((a,))) is None
-    assert believed(paths[:1], SideFile((a, b))) == (a.source,)
-    assert believed(paths[:1], SideFile((replace(a, name="b"),))) is None
-    assert believed(paths, SideFile((replace(b, name="a"), replace(a, name="b")))) is None
-    assert believed(paths, SideFile(())) is None
+    assert believed(paths, SideFile((a,))) is None, "there is no record of file b, but both files are believed"
+    assert believed(paths[:1], SideFile((a, b))) == (a.source,), "there is a record of file a, but it is not believed"
+    for records, what in (
+        ((replace(a, name="b"),), "its record has the name b"),
+        ((replace(b, name="a"), replace(a, name="b")), "files a and b have changed their names"),
+        ((), "there is no record at all"),
+    ):
+        assert believed(paths[:1], SideFile(records)) is None, f"{what}, but file a is believed"
 
 
 # What is noticed.
@@ -310,7 +344,11 @@ def test_a_file_that_takes_the_name_of_another_with_its_times_is_noticed(tmp_pat
 
 
 @pytest.mark.spec("IDENT-4")
-@pytest.mark.parametrize(("ctime_ns", "tick_ns"), [(5_000_000_001, 100_000_000), (5_000_000_000, 2_000_000_000)])
+@pytest.mark.parametrize(
+    ("ctime_ns", "tick_ns"),
+    [(5_000_000_001, 100_000_000), (5_000_000_000, 2_000_000_000)],
+    ids=["a tick of 100 ms", "a tick of 2 s"],
+)
 def test_a_record_is_believed_only_if_the_file_had_been_at_rest_for_a_tick(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ctime_ns: int, tick_ns: int
 ) -> None:
@@ -318,19 +356,23 @@ def test_a_record_is_believed_only_if_the_file_had_been_at_rest_for_a_tick(
     write(path, 1000)
     seen = replace(Stat.of(path), ctime_ns=ctime_ns)  # a clock of nanoseconds, one of whole seconds
     monkeypatch.setattr(Stat, "of", lambda path: seen)
-    for now_ns, at_rest in [
-        (0, False),  # the time is not known, or was turned back
-        (ctime_ns, False),
-        (ctime_ns + tick_ns, False),
-        (ctime_ns + tick_ns + 1, True),
-        (ctime_ns + 10 * tick_ns, True),
+    for age_ns, at_rest in [
+        (-ctime_ns, False),  # the time is not known, or was turned back
+        (0, False),
+        (tick_ns, False),
+        (tick_ns + 1, True),
+        (10 * tick_ns, True),
     ]:
-        records = identify([path], SideFile(()), now_ns, nothing)
-        assert records[0].at_rest is at_rest
-        assert (believed([path], SideFile(records)) is not None) is at_rest
+        records = identify([path], SideFile(()), ctime_ns + age_ns, nothing)
+        when = f"file w had changed {age_ns:,} ns before its digest was begun, and a tick has {tick_ns:,} ns: "
+        if age_ns < 0:
+            when = "file w seems to have changed after its digest was begun: "
+        require_equal(records[0].at_rest, at_rest, f"{when}at_rest")
+        is_believed = believed([path], SideFile(records)) is not None
+        require_equal(is_believed, at_rest, f"{when}whether its record is believed")
         progress: list[int] = []
         identify([path], SideFile(records), FAR_FUTURE_NS, progress.append)
-        assert bool(progress) is not at_rest
+        require_equal(bool(progress), not at_rest, f"{when}whether it is read again")
 
 
 def freeze(monkeypatch: pytest.MonkeyPatch, path: Path, tick_ns: int = 3_600_000_000_000) -> None:
@@ -339,6 +381,25 @@ def freeze(monkeypatch: pytest.MonkeyPatch, path: Path, tick_ns: int = 3_600_000
     monkeypatch.setattr(identity, "_TICK_NS", tick_ns)
     monkeypatch.setattr(identity, "_COARSE_TICK_NS", tick_ns)
     monkeypatch.setattr(Stat, "of", lambda path: seen)
+
+
+@pytest.mark.spec("IDENT-4", "IDENT-7")
+def test_only_files_that_were_not_at_rest_are_read_again_to_see_whether_they_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / name for name in "ab"]
+    for path in paths:
+        write(path, 1000)
+    a, b = noted(*paths).records
+    invented = [a, replace(b, digest=INVENTED)]  # only who reads file b can know that this is not true
+    assert unchanged(paths, invented), "file b was at rest and looks the same, but it was read again"
+    restless = [a, replace(b, at_rest=False)]
+    assert unchanged(paths, restless), "file b was not at rest, and has the same bytes, but counts as changed"
+    look = Stat.of
+    monkeypatch.setattr(Stat, "of", lambda path: look(path) if path == paths[0] else b.stat)
+    write(paths[1], 1000, seed=1)  # in the same tick: it looks as before
+    assert not unchanged(paths, restless), "file b was not at rest, and has other bytes, but counts as unchanged"
+    assert not unchanged(paths[::-1], restless[::-1]), "of files b and a, b has changed, but both count as unchanged"
 
 
 @pytest.mark.spec("IDENT-4")

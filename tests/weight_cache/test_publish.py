@@ -7,11 +7,13 @@ import fcntl
 import hashlib
 import os
 import select
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -20,9 +22,11 @@ from children import WATCHDOG_S, Child, Gate, Say, watched
 from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import RequestError, WeightsError
 from refinfer.packing.layout import Bytes
+from refinfer.process import umask
 from refinfer.weight_cache import publish
 from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.mapped_file import MappedFile
+from refinfer.weight_cache.ownership import READ_ONLY
 from refinfer.weight_cache.publish import (
     Draft,
     Space,
@@ -33,6 +37,7 @@ from refinfer.weight_cache.publish import (
     write_small_file,
 )
 from starts import BEGINNINGS, before, make_small
+from words import require_equal, require_items
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, as POSIX has it")
 
@@ -228,29 +233,171 @@ def test_the_end_of_a_draft_frees_its_lock_even_while_a_mapping_of_it_lives(
     assert frees_its_lock(tmp_path / "file.tmp", keep_the_mapping)
 
 
-@pytest.mark.spec("PUBLISH-3")
+def is_locked(file: IO[bytes]) -> bool:
+    """Return whether the lock of a file is taken; if it is not, take it until the file is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def settled(path: Path, data: bytes = b"whole") -> Draft:
+    draft = Draft(path)
+    draft.write(0, data)
+    draft.settle(len(data))
+    return draft
+
+
+@pytest.mark.spec("PUBLISH-3", "PUBLISH-15")
 def test_those_who_wait_get_the_lock_only_when_the_file_and_what_comes_after_it_are_there(tmp_path: Path) -> None:
     path, seen = tmp_path / "file", list[bytes]()
-    draft = Draft(path)
-    draft.write(0, b"whole")
-    draft.settle(5)
-
-    def is_locked() -> bool:
-        with path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+    draft = settled(path)
 
     def then() -> None:
-        assert is_locked()
+        assert path.exists(), "when `then` runs, the draft does not have its name yet"
+        with path.open("rb") as file:
+            assert is_locked(file), "when `then` runs, the lock is released already"
         seen.append(path.read_bytes())
 
     draft.then = then
     draft.publish()
-    assert seen == [b"whole"]
-    assert not is_locked()
+    require_items(seen, [b"whole"], "content that `then` has seen")
+    with path.open("rb") as file:
+        assert not is_locked(file), "after `publish` the file is still locked"
+
+
+@pytest.mark.spec("PUBLISH-3", "PUBLISH-4")
+@pytest.mark.parametrize("end", ["publish", "abandon"])
+def test_the_end_of_a_draft_releases_its_lock_although_the_file_stays_mapped(tmp_path: Path, end: str) -> None:
+    draft = Draft(tmp_path / "file")
+    space = draft.grow(0, PAGE_BYTES)
+    draft.settle(PAGE_BYTES)
+    with draft.temporary.open("rb") as waiting:
+        assert is_locked(waiting), "a draft that is being written is not locked"
+        getattr(draft, end)()
+        assert not is_locked(waiting), f"after `{end}` the draft is still locked: closing is not unlocking"
+    del space
+
+
+@pytest.mark.spec("PUBLISH-10", "PUBLISH-15")
+def test_a_settled_draft_has_its_size_and_its_mode(tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    private.touch(0o600)
+    for files, sources, mode in (("no source file", [], READ_ONLY & ~umask()), ("a private one", [private], 0o400)):
+        draft = Draft(tmp_path / "file")
+        draft.make_readable_like(sources)
+        draft.write(0, b"whole, and a rest that is cut off")
+        draft.settle(5)
+        found = draft.temporary.stat()
+        require_equal(found.st_size, 5, "the number of bytes of the draft after `settle(5)`")
+        what = f"the mode of the draft after `settle`, with {files},"
+        require_equal(f"{stat.S_IMODE(found.st_mode):04o}", f"{mode:04o}", what)
+        draft._close()
+        draft.temporary.unlink()
+
+
+@pytest.mark.spec("PUBLISH-1", "PUBLISH-15")
+def test_publishing_gives_the_draft_its_name_in_place_of_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for data in (b"first", b"second"):
+        draft = settled(path, data)
+        if path.exists():
+            require_equal(path.read_bytes(), b"first", "before `publish`, the content of the file")
+        draft.publish()
+        require_equal(sorted(taken(tmp_path)), ["file"], "after `publish`, the list of names in the folder")
+        require_equal(path.read_bytes(), data, "after `publish`, the content of the file")
+
+
+@pytest.mark.spec("PUBLISH-15")
+def test_what_runs_before_a_draft_gets_its_name_may_refuse_that(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"dear")
+    draft = settled(path)
+
+    def refuse() -> None:
+        raise RequestError("this file is dear to somebody")
+
+    draft.before = refuse
+    with pytest.raises(RequestError, match="dear to somebody"):
+        draft.publish()
+    require_equal(path.read_bytes(), b"dear", "after `before` has refused, the content of the file")
+    draft.abandon()
+
+
+def error_of(work: Callable[[], object]) -> str:
+    try:
+        work()
+    except OSError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.spec("PUBLISH-4", "PUBLISH-15")
+def test_only_the_draft_itself_is_published_or_removed(tmp_path: Path) -> None:
+    draft = Draft(tmp_path / "a")
+    for _ in range(2):
+        draft.abandon()
+        assert not taken(tmp_path), "after `abandon` the draft is still there"
+    draft = settled(tmp_path / "b")
+    draft.publish()
+    draft.abandon()
+    assert set(taken(tmp_path)) == {"b"}, "`abandon` after `publish` has removed the published file"
+
+    draft = settled(tmp_path / "c")
+    draft.temporary.unlink()
+    draft.temporary.write_bytes(b"theirs")
+    error = error_of(draft.publish)
+    what = "a file that another process has put in the draft's place"
+    assert "no longer the draft that was written" in error, f"`publish` of {what} ends with {error}"
+    draft.abandon()
+    there = taken(tmp_path).get("c.tmp")
+    require_equal(there, b"theirs", "after `abandon`, the content of a file that has the draft's name but is another's")
+
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "no room for the side file")
+
+    draft = settled(tmp_path / "d")
+    draft.then = fail
+    with pytest.raises(OSError, match="no room for the side file"):
+        draft.publish()
+    assert "d" in taken(tmp_path), "when `then` runs, the draft does not have its name yet"
+    later = Draft(tmp_path / "d")  # the draft's name is free, and so another one begins
+    draft.abandon()
+    assert "d.tmp" in taken(tmp_path), "`abandon` has removed the draft of the next builder, which has the same name"
+    later.abandon()
+
+
+@pytest.mark.spec("PUBLISH-2", "PUBLISH-15")
+def test_a_draft_is_durable_before_it_gets_its_name_and_the_name_before_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft, steps = Draft(tmp_path / "file"), list[str]()
+    made_durable = "the bytes are made durable"
+
+    def fsync(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        if os.path.samestat(found, tmp_path.stat()):
+            steps.append("the name is made durable")
+            return
+        if steps[-1:] and steps[-1].startswith(made_durable):  # twice does no harm
+            steps.pop()
+        is_settled = found.st_size == 5 and not found.st_mode & 0o222
+        steps.append(made_durable if is_settled else f"{made_durable} without the size or the mode")
+
+    def rename(real: Callable[..., None], *args: Any) -> None:
+        real(*args)
+        steps.append("the draft gets its name")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for verb in ("replace", "rename"):
+        monkeypatch.setattr(os, verb, partial(rename, getattr(os, verb)))
+    draft.before, draft.then = lambda: steps.append("`before` runs"), lambda: steps.append("`then` runs")
+    draft.write(0, b"whole, and a rest that is cut off")
+    draft.settle(5)
+    draft.publish()
+    order = [made_durable, "`before` runs", "the draft gets its name", "the name is made durable", "`then` runs"]
+    require_items(steps, order, "step")
 
 
 @pytest.mark.spec("PUBLISH-1", "PUBLISH-3")

@@ -354,6 +354,29 @@ def test_whatever_is_lost_in_a_power_failure_a_small_file_is_the_old_or_the_new(
     every_failure(disk.instants, check)
 
 
+@pytest.mark.spec("PUBLISH-1", "PUBLISH-4", "PUBLISH-7")
+def test_a_file_whose_writer_is_killed_at_any_step_is_the_old_or_the_new_one(quick_folder: Path) -> None:
+    folder, old, new, seen = quick_folder / "folder", b"old" * 3000, b"new" * 5000, set[bytes]()
+    path = folder / "file"
+    put(folder, {})
+    write_small_file(path, new)
+    assert taken(folder) == {"file": new}, "a file that was written is not there, or something else is"
+    for step in itertools.count():
+        put(folder, {"file": old})
+        if not killed_at(step, lambda: write_small_file(path, new)):
+            break
+        assert path.exists(), f"when its writer was killed at step {step}, the file was gone"
+        found = path.read_bytes()
+        what = f"when its writer was killed at step {step}, the file was neither the old one nor the new one"
+        assert found in (old, new), f"{what}: it had {len(found):,} bytes"
+        seen.add(found)
+        write_small_file(path, b"newer")
+        there = ", ".join(sorted(taken(folder)))
+        what = f"when its writer was killed at step {step}, the next writer did not write it, or left more: {there}"
+        assert taken(folder) == {"file": b"newer"}, what
+    assert seen == {old, new}, "the file does not change from the old one to the new one"
+
+
 @pytest.mark.spec("PUBLISH-7")
 @pytest.mark.parametrize("old", [None, b"old" * 3000], ids=["no file", "an old file"])
 def test_a_small_file_killed_at_any_boundary_is_the_old_or_the_new(quick_folder: Path, old: bytes | None) -> None:
