@@ -111,7 +111,7 @@ def explain(error: BaseException) -> list[str]:
 def _message(error: BaseException) -> str:
     text = str(error).strip()
     first = text.partition("\n")[0].strip()
-    if match := re.match(r"DID NOT RAISE (?:<class '(?:.*\.)?)?(\w+)", text):
+    if match := re.match(r"DID NOT RAISE (?:<class ')?(?:.*\.)?(\w+)", text):
         return f"no {match[1]} was raised"
     if match := re.match(
         r"Regex pattern did not match\.\s+(?:Expected r|R)egex: (.+)\n\s*(?:Actual message|Input): (.+)", text
@@ -129,7 +129,7 @@ def _message(error: BaseException) -> str:
 def _example(notes: str) -> str:
     """Return the smallest example of a property test in one line."""
     if match := re.search(rf"{_FOUND}: \w+\(\n(.*?)\n\)", notes, flags=re.DOTALL):
-        values = [line.strip().rstrip(",") for line in match[1].splitlines()]
+        values = [line.strip().rstrip(",") for line in match[1].splitlines() if not line.strip().startswith("#")]
         values = [value.partition("  # or any")[0].rstrip(", ") for value in values if not value.startswith("self=")]
         return f"smallest example: {', '.join(values)}"
     if match := re.search(rf"{_FOUND}:.*?\n(.*?)state\.teardown\(\)", notes, flags=re.DOTALL):

@@ -54,6 +54,8 @@ class KVCache:
     def store(self, layer: int, keys: Float32Array, values: Float32Array) -> tuple[Float32Array, Float32Array]:
         """Write M new positions of one layer after the filled ones; return all positions of that layer.
 
+        The length stays as it is: every layer stores at the same place, and `advance` counts at the end of the pass.
+
         Args:
             layer: which layer.
             keys: `[M, G, hd]`.
@@ -62,7 +64,7 @@ class KVCache:
         Returns:
             Views of the keys `[G, 1, hd, P]` and values `[G, 1, P, hd]`, with `P = length + M`.
         """
-        # lab 01: write the new positions after those that are filled, and return views of all of them
+        # lab 01: write the new positions after the filled ones, and return views of all
         start, end = self._length, self._length + keys.shape[0]
         all_keys, all_values = self._keys[layer], self._values[layer]
         all_keys[:, 0, :, start:end] = keys.transpose(1, 2, 0)

@@ -125,13 +125,16 @@ def attention(
 ) -> None:
     """Grouped-query attention: each key and value head serves `R` query heads.
 
+    An output is the mean of the values of all P positions, weighted by `softmax(q @ k / sqrt(hd) + mask)`. Scores may
+    be so large that their exponential overflows; a softmax stays the same if each row's largest score is subtracted.
+
     Args:
         q: queries `[G, R, M, hd]`.
         keys: all keys so far, `[G, 1, hd, P]`: transposed, so that the product below walks along memory.
         values: all values so far, `[G, 1, P, hd]`.
-        scores: scratch `[G, R, M, P]`.
+        scores: scratch `[G, R, M, P]`, which holds anything.
         mask: `causal_mask` `[M, M]` for the last M positions; None for a single token, which sees everything.
-        out: `[G, R, M, hd]`.
+        out: `[G, R, M, hd]`; the outputs are written into it.
 
     Ainslie et al., "GQA", 2023. No `np.repeat`: the broadcast over R costs nothing.
     """

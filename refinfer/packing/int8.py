@@ -2,7 +2,7 @@
 
 The whole format in one module. Leaves to others: where chunks are cut (`layout`), which numpy call multiplies for how
 many rows of x (`product`).
-Read more: tutorial 03; clauses PACK-10, PACK-12, PACK-13, PACK-16, PACK-23, PACK-26.
+Read more: tutorial 03; clauses PACK-10, PACK-12, PACK-13, PACK-16, PACK-23, PACK-26, PACK-32.
 
     tile    nr = 16 rows of K bytes       q[0,0] q[0,1] ... q[0,K-1] q[1,0] ...     rows whole: widened by one copy
             nr float32 scales             s[0] ... s[15]                            applied to the outputs
@@ -41,13 +41,18 @@ _SMALLEST_SCALE: Final = float(np.finfo(np.float32).tiny)  # smaller float32 num
 def quantize(w: Float32Array) -> tuple[Int8Array, Float32Array]:
     """Return `q` `[N, K]` from -127 to 127 and the scales `[N]` with `|w - q * s| <= s / 2`; zero rows get scale 1.
 
+    The scale of a row makes its largest weight, without its sign, 127 steps long. If this is too small for a float32,
+    `usable_scales` gives the row scale 1. A weight goes to the nearest step, and from the middle to an even one.
+
     Raises:
-        PackingError: `w` is not a float32 matrix, or holds NaN or infinity.
+        PackingError: `w` is not a float32 matrix (`require_matrix`), or holds NaN or infinity (`usable_scales`).
     """
+    # lab 03: find each row's scale, and the whole number of steps nearest to each weight
     require_matrix(w)
     largest = np.maximum.reduce(np.abs(w), axis=1)
     scales = usable_scales(largest / np.float32(127), largest)
     return np.rint(w / scales[:, None]).astype(np.int8), scales
+    # end lab
 
 
 # --8<-- [end:quantize]
@@ -102,11 +107,16 @@ def view(raw: Bytes, nr: int, K: int) -> Tiles:
 def pack(rows: npt.NDArray[Any], tiles: Tiles, first: int) -> None:
     """Quantise rows `[n, K]`, as stored, into n lanes of `tiles` from lane `first` on.
 
+    Lanes count over all tiles: lane 16 is the first of tile 1. All other lanes stay as they are.
+
     Raises:
         PackingError: a weight is NaN or infinite.
     """
+    rows = stored_to_f32(rows)
+    # lab 03: quantise the rows, and put each with its scale into its lane
     which, lane = np.divmod(np.arange(first, first + len(rows)), _ROWS)
-    tiles.q[which, lane], tiles.scales[which, lane] = quantize(stored_to_f32(rows))
+    tiles.q[which, lane], tiles.scales[which, lane] = quantize(rows)
+    # end lab
 
 
 def unpack_rows(tiles: Tiles, which: IntArray, lane: IntArray) -> Float32Array:
@@ -121,7 +131,13 @@ def start(x: Float32Array, scratch: GemmScratch) -> Product:
 
 # --8<-- [start:multiply]
 def multiply(product: Product, tiles: Tiles, out: Float32Array) -> None:
-    """Write the outputs of a chunk of R rows, `[M, R]`: widen some tiles by one copy, multiply, scale the outputs."""
+    """Write the outputs of a chunk of R rows, `[M, R]`: widen some tiles by one copy, multiply, scale the outputs.
+
+    The T tiles have `T * nr` lanes, of which the first R are rows. `product.rows(w, out)` multiplies with float32 rows.
+    `product.scratch.take` reserves memory to widen into: for T tiles at most, and for `rows_at_once` rows at most.
+    Nothing else of this size is allocated. Scales are applied once for each output, after its sum.
+    """
+    # lab 04: widen some tiles at a time into scratch, multiply, and scale the outputs
     q, R = tiles.q, out.shape[1]
     _, nr, K = q.shape
     step = min(len(q), rows_at_once(product.M, nr, K) // nr)
@@ -133,6 +149,7 @@ def multiply(product: Product, tiles: Tiles, out: Float32Array) -> None:
         first, end = t * nr, min(R, (t + len(part)) * nr)
         product.rows(rows if end - first == len(rows) else rows[: end - first], out[:, first:end])
     out *= tiles.scales.reshape(-1)[:R]
+    # end lab
 
 
 # --8<-- [end:multiply]

@@ -2,7 +2,7 @@ r"""The words tile, chunk and weight format, and where each chunk of a packed ma
 
 Has index arithmetic and one Protocol, no data. Leaves to others: the weight formats (a module for each: `f32`, `bf16`,
 `int8`, `int4`), and the layouts of XNNPACK, Google's library for neural networks (`xnnpack`).
-Read more: tutorial 01; clauses PACK-4, PACK-5.
+Read more: tutorial 01; clauses PACK-4, PACK-5, PACK-31.
 
 To pack a matrix is to store it in the order in which a product reads it. A matrix `[N, K]` is cut into tiles of `nr`
 rows, and several tiles, one after another, make a chunk. In shapes, T is a number of tiles. The place of a row in its
@@ -20,7 +20,7 @@ tile is its lane. A page is 4096 bytes, the unit in which a system reads files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -98,25 +98,26 @@ def count_chunks(N: int, nr: int, tile_nbytes: int, chunk_nbytes: int) -> int:
     return min(n_tiles, max(1, round(n_tiles * tile_nbytes / chunk_nbytes)))
 
 
+# --8<-- [start:cut]
 def cut_into_chunks(N: int, nr: int, tile_nbytes: int, chunk_nbytes: int) -> tuple[Chunk, ...]:
-    """Cut the tiles of N rows into chunks of about `chunk_nbytes`, as equal as whole tiles allow, each on a page.
+    """Cut the tiles of N rows into `count_chunks` chunks, as equal as whole tiles allow, each on a page of its own.
 
     `chunk_nbytes` is called the aim. A matrix of less than one and a half times the aim is one chunk; a tile larger
-    than the aim is a chunk by itself.
+    than the aim is a chunk by itself. Chunks end where an even cut would end them, rounded down to whole tiles. In
+    memory they follow one another without gaps, except for the padding to whole pages.
     """
-    return tuple(_cut(N, nr, tile_nbytes, chunk_nbytes))
-
-
-# --8<-- [start:cut]
-def _cut(N: int, nr: int, tile_nbytes: int, chunk_nbytes: int) -> Iterator[Chunk]:
+    # lab 02: cut tiles into chunks that are equal up to one tile, each on its own page
     n_tiles = -(-N // nr)
     n_chunks = count_chunks(N, nr, tile_nbytes, chunk_nbytes)
+    chunks: list[Chunk] = []
     offset = 0
     for i in range(n_chunks):
         first, end = i * n_tiles // n_chunks, (i + 1) * n_tiles // n_chunks
         chunk = Chunk(first * nr, min(N, end * nr) - first * nr, offset, (end - first) * tile_nbytes)
-        yield chunk
+        chunks.append(chunk)
         offset += chunk.padded_nbytes
+    return tuple(chunks)
+    # end lab
 
 
 # --8<-- [end:cut]

@@ -103,13 +103,20 @@ class GoiLayout:
 
     # --8<-- [start:weight_index]
     def weight_index(self, n: int, k: int) -> int:
-        """Return where the weight of output `n` and input `k` lies; `k` may be a pad, up to `padded_k - 1`."""
+        """Return where the weight of output `n` and input `k` lies; `k` may be a pad, up to `padded_k - 1`.
+
+        Places are counted in elements from the first tile on. In a tile, the biases come first, then step after step.
+        In a step, lane after lane has `kr` neighbouring columns, called a block. The `sr` blocks of a group fill `sr`
+        steps: lane j has block j of the group in the first of them, then block j + 1, and wraps within the group.
+        """
+        # lab 02: find a weight's tile, step and lane, and count what lies before it
         nr, kr, sr = self.tile.nr, self.tile.kr, self.tile.sr
         t, j = divmod(n, nr)
         group, within = divmod(k, kr * sr)
         block, offset = divmod(within, kr)
         step = group * sr + (block - j) % sr  # row j starts j blocks later, and wraps
         return t * self.tile_elements + nr * self.has_bias + (step * nr + j) * kr + offset
+        # end lab
 
     # --8<-- [end:weight_index]
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 __all__ = ["require_equal", "require_items", "require_near"]
 
 
-def _shown(value: object) -> str:
+def _shown(value: object, digits: int = 6) -> str:
     if isinstance(value, float | np.floating):
-        return f"{value:.6g}"
+        return f"{value:.{digits}g}"
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return f"{value:,}"
     text = str(value)
@@ -23,7 +23,10 @@ def _shown(value: object) -> str:
 def require_equal(found: object, expected: object, what: str) -> None:
     """Require that one value is right; `what` names it, such as `the offset of 'k_proj'`."""
     if found != expected:
-        raise AssertionError(f"{what} is {_shown(found)} in your code, and should be {_shown(expected)}")
+        digits = 6 if _shown(found) != _shown(expected) else 17
+        raise AssertionError(
+            f"{what} is {_shown(found, digits)} in your code, and should be {_shown(expected, digits)}"
+        )
 
 
 def require_items(found: Sequence[Any], expected: Sequence[Any], what: str) -> None:
@@ -63,5 +66,6 @@ def require_near(
         at = tuple(int(i) for i in np.argwhere(bad)[0])
         names = [*axes, *(f"axis {i}" for i in range(len(axes), len(at)))]
         place = ", ".join(f"{name} {i}" for name, i in zip(names, at, strict=True))
-        value, right = _shown(np.asarray(found)[at]), _shown(np.asarray(expected)[at])
+        digits = 6 if _shown(np.asarray(found)[at]) != _shown(np.asarray(expected)[at]) else 17
+        value, right = _shown(np.asarray(found)[at], digits), _shown(np.asarray(expected)[at], digits)
         raise AssertionError(f"{what} at {place} is {value} in your code, and should be {right}")

@@ -14,6 +14,7 @@ from refinfer.model.config import SHAPES
 from refinfer.model.kv_cache import KVCache, kv_cache_nbytes
 from refinfer.model.transformer import Transformer
 from refinfer.model.weights import RowMajorSource
+from words import require_equal, require_items, require_near
 
 TINY = SHAPES["tiny"]
 ROOM = 12
@@ -57,13 +58,35 @@ class KVCacheAgainstAList(RuleBasedStateMachine):
         for layer in range(TINY.num_hidden_layers):
             keys, stored = self.cache.store(layer, block, -block)
             expected = self.model + values
-            assert keys[0, 0, 0].tolist() == expected
-            assert (-stored[0, 0, :, 0]).tolist() == expected
+            require_equal(keys.shape[3], len(expected), f"the number of positions of the keys of layer {layer}")
+            require_equal(stored.shape[2], len(expected), f"the number of positions of the values of layer {layer}")
+            require_items(keys[0, 0, 0].tolist(), expected, f"in layer {layer}, the key at position")
+            require_items((-stored[0, 0, :, 0]).tolist(), expected, f"in layer {layer}, the negated value at position")
 
     @invariant()
     def has_the_length_of_the_list(self) -> None:
-        assert self.cache.length == len(self.model)
+        require_equal(self.cache.length, len(self.model), "the length of the cache")
         self.cache.check()
+
+
+@pytest.mark.spec("KV-3")
+def test_store_writes_new_positions_of_a_layer_after_the_filled_ones_and_counts_nothing() -> None:
+    G, hd, n_layers = TINY.num_key_value_heads, TINY.head_dim, TINY.num_hidden_layers
+    cache = KVCache(TINY, ROOM)
+    k = np.arange(n_layers * 5 * G * hd, dtype=np.float32).reshape(n_layers, 5, G, hd)  # 2 positions, then 3 more
+    for first, end in ((0, 2), (2, 5)):
+        for layer in range(n_layers):
+            keys, values = cache.store(layer, k[layer, first:end], -k[layer, first:end])
+            require_equal(cache.length, first, "the length of the cache, after `store` and before `advance`,")
+            require_equal(keys.shape, (G, 1, hd, end), "the shape of the keys")
+            require_equal(values.shape, (G, 1, end, hd), "the shape of the values")
+            what = f"in layer {layer}, with {first} positions filled and {end - first} new, the"
+            of_heads = k[layer, :end].transpose(1, 0, 2)
+            require_near(keys[:, 0], of_heads.transpose(0, 2, 1), f"{what} key", ("head", "number", "position"))
+            require_near(values[:, 0], -of_heads, f"{what} value", ("head", "position", "number"))
+            assert np.shares_memory(keys, cache._keys[layer]), "the keys are a copy, not a view of the cache"
+            assert np.shares_memory(values, cache._values[layer]), "the values are a copy, not a view of the cache"
+        cache.advance(end - first)
 
 
 @pytest.mark.spec("KV-2", "KV-3")
@@ -107,7 +130,8 @@ def all_logits(source: RowMajorSource, ids: list[int], cuts: list[int]) -> Float
 )
 def test_any_cut_of_a_text_into_blocks_gives_the_same_logits(tiny_source: RowMajorSource, cuts: list[int]) -> None:
     ids = random_ids(60)
-    np.testing.assert_allclose(all_logits(tiny_source, ids, cuts), all_logits(tiny_source, ids, []), atol=2e-5)
+    blocks, whole = all_logits(tiny_source, ids, cuts), all_logits(tiny_source, ids, [])
+    require_near(blocks, whole, "in blocks, the logit", ("position", "token id"), atol=2e-5, rtol=1e-7)
 
 
 @pytest.mark.spec("KV-1")
@@ -126,4 +150,5 @@ def test_after_a_rewind_forgotten_tokens_have_no_effect(tiny_source: RowMajorSou
     rewound.decode(forgotten)
     rewound.kv_cache.rewind(len(kept))
     plain.decode(kept)
-    np.testing.assert_array_equal(rewound.decode(later), plain.decode(later))
+    after, expected = rewound.decode(later), plain.decode(later)
+    require_near(after, expected, "after a rewind, the logit", ("new position", "token id"))

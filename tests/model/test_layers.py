@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from refinfer.arrays import Float32Array
 from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.layers import attention, causal_mask, rms_norm, rope, rope_frequencies, rope_tables, silu_multiply
+from words import require_near
 
 TINY: ModelConfig = SHAPES["tiny"]
 LLAMA_1B: ModelConfig = SHAPES["llama-1b"]
@@ -89,6 +90,39 @@ def test_rope_frequencies_are_those_of_transformers_to_the_last_bit_but_one(name
     assert np.count_nonzero(ours != theirs) <= 1
 
 
+AXES = ("group", "query head", "query", "number")
+
+
+def attended(q: Float32Array, k: Float32Array, v: Float32Array) -> Float32Array:
+    """Return what `attention` makes of queries `[G, R, M, hd]`, keys and values `[G, P, hd]`, in memory that was used.
+
+    The queries are the last M positions.
+    """
+    (G, R, M, _), P = q.shape, k.shape[1]
+    out, scores = np.full_like(q, np.nan), np.full((G, R, M, P), np.nan, np.float32)
+    keys = np.ascontiguousarray(k.transpose(0, 2, 1))[:, None]
+    attention(q, keys, v[:, None], scores, causal_mask(M) if M > 1 else None, out)
+    return out
+
+
+@pytest.mark.spec("MODEL-4")
+@pytest.mark.parametrize("P", [1, 4])
+def test_a_query_that_agrees_with_all_keys_alike_gets_the_mean_of_their_values(P: int) -> None:
+    q, k, v = np.zeros((1, 2, 1, 4), np.float32), normal(0, 1, P, 4), normal(1, 1, P, 4)
+    require_near(attended(q, k, v), np.full_like(q, v[0].mean(0)), "the output", AXES, atol=1e-6)
+
+
+@pytest.mark.spec("MODEL-4", "MODEL-7")
+@pytest.mark.parametrize(("M", "before"), [(2, 0), (3, 2)], ids=["2 tokens", "3 tokens after 2 others"])
+def test_a_later_position_has_no_effect_on_an_earlier_query(M: int, before: int) -> None:
+    q, k, v = normal(0, 1, 1, M, 4), normal(1, 1, before + M, 4), normal(2, 1, before + M, 4)
+    expected = attended(q, k, v)
+    for later in range(M - 1, 0, -1):
+        k[:, before + later :], v[:, before + later :] = 3, 50
+        what = f"with another key and value at position {before + later}, the output"
+        require_near(attended(q, k, v)[:, :, :later], expected[:, :, :later], what, AXES, atol=1e-6)
+
+
 @pytest.mark.spec("MODEL-4")
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 6), st.integers(0, 9))
 def test_attention_equals_the_textbook_formula_with_repeated_heads(
@@ -96,25 +130,25 @@ def test_attention_equals_the_textbook_formula_with_repeated_heads(
 ) -> None:
     hd, P = 4, before + M
     q, k, v = normal(seed, G, R, M, hd), normal(seed + 1, G, P, hd), normal(seed + 2, G, P, hd)
-    out = np.empty_like(q)
-    mask = causal_mask(M) if M > 1 else None
-    keys = np.ascontiguousarray(k.transpose(0, 2, 1))[:, None]
-    attention(q, keys, v[:, None], np.empty((G, R, M, P), np.float32), mask, out)
-
+    out = attended(q, k, v)
     repeated_k, repeated_v = (np.repeat(t.astype(np.float64), R, axis=0).reshape(G, R, P, hd) for t in (k, v))
     scores = q @ repeated_k.transpose(0, 1, 3, 2) / np.sqrt(hd)
     later = np.arange(P)[None] > np.arange(before, P)[:, None]
     weights = np.exp(np.where(later, -np.inf, scores))
-    np.testing.assert_allclose(out, weights @ repeated_v / weights.sum(-1, keepdims=True), atol=2e-6)
+    require_near(out, weights @ repeated_v / weights.sum(-1, keepdims=True), "the output", AXES, atol=2e-6, rtol=1e-7)
 
 
 @pytest.mark.spec("MODEL-4")
 def test_attention_survives_scores_whose_exponential_would_overflow() -> None:
-    q, keys = np.full((1, 1, 1, 4), 300.0, np.float32), np.full((1, 1, 4, 3), 300.0, np.float32)
-    values = normal(0, 1, 1, 3, 4)
-    out = np.empty_like(q)
-    attention(q, keys, values, np.empty((1, 1, 1, 3), np.float32), None, out)
-    np.testing.assert_allclose(out[0, 0, 0], values[0, 0].mean(0), rtol=1e-6)
+    q, k, v = np.full((1, 1, 1, 4), 300.0, np.float32), np.full((1, 3, 4), 300.0, np.float32), normal(0, 1, 3, 4)
+    require_near(attended(q, k, v)[0, 0, 0], v[0].mean(0), "the output", ("number",), rtol=1e-6)
+
+
+@pytest.mark.spec("MODEL-4")
+def test_attention_survives_heads_whose_scores_are_of_very_different_size() -> None:
+    q, k, v = np.ones((1, 2, 1, 4), np.float32), np.full((1, 3, 4), 300.0, np.float32), normal(0, 1, 3, 4)
+    q[0, 0], q[0, 1] = 300, -300  # all keys agree alike with a head's query
+    require_near(attended(q, k, v), np.full_like(q, v[0].mean(0)), "the output", AXES, rtol=1e-6)
 
 
 @pytest.mark.spec("MODEL-6")

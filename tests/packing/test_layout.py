@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -14,21 +16,40 @@ from refinfer.arrays import PAGE_BYTES
 from refinfer.errors import PackingError
 from refinfer.packing.formats import FORMATS, layout_of
 from refinfer.packing.layout import Chunk, TileShape, count_chunks, cut_into_chunks
+from words import require_equal, require_items
 
 every_format = pytest.mark.parametrize("name", list(FORMATS))
 
 
 def assert_whole(chunks: tuple[Chunk, ...], N: int, nr: int, tile_nbytes: int) -> None:
     """Check that chunks are runs of whole tiles on pages, one after another, with each row once and in order."""
-    assert [n for c in chunks for n in range(c.first_row, c.first_row + c.n_rows)] == list(range(N))
-    offset = 0
-    for chunk in chunks:
-        assert chunk.first_row % nr == 0
-        assert chunk.nbytes == -(-chunk.n_rows // nr) * tile_nbytes
-        assert chunk.offset == offset
+    row = offset = 0
+    for i, chunk in enumerate(chunks):
+        require_equal(chunk.first_row, row, f"the first row of chunk {i}")
+        assert chunk.first_row % nr == 0, f"chunk {i} begins with row {row}, which is not the first of a tile of {nr}"
+        assert chunk.n_rows > 0, f"chunk {i} has no rows"
+        require_equal(chunk.nbytes, -(-chunk.n_rows // nr) * tile_nbytes, f"the size of chunk {i}, in bytes,")
+        require_equal(chunk.offset, offset, f"the offset of chunk {i}, in bytes,")
         assert chunk.offset % PAGE_BYTES == chunk.padded_nbytes % PAGE_BYTES == 0
         assert 0 <= chunk.padded_nbytes - chunk.nbytes < PAGE_BYTES
-        offset += chunk.padded_nbytes
+        row, offset = row + chunk.n_rows, offset + chunk.padded_nbytes
+    require_equal(row, N, "the number of rows in all chunks")
+
+
+@pytest.mark.spec("PACK-4")
+@pytest.mark.parametrize(
+    ("N", "expected"),
+    [
+        (8, [Chunk(0, 4, 0, 1000), Chunk(4, 4, 4096, 1000)]),
+        (10, [Chunk(0, 4, 0, 1000), Chunk(4, 4, 4096, 1000), Chunk(8, 2, 8192, 1000)]),
+        (3, [Chunk(0, 3, 0, 1000)]),
+    ],
+    ids=["two whole tiles", "the last tile has two empty lanes", "less than a tile"],
+)
+def test_the_chunks_of_a_small_matrix_of_tiles_of_four_rows_are_these(N: int, expected: list[Chunk]) -> None:
+    chunks = cut_into_chunks(N, 4, 1000, 1000)
+    for name in ("first_row", "n_rows", "offset", "nbytes"):
+        require_items([getattr(c, name) for c in chunks], [getattr(c, name) for c in expected], f"{name} of chunk")
 
 
 @pytest.mark.spec("PACK-4")
@@ -36,11 +57,21 @@ def assert_whole(chunks: tuple[Chunk, ...], N: int, nr: int, tile_nbytes: int) -
 def test_chunks_are_whole_tiles_on_pages_about_as_large_as_wanted(N: int, nr: int, tile_nbytes: int, aim: int) -> None:
     chunks = cut_into_chunks(N, nr, tile_nbytes, aim)
     assert_whole(chunks, N, nr, tile_nbytes)
-    assert count_chunks(N, nr, tile_nbytes, aim) == len(chunks)
+    require_equal(len(chunks), count_chunks(N, nr, tile_nbytes, aim), "the number of chunks")
     tiles = [chunk.nbytes // tile_nbytes for chunk in chunks]
-    assert max(tiles) - min(tiles) <= 1
+    assert max(tiles) - min(tiles) <= 1, f"one chunk has {min(tiles)} tiles and another {max(tiles)}"
     assert max(tiles) == 1 or max(tiles) * tile_nbytes <= 1.5 * aim + tile_nbytes
     assert len(tiles) == 1 or min(tiles) * tile_nbytes >= 0.75 * aim - tile_nbytes
+
+
+@pytest.mark.spec("PACK-31")
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 10))
+def test_chunks_end_with_the_last_whole_tile_of_an_even_cut(N: int, nr: int, tiles_wanted: int) -> None:
+    chunks = cut_into_chunks(N, nr, 1000, 1000 * tiles_wanted)
+    n_tiles = Fraction(-(-N // nr))
+    for i, chunk in enumerate(chunks, start=1):
+        end = min(N, math.floor(n_tiles / len(chunks) * i) * nr)
+        require_equal(chunk.first_row + chunk.n_rows, end, f"the row that ends chunk {i - 1} of {len(chunks)}")
 
 
 @pytest.mark.spec("PACK-4")

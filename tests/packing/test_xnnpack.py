@@ -32,6 +32,7 @@ from refinfer.packing.xnnpack import (
     unpack_rows,
     unpack_xnnpack_int8,
 )
+from words import require_equal
 
 XNNPACK = Path(__file__).parents[1] / "golden" / "xnnpack"
 
@@ -65,12 +66,12 @@ def layouts(draw: st.DrawFn) -> GoiLayout:
 @pytest.mark.spec("PACK-1")
 @given(layouts())
 def test_every_weight_bias_and_pad_lies_where_the_loop_of_xnnpack_puts_it(layout: GoiLayout) -> None:
-    found = places(layout)
-    assert layout.elements == len(found)
+    right = {what: place for place, what in enumerate(places(layout))}
+    assert layout.elements == len(places(layout))
     for n in range(layout.N):
-        assert not layout.has_bias or found[layout.bias_index(n)] == f"bias {n}"
+        assert not layout.has_bias or layout.bias_index(n) == right[f"bias {n}"]
         for k in range(layout.padded_k):
-            assert found[layout.weight_index(n, k)] == f"weight {n} {k}"
+            require_equal(layout.weight_index(n, k), right[f"weight {n} {k}"], f"weight_index({n}, {k})")
 
 
 @pytest.mark.spec("PACK-1")
@@ -87,9 +88,14 @@ def test_a_layout_counts_tiles_columns_and_elements_as_xnnpack_does(layout: GoiL
 @given(layouts())
 def test_every_place_of_a_packed_matrix_belongs_to_one_weight_bias_or_pad(layout: GoiLayout) -> None:
     lanes = range(layout.n_tiles * layout.tile.nr)  # those of missing rows as well
-    taken = [layout.weight_index(n, k) for n in lanes for k in range(layout.padded_k)]
-    taken += [layout.bias_index(n) for n in lanes if layout.has_bias]
-    assert sorted(taken) == list(range(layout.elements))
+    taken = {layout.bias_index(n): f"bias {n}" for n in lanes if layout.has_bias}
+    for n in lanes:
+        for k in range(layout.padded_k):
+            place, what = layout.weight_index(n, k), f"weight {n}, {k}"
+            assert place not in taken, f"{what} and {taken[place]} both lie at {place} in your code"
+            assert 0 <= place < layout.elements, f"{what} lies at {place}, outside the {layout.elements} places"
+            taken[place] = what
+    assert len(taken) == layout.elements
 
 
 def matrix_of(*sizes: int, bias: bool = True) -> GoiLayout:
@@ -161,6 +167,34 @@ DRAWINGS = {
 """,
     ),
 }
+
+
+def require_places_drawn(layout: GoiLayout, drawing: str) -> None:
+    """Require that each weight lies at the place at which it is drawn."""
+    for line in drawing.strip().splitlines():
+        at, _, cells = line.removeprefix("@").partition(":")
+        for place, cell in enumerate(cells.replace("|", " ").split(), start=int(at)):
+            if match := re.fullmatch(r"w(\d)(\d)|w(\d+),(\d+)", cell):
+                n, k = (int(number) for number in match.groups() if number)
+                require_equal(layout.weight_index(n, k), place, f"weight_index({n}, {k})")
+
+
+STRAIGHT = {name: drawn for name, drawn in DRAWINGS.items() if drawn[0].tile.sr == 1}
+SHUFFLED = {name: drawn for name, drawn in DRAWINGS.items() if drawn[0].tile.sr > 1}
+
+
+@pytest.mark.spec("PACK-1")
+@pytest.mark.parametrize(("layout", "drawing"), list(STRAIGHT.values()), ids=list(STRAIGHT))
+def test_each_weight_lies_in_the_place_at_which_the_worked_examples_draw_it(layout: GoiLayout, drawing: str) -> None:
+    require_places_drawn(layout, drawing)
+
+
+@pytest.mark.spec("PACK-1")
+@pytest.mark.parametrize(("layout", "drawing"), list(SHUFFLED.values()), ids=list(SHUFFLED))
+def test_in_a_shuffled_tile_each_row_starts_a_block_later_than_the_one_before_it(
+    layout: GoiLayout, drawing: str
+) -> None:
+    require_places_drawn(layout, drawing)
 
 
 @pytest.mark.spec("PACK-1", "PACK-3")
