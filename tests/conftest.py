@@ -198,7 +198,7 @@ def cases(request: pytest.FixtureRequest) -> Iterator[Cases]:
 def clauses() -> dict[str, str]:
     """Return the sentence of each clause of the specification."""
     page = (Path(__file__).parents[1] / "docs" / "spec.md").read_text()
-    return dict(re.findall(r"^- \*\*([A-Z]+-\d+)\*\*{[^}]*} (.+?) \*Source: ", page, flags=re.MULTILINE))
+    return dict(re.findall(r"^- <a .+?</a>\*\*([A-Z]+-\d+)\*\* (.+?) \*Source: ", page, flags=re.MULTILINE))
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:

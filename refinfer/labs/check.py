@@ -308,5 +308,5 @@ def sentence(test: str) -> str:
 
 def _clauses(page: Path) -> dict[str, str]:
     """Return the sentence of each clause."""
-    text = re.sub(r'<a id="[^"]*"></a>|{[^}]*}', "", page.read_text())
-    return dict(re.findall(r"^- *\*\*([A-Z]+-\d+)\*\* *(.+?) \*Source: ", text, flags=re.MULTILINE))
+    pattern = r"^- <a .+?</a>\*\*([A-Z]+-\d+)\*\* (.+?) \*Source: "
+    return dict(re.findall(pattern, page.read_text(), flags=re.MULTILINE))

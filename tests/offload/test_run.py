@@ -32,6 +32,7 @@ from refinfer.packing.formats import FORMATS
 from refinfer.packing.layout import Bytes
 from refinfer.packing.product import GemmScratch
 from refinfer.planning.account import THREAD_BYTES, staged_chunk_nbytes
+from refinfer.planning.cost import costs_of
 from refinfer.planning.plan import Prefetch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -475,7 +476,7 @@ def test_a_plan_rests_on_what_reads_cost_with_its_own_number_of_threads(
     threads: int, model: PackedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    right = run_module.costs_of
+    right = costs_of
 
     def noted(inventory: Any, calibration: Any, prefetch_threads: int = 2) -> Any:
         seen.append(prefetch_threads)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from doors import in_the_repository
+
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = ROOT / "refinfer"
 TESTS: Final = ROOT / "tests"
@@ -313,6 +315,7 @@ def _title_of(tutorial: str) -> str:
 def page(module: Module, origin: str) -> str:
     """The page of one module."""
     up = "../" * (module.name.count(".") + 1)
+    source = f"refinfer/{module.title}.py"
     clauses = ", ".join(f"[{clause}]({up}spec.md#{clause})" for clause in module.clauses)
     facts = {
         "Taught in": ", ".join(f"[{_title_of(name)}]({up}tutorials/{name})" for name in module.tutorials),
@@ -324,6 +327,9 @@ def page(module: Module, origin: str) -> str:
         [
             f"# {module.title} {{ #refinfer.{module.name} }}",
             "",
+            in_the_repository(
+                f"Source: [`{source}`]({up}../{source}). Its names, and what they do, are on the site only."
+            ),
             *(f"- **{head}**: {text}." for head, text in facts.items()),
             "",
             f"::: refinfer.{module.name}",

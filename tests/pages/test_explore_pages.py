@@ -37,6 +37,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     (folder / "docs").mkdir()
     (folder / "docs" / "explore").symlink_to(PAGES)
+    (folder / "docs" / "site.css").symlink_to(ROOT / "docs" / "site.css")
     config = {
         "INHERIT": str(ROOT / "mkdocs.yml"),
         "docs_dir": str(folder / "docs"),
