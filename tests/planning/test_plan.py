@@ -17,7 +17,7 @@ from refinfer.errors import BudgetError, RequestError
 from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
 from refinfer.packing.formats import FORMATS
-from refinfer.planning.account import Fixed
+from refinfer.planning.account import Fixed, fixed_of
 from refinfer.planning.cost import HERE, PREFETCH_THREADS, Costs, costs_of, ideal_token_s
 from refinfer.planning.optimal import locked_array, token_s
 from refinfer.planning.plan import PLANS, Plan, Prefetch, make_plan, smallest_budget
@@ -231,3 +231,17 @@ def test_a_ring_has_at_most_4096_slots_however_large_the_budget_is(name: str) ->
         plan_of(name, inventory, fixed, budget, Prefetch(ring_nbytes=4097 * slot))
     for ring_nbytes in (4096 * slot, 4097 * slot - 1, 2 * slot):
         assert plan_of(name, inventory, fixed, budget, Prefetch(ring_nbytes=ring_nbytes)).ring_slots == 0  # all fits
+
+
+@pytest.mark.spec("PLAN-3")
+@pytest.mark.parametrize(("positions", "asked"), [(1, None), (2, 2), (20, 20)])
+def test_a_budget_that_is_enough_for_fewer_positions_says_for_how_many(positions: int, asked: int | None) -> None:
+    inventory = INVENTORIES["equal chunks", "f32"]
+    enough = smallest_budget(inventory, fixed_of(inventory, positions))
+    with pytest.raises(BudgetError) as refused:
+        plan_of("none", inventory, fixed_of(inventory, 90), enough)
+    ending = (
+        f"or ask for at most {asked} positions, prompt and text together (max_positions, --positions, --max-tokens)"
+    )
+    assert str(refused.value).endswith(ending) == (asked is not None)
+    assert ("positions" in str(refused.value)) == (asked is not None)
