@@ -102,10 +102,20 @@ class Prefetcher:
     def take(self, chunk: int) -> Loan:
         """Return a chunk of the order, once it has been read; its slot is not overwritten until `release`.
 
+        All of this is done while `_changed` is held. Only number `_to_take` can be taken: if `chunk` is another one
+        than the order has there, `_seek` goes to its place first (`_place[chunk]`), which changes `_to_take`.
+
+        Then `_changed.wait_for` sleeps until something is known about that number, the first of these that holds:
+
+            _closed            raises GenerationError("the weights were closed while they were in use")
+            it is in _ready    takes its loan out of there, counts `_to_take` on, keeps the loan in `_taken`, returns it
+            _failed()          raises the error, `_error[1]`; it stays, so that every later take raises it too
+
         Raises:
             DamagedWeightsError: it could not be read, or is damaged.
             GenerationError: the prefetcher is closed.
         """
+        # lab 11: wait until the chunk has been read, and lend it
         with self._changed:
             if self._order[self._to_take % len(self._order)] != chunk:
                 self._seek(self._place[chunk])
@@ -119,13 +129,20 @@ class Prefetcher:
             self._to_take += 1
             self._taken = self._ready.pop(number)
             return self._taken
+        # end lab
 
     def release(self, loan: Loan) -> None:
-        """End the latest loan: its slot may be read into again. Any other loan has ended already, and is ignored."""
+        """End the latest loan: its slot may be read into again. Any other loan has ended already, and is ignored.
+
+        The latest loan is `_taken`, and nothing is lent after it has ended. With it end the loans that were never
+        released: all numbers from `_released` to `_to_take`, without the latter. `_free_slots(n)` frees n slots.
+        """
+        # lab 11: end the latest loan, and free the slots of all that was taken so far
         if loan is self._taken:
             self._taken = None
             self._free_slots(self._to_take - self._released)
             self._released = self._to_take
+        # end lab
 
     # --8<-- [end:take]
 

@@ -93,7 +93,17 @@ class LruPages:
         self._read = read
 
     def take(self, chunk: int) -> Loan:
-        """Return a chunk, reading it unless it is kept."""
+        """Return a chunk, reading it unless it is kept.
+
+        `_free` has the slots that hold no chunk. `_kept` has the slot and the tiles of every chunk that is kept, by its
+        number, in the order of use: the one that was used longest ago is the first.
+
+        A chunk that is kept is not read, and counts as used now. Any other is read into a free slot by
+        `_read(chunk, slot, 0)`, which returns its tiles. If no slot is free, the chunk that was used longest ago is
+        forgotten, and its slot is taken. If the read fails, its error is raised, the slot is free, and the chunk is not
+        kept.
+        """
+        # lab 09: give a chunk that is kept, or read it into a slot
         if chunk in self._kept:
             self._kept.move_to_end(chunk)
             return Loan(self._kept[chunk][1])
@@ -104,6 +114,7 @@ class LruPages:
             self._free.append(slot)
             raise
         return Loan(self._kept[chunk][1])
+        # end lab
 
     def release(self, loan: Loan) -> None:
         """Do nothing: a chunk stays until its slot is needed."""

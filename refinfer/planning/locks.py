@@ -39,9 +39,15 @@ Lock = Callable[[Inventory, int], BoolArray]
 def _spread(inventory: Inventory, numbers: IntArray, room: int) -> IntArray:
     """Choose from the chunks `numbers` those to lock: at most `room` bytes, spread as evenly as possible.
 
+    `numbers` are in the order of the cycle, `inventory.sizes` has the bytes of every chunk of the cycle, and
+    `inventory.different_sizes` the few sizes there are. If all of `numbers` fit, all are chosen. Otherwise at most a
+    chunk of each size is left of `room`, and of every beginning of `numbers` the same share of its bytes is chosen,
+    exact to within a chunk of each size.
+
     The same share is taken of the chunks of each size: the k-th of them if `floor(k * share)` steps up to the next
     integer there. (So does Bresenham's algorithm choose the pixels of a sloped line.)
     """
+    # lab 10b: choose chunks evenly, of each size the same share
     sizes = inventory.sizes[numbers]
     total = int(sizes.sum())
     if total <= room:
@@ -57,6 +63,7 @@ def _spread(inventory: Inventory, numbers: IntArray, room: int) -> IntArray:
         largest = max(taken, key=lambda size: size * len(taken[size]))
         taken[largest] = taken[largest][:-1]
     return np.concatenate(list(taken.values()))
+    # end lab
 
 
 # --8<-- [end:spread]
@@ -130,9 +137,16 @@ def _flexinfer(inventory: Inventory, room: int) -> BoolArray:
 
     The paper leaves some points open. Here `size_mem` is `room` less the output table, which the paper keeps in memory
     with the embedding: it is locked first, if there is room. FFN tensors are kept in execution order: gate, up, down.
-    `size_attn` is the largest attention tensor. Attention tensors are kept kind by kind in all layers, the smallest
-    kind first. Bytes that are left after that stay unused.
+    `size_FFN` is the largest FFN tensor, `size_attn` the largest attention tensor. Attention tensors are kept kind by
+    kind in all layers, the smallest kind first and the first layer first, until the next one does not fit. A tensor is
+    kept as a whole, with all of its chunks. Bytes that are left after that stay unused.
+
+    `inventory.kind_sizes` has the bytes of one tensor of each kind, and `inventory.chunks_of_kind` the numbers of all
+    chunks of a kind, layer after layer, the same number for each layer. `_FFN` has the FFN kinds in execution order,
+    `_attention(inventory)` the attention kinds, the smallest first. The result is a mask, made by `_nothing`: for each
+    chunk of the cycle whether it is locked.
     """
+    # lab 10: lock what Algorithm 1 keeps in the given room
     sizes, layers = inventory.kind_sizes, inventory.config.num_hidden_layers
     locked = _nothing(inventory)
 
@@ -157,6 +171,7 @@ def _flexinfer(inventory: Inventory, room: int) -> BoolArray:
     for kind in _attention(inventory):
         room -= keep(kind, min(layers, room // sizes[kind]))
     return locked
+    # end lab
 
 
 # --8<-- [end:algorithm-1]

@@ -216,6 +216,16 @@ class _Run:
 
 
 def _ring(run: _Run, units: Sequence[Unit], slots: int, tokens: int) -> None:
+    """Run some tokens with a ring.
+
+    The units that stream, those with seconds to read, are numbered over all tokens: 0, 1, 2 and so on. Number k goes
+    into slot `k % slots`. Its read may begin as soon as number k - slots, which was in that slot, has been computed;
+    the first reads may begin at 0. A locked unit takes no slot, and is ready at any time.
+
+    `run.read(gate_opens, unit)` reads a unit and returns when it is ready. `run.use(ready, unit)` waits until then and
+    computes it; afterwards `run.now` is the time at which it has been computed. `run.end_token()` ends a token.
+    """
+    # lab 12b: read and compute every unit of every token through a ring
     used = [0.0] * slots  # when the last unit in each slot was computed
     k = 0
     for _ in range(tokens):
@@ -227,6 +237,7 @@ def _ring(run: _Run, units: Sequence[Unit], slots: int, tokens: int) -> None:
             used[k % slots] = run.now
             k += 1
         run.end_token()
+    # end lab
 
 
 def ring_token_s(read_s: Seconds, compute_s: Seconds, slots: int, prefetch_threads: int = 1) -> float:

@@ -6,17 +6,20 @@ So a test chooses the interleaving, sees that what must not happen does not happ
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, ClassVar, Final, NoReturn, Self, TypeAlias
 
 import numpy as np
 
 from refinfer.errors import DamagedWeightsError, GenerationError
+from refinfer.labs.check import REPORT
 from refinfer.offload.prefetch import Prefetcher
 from refinfer.offload.readers import Loan
 from refinfer.packing.layout import Bytes
@@ -63,7 +66,7 @@ class WatchedThread(threading.Thread):
         try:
             super().run()
         finally:
-            self._world.end(self)
+            self._world.ended(self)
 
     def join(self, timeout: float | None = None) -> None:
         self._world.join(self)
@@ -82,7 +85,7 @@ class WatchedCondition(threading.Condition):
     def wait(self, timeout: float | None = None) -> bool:
         me, woken = threading.current_thread(), threading.Event()
         if timeout is not None:
-            self._world.wrong.append("a thread looks again and again")
+            self._world.wrong.append(f"a thread looks again every {timeout} s, instead of waiting until it is woken")
         self._sleepers[me] = woken
         self._world.rest(me)
         self.release()
@@ -140,6 +143,9 @@ class WatchedQueue:
         return gets.get(timeout=WATCHDOG_S)
 
 
+GAVE_UP: Final = "a thread of an earlier test never sleeps"
+
+
 class Call:
     """Something done in a thread of its own, which may have to wait."""
 
@@ -159,10 +165,22 @@ class Call:
         self.done = True
 
 
+def stop(thread: threading.Thread) -> None:
+    """Have a thread that runs raise SystemExit: one that looks again and again would slow all others down."""
+    if thread.ident is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+
+
 class World:
     """A prefetcher whose threads rest until they are let go on, and what must be true of it whenever they do."""
 
+    # How long a thread may take to rest. Whoever writes a lab should not wait long for one that never does, and not
+    # again in each test.
+    patience_s: ClassVar[float] = 2.0 if REPORT in os.environ else WATCHDOG_S
+    gave_up: ClassVar[bool] = False
+
     def __init__(self, order: Sequence[int], slots: int, threads: int) -> None:
+        assert not self.gave_up, GAVE_UP
         self.order, self.n_slots, self.n_threads = tuple(order), slots, threads
         self.slots: list[Bytes] = [np.zeros(SLOT_BYTES, np.uint8) for _ in range(slots)]
         self.begun: list[Reading] = []
@@ -207,7 +225,7 @@ class World:
             self._awake.discard(thread)
             self._moved.notify_all()
 
-    def end(self, thread: threading.Thread) -> None:
+    def ended(self, thread: threading.Thread) -> None:
         with self._moved:
             self._ended.add(thread)
             self._awake.update(self._joiners.pop(thread, []))
@@ -242,17 +260,23 @@ class World:
 
     def _watch(self, reading: Reading) -> None:
         """Write down what is wrong with a read that begins now."""
-        if self.seeking is not None or self.failed or self.closing:
-            self.wrong.append(f"a read of {reading.chunk} begins after an error, after closing or while seeking")
+        if self.seeking is not None:
+            asked = self.order[self.seeking % len(self.order)]
+            self.wrong.append(f"chunk {reading.chunk} is read, although chunk {asked} was asked for")
+        elif self.failed or self.closing:
+            self.wrong.append(f"chunk {reading.chunk} is read after {'closing' if self.closing else 'an error'}")
         if reading.chunk != (expected := self.order[self.to_read % len(self.order)]):
-            self.wrong.append(f"{reading.chunk} is read, and {expected} is next")
+            self.wrong.append(f"chunk {reading.chunk} is read, and chunk {expected} is next")
         if self.to_read - self.released >= self.n_slots:
-            self.wrong.append(f"number {self.to_read} is read when {self.released} have been released")
+            self.wrong.append(
+                f"ring of {self.n_slots}: number {self.to_read} is read into the slot of number "
+                f"{self.to_read - self.n_slots}, which has not been released"
+            )
         in_use = [*self.under_way, *(r for n, r in self.reads.items() if n >= self.taken and r.error is None)]
         if self.held is not None:
             in_use.append(self.held[0])
         if any(reading.slot is other.slot for other in in_use):
-            self.wrong.append(f"the slot of {reading.chunk} is in use")
+            self.wrong.append(f"chunk {reading.chunk} is read into a slot that is in use")
         if reading.thread in [other.thread for other in self.under_way] or not 0 <= reading.thread < self.n_threads:
             self.wrong.append(f"thread {reading.thread} reads twice at once, or does not exist")
 
@@ -317,7 +341,14 @@ class World:
         self._check_held()
         loan, self.held = self.held[1], None
         self.released = self.taken
-        assert self.call(lambda: self.prefetcher.release(loan)).done
+        self.end(loan)
+
+    def end(self, loan: Loan) -> None:
+        """Release a loan, whether or not it has ended before."""
+        call = self.call(lambda: self.prefetcher.release(loan))
+        if isinstance(call.error, Exception):
+            raise call.error
+        assert call.done, "a release waits"
 
     def forget(self) -> Loan:
         """Return the loan that is held, which nobody will release in time."""
@@ -345,19 +376,28 @@ class World:
     def settle(self) -> None:
         """Wait until every thread rests, then check everything."""
         with self._moved:
-            assert self._moved.wait_for(lambda: not self._awake, WATCHDOG_S), f"never rests: {self._awake}"
-        assert not self.wrong, self.wrong
+            rests = self._moved.wait_for(lambda: not self._awake, self.patience_s)
+        if not rests:
+            World.gave_up, World.patience_s = REPORT in os.environ, min(World.patience_s, 0.5)
+            for thread in self._awake:
+                stop(thread)
+            what = f"chunk {self.taking[0]} was never handed out: its take" if self.taking else "a thread"
+            raise AssertionError(f"{what} never sleeps: it looks again and again, or keeps the lock from the others")
+        assert not self.wrong, self.wrong[0]
         self._check_held()
         self._check_taking()
         errors = [r for r in self.begun if r.error is not None]
         if not (self.closing or self.seeking is not None or errors):
             ahead = self.to_read - self.released
-            assert len(self.under_way) == self.n_threads or ahead == self.n_slots, "there is room, and no thread reads"
+            assert len(self.under_way) == self.n_threads or ahead == self.n_slots, (
+                f"{self.n_slots - ahead} of {self.n_slots} slots should be free, "
+                f"and {len(self.under_way)} of {self.n_threads} threads read"
+            )
 
     def _check_held(self) -> None:
         if self.held is not None:
             reading, loan = self.held
-            assert loan.tiles.tobytes() == reading.content
+            assert loan.tiles.tobytes() == reading.content, f"chunk {reading.chunk} has changed while it was lent"
 
     def _check_taking(self) -> None:
         if self.taking is None:
@@ -366,27 +406,44 @@ class World:
         reading = self.reads.get(self.taken) if self.seeking is None else None
         errors = [r.error for r in self.begun if r.error is not None]
         ended = reading is not None and reading.finished
-        if self.closing and call.done and call.error is not None:
-            assert isinstance(call.error, GenerationError) or call.error in errors
+        if call.done and call.error is not None and (self.closing or call.error not in errors):
+            if not (self.closing and (isinstance(call.error, GenerationError) or call.error in errors)):
+                self._raise(call.error)
         elif ended and reading is not None and reading.error is None:
-            assert call.done, f"{chunk} has been read, and its take waits"
-            assert call.error is None
+            assert call.done, f"chunk {chunk} has been read, and was never handed out: its take waits"
+            assert call.error is None, f"chunk {chunk} has been read, and its take raises the error of another one"
+            self._check_lent(chunk, call.result, reading)
             self.held = reading, call.result
-            assert np.shares_memory(call.result.tiles, reading.slot)
-            assert reading.chunk == chunk
             self.taken += 1
             self._check_held()
         elif errors and not self.under_way:
-            assert call.done, "nothing more comes, and a take waits"
-            assert call.error in ([reading.error] if ended and reading is not None else errors)
+            assert call.done, f"a read has failed, and the take of chunk {chunk} waits for ever"
+            assert call.error is not None, f"a read has failed, and the take of chunk {chunk} gives {call.result!r}"
+            expected = [reading.error] if ended and reading is not None else errors
+            assert call.error in expected, f"the take of chunk {chunk} raises {call.error!r}, the error of another one"
         elif errors and call.done:  # when an error becomes known early is not specified
-            assert call.error in errors
+            assert call.error in errors, f"chunk {chunk} was given before it was read"
         elif self.closing and self.seeking is None:
-            assert call.done, "closed, and a take waits"
+            assert call.done, f"closed, and the take of chunk {chunk} waits for ever"
+            assert call.error is not None, f"closed, and the take of chunk {chunk} gives it"
         else:
-            assert not call.done, f"{chunk} was given before it was read"
+            assert not call.done, f"chunk {chunk} was given before it was read"
         if call.done:
             self.taking = None
+
+    def _check_lent(self, chunk: int, loan: Any, reading: Reading) -> None:
+        """Check that what a take returned is a loan of the slot of that read."""
+        assert isinstance(loan, Loan), f"the take of chunk {chunk} returns {loan!r}, which is not a loan"
+        others = [r.chunk for r in self.begun if np.shares_memory(loan.tiles, r.slot) and r.slot is not reading.slot]
+        assert not others, f"the take of chunk {chunk} gives chunk {others[-1]}"
+        assert np.shares_memory(loan.tiles, reading.slot), f"the tiles of chunk {chunk} do not lie in its slot"
+        assert reading.chunk == chunk, f"the take of chunk {chunk} gives chunk {reading.chunk}"
+
+    def _raise(self, error: BaseException) -> NoReturn:
+        """Raise what nobody expects as it is, unless it would end the tests."""
+        if isinstance(error, Exception):
+            raise error
+        raise AssertionError(f"a take raises {error!r}")
 
     def __enter__(self) -> Self:
         return self
@@ -401,7 +458,7 @@ class World:
                 reading.go.set()
             closer = threading.Thread(target=self.prefetcher.close, daemon=True)
             closer.start()
-            closer.join(WATCHDOG_S)
+            closer.join(self.patience_s)
             return
         if self.held is not None:
             self.release()

@@ -200,7 +200,7 @@ def threads_and_descriptors() -> Counter[str]:
     return Counter(thread.name for thread in threading.enumerate()) + Counter(str(link.readlink()) for link in links)
 
 
-def within(action: Callable[[], Any], seconds: float = WATCHDOG_S) -> Any:
+def within(action: Callable[[], Any], seconds: float = WATCHDOG_S, what: str = "it hangs") -> Any:
     """Do something in a helper thread; fail if it takes too long, raise what it raises."""
     results: list[Any] = []
     errors: list[BaseException] = []
@@ -214,7 +214,7 @@ def within(action: Callable[[], Any], seconds: float = WATCHDOG_S) -> Any:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    assert not thread.is_alive(), "it hangs"
+    assert not thread.is_alive(), what
     if errors:
         raise errors[0]
     return results[0]

@@ -20,8 +20,9 @@ from refinfer.offload.prefetch import Prefetcher
 from refinfer.packing.layout import Bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from interleavings import POISON, Choose, World, cyclic, explore, interleaved
+from interleavings import GAVE_UP, POISON, Choose, World, cyclic, explore, interleaved
 from packed_model import within
+from words import require_equal
 
 
 def takes_in_order(world: World, takes: int, choose: Choose) -> None:
@@ -153,12 +154,12 @@ def test_a_taken_chunk_stays_as_it_is_until_it_is_released_and_only_then_its_slo
             begun = len(world.begun)
             loan.tiles[:] = 0x5A  # a sentinel
             world.finish_all()
-            assert (loan.tiles == 0x5A).all()
-            assert len(world.begun) == begun
+            assert (loan.tiles == 0x5A).all(), f"chunk {reading.chunk} has changed while it was lent"
+            assert len(world.begun) == begun, f"chunk {reading.chunk} is lent, and its slot is read into"
             loan.tiles[:] = np.frombuffer(reading.content, np.uint8)
             world.release()
-            assert world.begun[begun].slot is reading.slot
-            assert (reading.slot == POISON).all()
+            assert world.begun[begun].slot is reading.slot, f"the slot of chunk {reading.chunk} is not the next one"
+            assert (reading.slot == POISON).all(), f"the slot of chunk {reading.chunk} is not read into"
 
 
 @pytest.mark.spec("FETCH-12")
@@ -191,10 +192,42 @@ def test_a_chunk_is_given_once_it_is_read_while_those_after_it_are_still_being_r
         assert third in world.under_way
 
 
+@pytest.mark.spec("FETCH-4", "FETCH-1")
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_take_waits_for_its_own_chunk_and_for_no_other(earlier: int) -> None:
+    """Chunk 0 is taken, and read before chunk 1 or after it; the world checks after each step what it should."""
+    with World(range(5), 4, 2) as world:
+        reads = list(world.under_way)
+        if earlier == 0:
+            world.finish(reads[0])
+            world.finish(reads[1])
+            world.take(0)
+        else:
+            world.take(0)
+            world.finish(reads[1])
+            world.finish(reads[0])
+        assert world.held is not None, "chunk 0 has been read, and was never handed out"
+        world.forget()
+
+
+@pytest.mark.spec("FETCH-13")
+@pytest.mark.parametrize("forgotten", [1, 2])
+def test_a_release_also_ends_the_loans_before_it_that_nobody_released(forgotten: int) -> None:
+    with World(range(9), 3, 1) as world:
+        for _ in range(3):
+            world.finish_all()
+            for _ in range(forgotten):
+                world.take()
+                world.forget()
+            world.take()
+            world.release()
+
+
 @pytest.mark.spec("FETCH-2")
 @pytest.mark.parametrize("slots", [1, 2])
 def test_a_loan_that_ended_releases_nothing_when_the_same_tiles_are_lent_again(slots: int) -> None:
     """Typed views are made once for each slot, so two loans of one slot have the very same tiles."""
+    assert not World.gave_up, GAVE_UP
     ring = [np.zeros(8, np.uint8) for _ in range(slots)]
     begun: list[int] = []
 
@@ -207,17 +240,17 @@ def test_a_loan_that_ended_releases_nothing_when_the_same_tiles_are_lent_again(s
         for _ in range(3):
             loans = []
             for chunk in range(slots):
-                loans.append(within(lambda chunk=chunk: prefetcher.take(chunk)))  # type: ignore[misc]
+                loans.append(within(lambda chunk=chunk: prefetcher.take(chunk), World.patience_s))  # type: ignore[misc]
                 prefetcher.release(loans[-1])
-            again = within(lambda: prefetcher.take(0))
-            assert again.tiles is loans[0].tiles
-            assert again is not loans[0]
+            again = within(lambda: prefetcher.take(0), World.patience_s)
+            assert again.tiles is loans[0].tiles, "chunk 0 does not lie in the slot it was read into before"
+            assert again is not loans[0], "the take of chunk 0 gives a loan that has ended"
             before = prefetcher._released
             for loan in loans:
                 prefetcher.release(loan)
-            assert prefetcher._released == before
+                assert prefetcher._released == before, "a loan that had ended has freed a slot"
             prefetcher.release(again)
-            assert prefetcher._released == before + 1
+            require_equal(prefetcher._released - before, 1, "the number of slots that the latest loan frees")
     finally:
-        within(prefetcher.close)
+        within(prefetcher.close, World.patience_s)
     assert begun

@@ -22,6 +22,7 @@ from refinfer.packing.layout import Bytes, Tiles
 sys.path.insert(0, str(Path(__file__).parent))
 from interleavings import WATCHDOG_S, Choose, World, explore, interleaved
 from packed_model import within
+from words import require_equal
 
 
 @pytest.mark.spec("FETCH-7")
@@ -39,6 +40,28 @@ def test_closing_at_any_moment_ends_every_thread_and_every_wait(slots: int, thre
     explore(run, states=True)
     assert any(waiting)
     assert not all(waiting)
+
+
+@pytest.mark.spec("FETCH-7")
+@pytest.mark.parametrize("is_read", [False, True])
+def test_a_take_of_a_closed_prefetcher_raises_an_error_also_if_it_was_waiting(*, is_read: bool) -> None:
+    with World(range(3), 2, 1) as world:
+        if is_read:
+            world.finish_all()
+        else:
+            world.take(0)
+        waiting = world.calls[-1] if not is_read else None
+        world.close()
+        calls = [waiting] if waiting else []
+        for _ in range(2):
+            call = world.call(lambda: world.prefetcher.take(0))
+            assert call.done, "closed, and the take of chunk 0 waits for ever"
+            calls.append(call)
+        for call in calls:
+            assert call.error is not None, "closed, and the take of chunk 0 gives it"
+            if not isinstance(call.error, GenerationError):
+                raise call.error
+            require_equal(str(call.error), "the weights were closed while they were in use", "what it says")
 
 
 @pytest.mark.spec("FETCH-7")

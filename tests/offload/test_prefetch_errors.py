@@ -7,9 +7,27 @@ from pathlib import Path
 
 import pytest
 
+from refinfer.errors import DamagedWeightsError
+
 sys.path.insert(0, str(Path(__file__).parent))
 from interleavings import Choose, World, explore, interleaved
 from packed_model import within
+
+
+@pytest.mark.spec("FETCH-6")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_error_is_raised_by_the_take_of_its_chunk_and_by_every_later_one(threads: int) -> None:
+    """The world checks that no take waits for ever, and that chunk 0, which was read before, is still given."""
+    with World(range(4), 3, threads) as world:
+        world.finish(world.under_way[0])
+        failed = next(reading for reading in world.under_way if reading.chunk == 1)
+        world.finish(failed, error=DamagedWeightsError("chunk 1 is damaged"))
+        world.finish_all()
+        world.take(0)
+        world.release()
+        for chunk in (1, 1, 2, 3, 0):
+            world.take(chunk)
+            assert world.held is None, f"chunk 1 could not be read, and the take of chunk {chunk} gives it"
 
 
 @pytest.mark.spec("FETCH-6")

@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from interleavings import Choose, World, explore, interleaved
+from words import require_equal
 
 
 @pytest.mark.slow
@@ -35,9 +36,9 @@ def test_a_seek_waits_for_reads_under_way_drops_what_was_read_ahead_and_goes_on_
         world.take(3)
         world.finish(second)
         assert world.seeking is not None
-        assert len(world.begun) == 2  # no slot is touched before the other read has ended
+        require_equal(len(world.begun), 2, "the number of reads")  # no slot is touched before the other read has ended
         world.finish(first)
-        assert [reading.chunk for reading in world.under_way] == [3, 4]
+        require_equal([reading.chunk for reading in world.under_way], [3, 4], "what two threads read after take(3)")
         while world.taking is not None:
             world.finish(world.under_way[0])
         world.release()
@@ -76,15 +77,15 @@ def test_a_loan_of_a_pass_that_was_left_long_ago_releases_nothing(wanted: int, r
         old = world.forget()
         if released:
             world.released = world.taken
-            world.call(lambda: world.prefetcher.release(old))
+            world.end(old)
         world.finish_all()
         world.take(wanted)
         while world.taking is not None:
             world.finish(world.under_way[0])
         world.finish_all()
         begun = len(world.begun)
-        world.call(lambda: world.prefetcher.release(old))
-        assert len(world.begun) == begun
+        world.end(old)
+        assert len(world.begun) == begun, "a loan that had ended was released, and another chunk is read"
         assert world.held is not None
 
 

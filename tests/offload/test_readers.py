@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,7 @@ from refinfer.offload.readers import Closed, Loan, LruPages, OnDemand
 from refinfer.offload.store import ThrottledStore
 from refinfer.offload.streamed import StreamedSource
 from refinfer.packing.layout import Bytes
+from words import require_equal
 
 WATCHDOG_S: Final = 30.0
 
@@ -31,7 +33,7 @@ class Disk:
         self.broken: set[int] = set()
 
     def read(self, chunk: int, slot: Bytes, thread: int) -> Bytes:
-        assert thread == 0
+        require_equal(thread, 0, "the number of the thread that reads")
         self.reads.append(chunk)
         slot[:] = 0xEE
         if chunk in self.broken:
@@ -92,23 +94,138 @@ def test_readers_without_threads_start_no_thread(make: Callable[[Disk], OnDemand
     assert threading.active_count() == before
 
 
+class Pages:
+    """LRU pages in some slots; each take is compared with what it should do, in words."""
+
+    def __init__(self, n_slots: int) -> None:
+        self.slots = slots(n_slots)
+        self.disk = Disk()
+        self._reader = LruPages(self.slots, self.disk.read)
+        self._takes: list[int] = []
+
+    @property
+    def story(self) -> str:
+        """What has happened so far."""
+        latest = ", ".join(map(str, self._takes[-16:]))
+        return f"slots: {len(self.slots)}; takes: {'..., ' if len(self._takes) > 16 else ''}{latest}"
+
+    def take(self, chunk: int, *, kept: bool) -> Bytes:
+        """Take a chunk that is kept, or one that has to be read; return its tiles."""
+        self._takes.append(chunk)
+        loan = self._reader.take(chunk)
+        reads = self.disk.taken()
+        if kept:
+            assert not reads, f"{self.story}; the last one reads chunk {reads[0]}, although chunk {chunk} is kept"
+        else:
+            assert reads, f"{self.story}; the last one reads nothing, although chunk {chunk} is not kept"
+            assert reads == [chunk], f"{self.story}; the last one reads {reads}"
+        tiles: Bytes = loan.tiles
+        assert tiles.tolist() == content(chunk), f"{self.story}; the last one gives the bytes of chunk {tiles[0]}"
+        self._reader.release(loan)
+        return tiles
+
+    def fail(self, chunk: int) -> None:
+        """Take a chunk of which the read fails."""
+        self._takes.append(chunk)
+        self.disk.broken = {chunk}
+        with suppress(DamagedWeightsError):
+            self._reader.take(chunk)
+            raise AssertionError(f"{self.story}; the last one raises no error, although chunk {chunk} cannot be read")
+        self.disk.broken = set()
+        require_equal(self.disk.taken(), [chunk], f"{self.story} (the last one fails); what is read")
+
+    def slot_of(self, tiles: Bytes) -> int:
+        """Return the number of the slot that a chunk lies in."""
+        found = [number for number, slot in enumerate(self.slots) if np.shares_memory(slot, tiles)]
+        assert found, f"{self.story}; chunk {tiles[0]} does not lie in a slot"
+        return found[0]
+
+
+@pytest.mark.spec("READ-2")
+def test_a_chunk_is_read_when_it_is_first_taken_and_not_again_while_it_is_kept() -> None:
+    pages = Pages(3)
+    for chunk in (0, 1):
+        pages.take(chunk, kept=False)
+        for _ in range(2):
+            pages.take(chunk, kept=True)
+
+
+@pytest.mark.spec("READ-2")
+def test_each_chunk_that_is_kept_lies_in_a_slot_of_its_own() -> None:
+    pages = Pages(3)
+    chunks: dict[int, int] = {}
+    for chunk in range(3):
+        slot = pages.slot_of(pages.take(chunk, kept=False))
+        assert slot not in chunks, f"{pages.story}; chunks {chunks[slot]} and {chunk} lie in the same slot"
+        chunks[slot] = chunk
+    for chunk in range(3):
+        pages.slot_of(pages.take(chunk, kept=True))
+
+
+@pytest.mark.spec("READ-2")
+def test_a_chunk_that_was_forgotten_is_read_again_into_a_slot() -> None:
+    pages = Pages(1)
+    for chunk in (0, 1, 0, 2):
+        pages.slot_of(pages.take(chunk, kept=False))
+
+
+@pytest.mark.spec("READ-2")
+def test_the_chunk_that_was_used_longest_ago_is_forgotten() -> None:
+    """Chunk 0 is used again before chunk 3 needs a slot, so that chunk 1 has to go."""
+    pages = Pages(3)
+    for chunk, kept in ((0, False), (1, False), (2, False), (0, True), (3, False)):
+        pages.take(chunk, kept=kept)
+    for chunk, kept in ((0, True), (2, True), (1, False), (2, True), (3, False)):
+        pages.take(chunk, kept=kept)
+
+
+@pytest.mark.spec("READ-4")
+@pytest.mark.parametrize("n_slots", [2, 3, 1])
+def test_a_read_that_fails_keeps_nothing_and_loses_no_slot(n_slots: int) -> None:
+    pages = Pages(n_slots)
+    for chunk in range(n_slots):
+        pages.take(chunk, kept=False)
+    pages.fail(9)  # chunk 0 has been forgotten for it
+    for chunk in range(1, n_slots):
+        pages.take(chunk, kept=True)
+    pages.take(9, kept=False)  # it takes the slot that is free: no other chunk is forgotten
+    chunks = [*range(1, n_slots), 9]
+    for chunk in chunks:
+        pages.take(chunk, kept=True)
+    for _ in range(n_slots + 1):
+        pages.fail(8)  # one chunk is forgotten for all of these
+    for chunk in chunks[1:]:
+        pages.take(chunk, kept=True)
+
+
+@pytest.mark.spec("READ-2")
+@given(n_slots=st.integers(1, 4), takes=st.lists(st.integers(0, 5), max_size=16))
+def test_a_chunk_is_kept_until_as_many_others_as_there_are_slots_have_been_used(n_slots: int, takes: list[int]) -> None:
+    pages = Pages(n_slots)
+    for now, chunk in enumerate(takes):
+        since = [then for then in range(now) if takes[then] == chunk]
+        others = set(takes[since[-1] + 1 : now]) if since else set()
+        pages.take(chunk, kept=bool(since) and len(others) < n_slots)
+
+
 @pytest.mark.spec("READ-2")
 @pytest.mark.parametrize("n", [1, 2, 3, 6])
 @pytest.mark.parametrize("n_slots", [1, 2, 3, 5])
 def test_a_cyclic_scan_reads_everything_again_unless_all_of_it_fits(n: int, n_slots: int) -> None:
-    disk = Disk()
-    reader = LruPages(slots(n_slots), disk.read)
+    pages = Pages(n_slots)
     for scan in range(4):
         for chunk in range(n):
-            loan = reader.take(chunk)
-            assert loan.tiles.tolist() == content(chunk)
-            reader.release(loan)
-        assert disk.taken() == (list(range(n)) if n > n_slots or scan == 0 else [])
-    reader.close()
-    reader.close()
+            pages.take(chunk, kept=n <= n_slots and scan > 0)
 
 
 @pytest.mark.spec("READ-2")
+def test_lru_pages_can_be_closed_again_and_again() -> None:
+    reader = LruPages(slots(1), Disk().read)
+    reader.close()
+    reader.close()
+
+
+@pytest.mark.spec("READ-2", "READ-4")
 @given(
     n_slots=st.integers(1, 5),
     wanted=st.lists(st.tuples(st.integers(0, 6), st.sets(st.integers(0, 6), max_size=2)), max_size=60),

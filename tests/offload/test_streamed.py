@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,15 +29,19 @@ from refinfer.model.synth import write_checkpoint
 from refinfer.model.transformer import Transformer
 from refinfer.model.weights import WeightSource
 from refinfer.offload.budget import Budget
+from refinfer.offload.readers import Loan
 from refinfer.offload.run import PlannedRun, Within, open_run, plan_run
 from refinfer.offload.store import FileStore, Store
 from refinfer.offload.streamed import StreamedSource
 from refinfer.packing.formats import FORMATS
 from refinfer.packing.layout import Bytes
+from refinfer.trace import Recorder
 from refinfer.weight_cache.packers import record_nbytes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from packed_model import Logits, PackedModel, assert_same_logits, change, drawn_ids, logits_of
+from interleavings import World
+from packed_model import Logits, PackedModel, assert_same_logits, change, drawn_ids, logits_of, within
+from words import require_equal, require_items
 
 POSITIONS: Final = 80
 PROMPT: Final = 40
@@ -229,7 +235,8 @@ def parts_of(tiles: Any) -> list[npt.NDArray[Any]]:
 def test_a_chunk_is_valid_until_the_next_one_is_asked_for(case: PackedModel, threads: int) -> None:
     source = streamed(case, case.smallest + 30_000, threads=threads)
     content = case.built.read_bytes()
-    for _ in range(5):
+
+    def one_pass() -> None:
         for number, tiles in enumerate(source.chunks(0, len(case.chunks))):
             used, chunk = case.inventory.cycle[number], case.chunks[number]
             layout = case.inventory.matrices[used.matrix].layout
@@ -237,9 +244,147 @@ def test_a_chunk_is_valid_until_the_next_one_is_asked_for(case: PackedModel, thr
             expected = parts_of(layout.tiles(stored, layout.chunks[used.index]))
             for _ in range(3):
                 for part, as_stored in zip(parts_of(tiles), expected, strict=True):
-                    np.testing.assert_array_equal(part, as_stored, strict=True)
+                    what = f"chunk {number}, {threads} threads: its tiles have changed, or are those of another chunk"
+                    assert part.tobytes() == as_stored.tobytes(), what
+                    assert (part.dtype, part.shape) == (as_stored.dtype, as_stored.shape)
             assert parts_of(tiles)[0].ctypes.data % PAGE_BYTES == 0
+
+    for _ in range(5):
+        stuck = f"{threads} threads: a take waits for ever; into which slot should its chunk be read?"
+        within(one_pass, World.patience_s, stuck)
     source.close()
+
+
+# Chunks that are given one by one, with a reader and a clock that only take notes.
+
+
+class Notes:
+    """A source of which chunks 3 and 6 are locked; each take lasts 2 s, and each product 3 s.
+
+    `events` are the takes, products and releases; `given` is what was given.
+    """
+
+    def __init__(self, source: StreamedSource) -> None:
+        self.events: list[str] = []
+        self.given: list[object] = []
+        self.damaged: int | None = None
+        self.recorder = Recorder(self, traced=True)
+        self.source = source
+        self.kinds = [chunk.kind for chunk in source._inventory.cycle]
+        self._time = 0.0
+        source.close()
+        source.locked = {3: "locked chunk 3", 6: "locked chunk 6"}
+        source._reader, source._recorder = self, self.recorder
+
+    def now(self) -> float:
+        return self._time
+
+    def sleep(self, seconds: float) -> None:
+        self._time += seconds
+
+    def take(self, number: int) -> Loan:
+        self.events.append(f"take of chunk {number}")
+        self.sleep(2)
+        if number == self.damaged:
+            raise DamagedWeightsError(f"chunk {number} is damaged")
+        return Loan(f"chunk {number}")
+
+    def release(self, loan: Loan) -> None:
+        self.events.append(f"release of {loan.tiles}")
+
+    def close(self) -> None:
+        pass
+
+    def use(self, tiles: object) -> None:
+        """Multiply a chunk."""
+        self.given.append(tiles)
+        self.events.append(f"product of {tiles}")
+        self.sleep(3)
+
+    def run(self, first: int, n: int) -> Self:
+        """Use some chunks."""
+        for tiles in self.source.chunks(first, n):
+            self.use(tiles)
+        return self
+
+    def spans(self, kind: str) -> list[str]:
+        """Return the spans of a kind, in words."""
+        spans = (span for span in self.recorder.trace.spans if span.kind == kind)
+        return [f"{span.name} from {span.start:g} to {span.end:g} s, on lane {span.lane}" for span in spans]
+
+
+@pytest.fixture
+def notes(golden_tied: PackedModel) -> Notes:
+    return Notes(streamed(golden_tied, golden_tied.smallest))
+
+
+@pytest.mark.spec("OFFLOAD-7")
+@pytest.mark.parametrize(("first", "n"), [(0, 1), (4, 2), (7, 3)])
+def test_chunks_are_given_one_by_one_from_their_number_in_the_cycle_on(notes: Notes, first: int, n: int) -> None:
+    expected = [f"chunk {number}" for number in range(first, first + n)]
+    require_items(notes.run(first, n).given, expected, f"chunks({first}, {n}): what is given as number")
+
+
+@pytest.mark.spec("OFFLOAD-14")
+def test_a_locked_chunk_is_given_from_memory_and_not_taken_from_the_reader(notes: Notes) -> None:
+    notes.run(2, 5)
+    takes = [event for event in notes.events if event.startswith("take")]
+    require_items(takes, [f"take of chunk {number}" for number in (2, 4, 5)], "of the takes, number")
+    expected = ["chunk 2", "locked chunk 3", "chunk 4", "chunk 5", "locked chunk 6"]
+    require_items(notes.given, expected, "chunks(2, 5): what is given as number")
+
+
+@pytest.mark.spec("OFFLOAD-14")
+def test_a_chunk_is_taken_when_it_is_asked_for_and_released_when_the_next_one_is(notes: Notes) -> None:
+    notes.run(2, 4)
+    expected = ["product of locked chunk 3"]
+    for number in (2, 4, 5):
+        steps = [f"take of chunk {number}", f"product of chunk {number}", f"release of chunk {number}"]
+        expected = [*steps, *expected] if number == 2 else [*expected, *steps]
+    require_items(notes.events, expected, "event")
+
+
+@pytest.mark.spec("OFFLOAD-14", "OFFLOAD-10")
+@pytest.mark.parametrize("how", ["the caller leaves", "an exception ends it"])
+def test_a_chunk_is_released_also_when_its_product_is_left(notes: Notes, how: str) -> None:
+    chunks = notes.source.chunks(4, 2)
+    assert isinstance(chunks, Generator), f"chunks returns {type(chunks).__name__}, and not what a `yield` makes"
+    notes.use(next(chunks))
+    if how == "the caller leaves":
+        chunks.close()
+    else:
+        with suppress(KeyboardInterrupt):
+            chunks.throw(KeyboardInterrupt())
+            raise AssertionError("an exception ends a product, and does not reach the caller")
+    ends = notes.events[2:]
+    assert ends, f"{how} during the product of chunk 4, and chunk 4 is not released"
+    require_items(ends, ["release of chunk 4"], f"{how} during the product of chunk 4; after it, event")
+
+
+@pytest.mark.spec("OFFLOAD-9", "OFFLOAD-14")
+def test_an_error_of_a_take_reaches_the_caller_and_nothing_is_released_for_it(notes: Notes) -> None:
+    notes.damaged = 5
+    with pytest.raises(DamagedWeightsError, match="chunk 5 is damaged"):
+        notes.run(4, 3)
+    steps = ["take of chunk 4", "product of chunk 4", "release of chunk 4", "take of chunk 5"]
+    require_items(notes.events, steps, "event")
+
+
+@pytest.mark.spec("OFFLOAD-15")
+def test_the_time_of_a_take_is_counted_as_waiting(notes: Notes) -> None:
+    notes.run(2, 4)
+    require_equal(notes.recorder.wait_s, 6.0, "three takes of 2 s: the seconds of waiting")
+    times = ((2, 0), (4, 8), (5, 13))
+    expected = [f"{notes.kinds[number]} from {start} to {start + 2} s, on lane compute" for number, start in times]
+    require_items(notes.spans("wait"), expected, "wait")
+
+
+@pytest.mark.spec("OFFLOAD-15")
+def test_the_time_of_a_product_is_noted_as_computing_also_of_a_locked_chunk(notes: Notes) -> None:
+    notes.run(2, 4)
+    times = ((2, 2), (3, 5), (4, 10), (5, 15))
+    expected = [f"{notes.kinds[number]} from {start} to {start + 3} s, on lane compute" for number, start in times]
+    require_items(notes.spans("compute"), expected, "product")
 
 
 @pytest.mark.spec("OFFLOAD-8", "BUDGET-1", "PLAN-1")

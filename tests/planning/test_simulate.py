@@ -25,6 +25,7 @@ from refinfer.planning.simulate import (
     simulate,
 )
 from refinfer.trace import Span
+from words import require_equal, require_items
 
 
 def one_larger(gate: Gate) -> Gate:
@@ -111,6 +112,65 @@ def events_by_hand(units: Sequence[Unit], gate: Gate, threads: int, tokens: int)
     return Events(ends, list(uses), list(reads))
 
 
+# Rings of units that are nothing but their seconds: to read, and to compute.
+
+
+def require_ends(seconds: Sequence[tuple[int, int]], slots: int, expected: Sequence[float], threads: int = 1) -> None:
+    """Require that tokens of these units end when they should."""
+    units = [Unit(read_s, compute_s) for read_s, compute_s in seconds]
+    listed = ", ".join(f"{read_s}+{compute_s}" if read_s else f"locked+{compute_s}" for read_s, compute_s in seconds)
+    asked = f"ring of {slots}, {threads} thread{'s' if threads > 1 else ''}, units of {listed} s: "
+    ends = [0.0, *expected]
+    for tokens in range(1, len(ends)):
+        run = simulate(units, Ring(slots), prefetch_threads=threads, tokens=tokens)
+        if tokens == 1:
+            require_equal(run.first_token_s, ends[1], f"{asked}the end of token 0")
+        require_equal(run.token_s, ends[tokens] - ends[tokens - 1], f"{asked}the seconds of token {tokens - 1}")
+
+
+@pytest.mark.spec("SIM-1")
+def test_a_locked_unit_is_computed_at_once_and_takes_no_slot() -> None:
+    require_ends([(0, 3), (0, 4)], 1, [7, 14])
+    # read 0-2, used 2-3; locked 3-4; the slot is free from 3 on: read 3-5, used 5-6. Then read 6-8, used 8-9, ...
+    require_ends([(2, 1), (0, 1), (2, 1)], 1, [6, 12])
+
+
+@pytest.mark.spec("SIM-1")
+def test_a_read_begins_when_the_unit_that_was_in_its_slot_has_been_computed() -> None:
+    # One slot: reads and products take turns. Two: b is read 2-4, while a is used 2-5; b is used 5-8.
+    require_ends([(2, 3), (2, 3)], 1, [10])
+    require_ends([(2, 3), (2, 3)], 2, [8])
+    # Of three units the third is read into the first one's slot, from 5 on: 5-7; the second is used 5-8.
+    require_ends([(2, 3), (2, 3), (2, 3)], 2, [11])
+    # With another product it shows: a is used 2-8, b 8-9, c is read 8-10.
+    require_ends([(2, 6), (2, 1), (2, 3)], 2, [13])
+
+
+@pytest.mark.spec("SIM-1")
+def test_a_ring_goes_on_into_the_next_token() -> None:
+    # Token 0: a is read 0-1, used 1-9; b is read 1-2, used 9-17. Token 1: a is read 9-10, before token 0 ends.
+    require_ends([(1, 8), (1, 8)], 2, [17, 33])
+    # Three units and two slots: number 3, the first of token 1, is in slot 1, which b has left at 9.
+    # a is read 0-4, used 4-5; b 4-8, 8-9; c 8-12, 12-13. Token 1: a 12-16, 16-17; b 16-20, 20-21; c 20-24, 24-25.
+    require_ends([(4, 1), (4, 1), (4, 1)], 2, [13, 25])
+    # a is read 0-4, used 4-5; b is read 4-5, used 5-15; c is read 5-6, used 15-16. Token 1: a waits for b, read 15-19.
+    require_ends([(4, 1), (1, 10), (1, 1)], 2, [16, 31])
+
+
+@pytest.mark.spec("SIM-1")
+@settings(max_examples=200)
+@given(
+    seconds=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6),
+    slots=st.integers(1, 5),
+    threads=st.integers(1, 3),
+)
+def test_a_ring_ends_every_token_when_the_rules_allow_it_at_the_earliest(
+    seconds: list[tuple[int, int]], slots: int, threads: int
+) -> None:
+    units = [Unit(read_s, compute_s) for read_s, compute_s in seconds]
+    require_ends(seconds, slots, events_by_hand(units, Ring(slots), threads, 3).token_ends, threads)
+
+
 @pytest.mark.spec("SIM-1")
 @settings(max_examples=200)
 @given(units=units_of_work, gate=gates, threads=st.integers(1, 3), tokens=st.integers(1, 4))
@@ -141,6 +201,10 @@ def timeline(run: Simulation) -> list[tuple[str, str, str, float, float]]:
     return [(s.lane, s.kind, s.name, s.start, s.end) for s in run.trace.spans]
 
 
+def in_words(spans: Sequence[tuple[str, str, str, float, float]]) -> list[str]:
+    return [f"{lane}: {kind} {name or 'nothing'} from {start:g} to {end:g} s" for lane, kind, name, start, end in spans]
+
+
 TWO = [Unit(2, 1, 0, "a"), Unit(2, 3, 1, "b")]
 
 
@@ -152,7 +216,7 @@ def test_a_ring_of_two_is_as_drawn_by_hand() -> None:
     compute  | wait  | a 2-3 | w 3-4 | b 4-7 | a 7-8 | w 8-9 | b 9-12
     """
     run = simulate(TWO, Ring(2), tokens=2, traced=True)
-    assert sorted(timeline(run), key=lambda span: (span[0], span[3])) == [
+    expected = [
         ("compute", "wait", "", 0, 2),
         ("compute", "compute", "a", 2, 3),
         ("compute", "wait", "", 3, 4),
@@ -165,7 +229,10 @@ def test_a_ring_of_two_is_as_drawn_by_hand() -> None:
         ("disk", "read", "a", 4, 6),
         ("disk", "read", "b", 7, 9),
     ]
-    assert (run.first_token_s, run.token_s, run.wait_s) == (7, 5, 1)
+    require_items(in_words(sorted(timeline(run), key=lambda span: (span[0], span[3]))), in_words(expected), "span")
+    require_equal(run.first_token_s, 7, "the seconds of the first token")
+    require_equal(run.token_s, 5, "the seconds of the second token")
+    require_equal(run.wait_s, 1, "the seconds of waiting in the second token")
 
 
 @pytest.mark.spec("SIM-1")
@@ -192,13 +259,16 @@ def test_windows_and_synchronous_reads_are_as_drawn_by_hand() -> None:
 def test_two_threads_read_two_units_at_once_on_lanes_of_their_own() -> None:
     units = [Unit(4, 1, 0, "a"), Unit(4, 1, 0, "b"), Unit(0, 2, 0, "locked")]
     run = simulate(units, Ring(2), prefetch_threads=2, tokens=2, traced=True)
-    assert {(s.lane, s.name, s.start, s.end) for s in run.trace.spans if s.kind == "read"} == {
-        ("disk 1", "a", 0, 4),
-        ("disk 2", "b", 0, 4),
-        ("disk 1", "a", 5, 9),
-        ("disk 2", "b", 6, 10),
-    }
-    assert (run.first_token_s, run.token_s) == (8, 5)
+    expected = [
+        ("disk 1", "read", "a", 0, 4),
+        ("disk 1", "read", "a", 5, 9),
+        ("disk 2", "read", "b", 0, 4),
+        ("disk 2", "read", "b", 6, 10),
+    ]
+    reads = sorted(span for span in timeline(run) if span[1] == "read")
+    require_items(in_words(reads), in_words(expected), "read")
+    require_equal(run.first_token_s, 8, "the seconds of the first token")
+    require_equal(run.token_s, 5, "the seconds of the second token")
 
 
 def layers_of_one_unit(N: int, c: float, read_s: float, locked: Sequence[int] = ()) -> list[Unit]:
