@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import lab_table
 from lab_trees import WrongSolution, after, tree, verdict_of, wrong_solutions
 from refinfer.labs.catalogue import PACKAGE, Lab, labs, places
 from refinfer.labs.check import sentence
@@ -60,6 +61,11 @@ def test_what_the_catalogue_names_exists(lab: Lab) -> None:
     for test in lab.tests:
         file, _, function = test.partition("::")
         assert f"def {function}(" in (ROOT / file).read_text(), test
+
+
+@pytest.mark.spec("LAB-3", "BOOK-10")
+def test_the_page_for_teachers_has_every_lab() -> None:
+    assert lab_table.table() in lab_table.PAGE.read_text()
 
 
 @pytest.mark.slow

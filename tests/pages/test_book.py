@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import runpy
 from collections.abc import Callable
@@ -178,17 +177,3 @@ def test_a_term_of_the_glossary_is_on_the_page_that_introduces_it() -> None:
         place = ROOT / page if page.startswith("tutorials/") else DOCS / page
         text = re.sub(r"[\s_]+", " ", place.read_text()).lower()
         assert any(term.lower() in text for term in terms.split(", ")), f"{terms} is not on {page}"
-
-
-@pytest.mark.spec("BOOK-10")
-def test_what_the_trainer_is_told_to_empty_is_there() -> None:
-    rows = re.findall(
-        r"^\| \d\d \| `(\S+)` in `(\S+?)`.* \| `(\S+)` \|$", (DOCS / "teaching.md").read_text(), re.MULTILINE
-    )
-    assert len(rows) >= 12
-    for function, module, tests in rows:
-        body: list[ast.stmt] = ast.parse((ROOT / "refinfer" / f"{module}.py").read_text()).body
-        for name in function.split("."):
-            (found,) = (n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name)
-            body = found.body
-        assert (ROOT / tests).exists()
