@@ -10,6 +10,8 @@ from typing import Any, Final
 
 import pytest
 
+from refinfer.labs.catalogue import Lab, labs
+
 ROOT: Final = Path(__file__).parents[2]
 DOCS: Final = ROOT / "docs"
 REFERENCE: Final[dict[str, Any]] = runpy.run_path(str(Path(__file__).with_name("reference.py")))
@@ -34,6 +36,10 @@ PARTS: Final = {
     "a way to the next page or the one before": r"\]\[\d\d\]\.?\n\n<!-- --8<-- \[end:page\] -->$",
 }
 WORDS_A_MINUTE: Final = 200
+LAB: Final = re.compile(
+    r"^\*\*Lab (?P<number>\w+), (?P<title>.+?)\*\* \((?P<minutes>\d+) minutes(?P<optional>, optional)?\)\. ",
+    re.MULTILINE,
+)
 _FENCE: Final = re.compile(r"^(?P<indent> *)```(?P<head>[^\n]*)\n.*?^(?P=indent)```$", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -44,7 +50,8 @@ def named(paths: list[Path]) -> Callable[..., pytest.MarkDecorator]:
 def minutes_to_read(page: str) -> float:
     """Words at a steady pace, a minute for a quotation from the source, half a minute for any other block.
 
-    An output belongs to the block that printed it. Answers are not counted: they are read by those who looked.
+    An output belongs to the block that printed it. Answers are not counted: they are read by those who looked. Nor are
+    the labs after them, which say how many minutes they take.
     """
     body = page.partition("\n## Answers\n")[0]
     heads = [fence["head"] for fence in _FENCE.finditer(body)]
@@ -135,6 +142,27 @@ def test_reading_takes_time_for_words_for_blocks_and_for_quotations() -> None:
     )
     assert minutes_to_read(page) == 2 + 0.5 + 1
     assert minutes_to_read(page + "\n## Answers\n" + page) == 2 + 0.5 + 1
+
+
+@named(TUTORIALS)
+@pytest.mark.spec("BOOK-13")
+def test_a_tutorial_ends_with_its_labs_as_the_catalogue_has_them(path: Path) -> None:
+    page, _, section = path.read_text().partition("\n## Lab\n")
+    assert "\n## Answers\n" in page
+    assert "\n## " not in section
+    wanted = [lab for lab in labs() if lab.page == path.stem[:2]]
+    shown = list(LAB.finditer(section))
+    assert [found["number"] for found in shown] == [lab.number for lab in wanted]
+    for lab, found in zip(wanted, shown, strict=True):
+        assert_it_is_shown(lab, found, section)
+
+
+def assert_it_is_shown(lab: Lab, found: re.Match[str], section: str) -> None:
+    assert (found["title"], int(found["minutes"])) == (lab.title, lab.minutes)
+    assert bool(found["optional"]) == lab.is_optional
+    own = section[found.end() :].partition("\n**Lab ")[0]
+    assert re.search(rf"\brefinfer lab start --only {lab.number}\b", own)
+    assert "Think first" in own
 
 
 @named(TUTORIALS)
