@@ -211,8 +211,10 @@ class Session:
         self._trial: Trial | None = None
         if threads is None and engine.run is not None:
             # BLAS threads that wait busily for work take the prefetch threads' cores.
-            self._trial = engine.run.trial(self.threads)
-            self.threads = self._trial.threads if self._trial else 1
+            if engine.run.may_try_threads(self.threads):
+                self._trial = Trial(self.threads)
+            else:
+                self.threads = 1
         self._loading_s = self._clock.now() - started
 
     @property

@@ -20,7 +20,7 @@ from refinfer.clock import RealClock
 from refinfer.errors import LabError
 from refinfer.labs.catalogue import PACKAGE, Lab, lab_of, labs
 from refinfer.labs.check import Limits, Verdict, check, require_pytest
-from refinfer.labs.run import Parts, generate, parts_of
+from refinfer.labs.run import generate, own_labs
 from refinfer.labs.workspace import DEFAULT_FOLDER, Workspace, all_labs
 
 __all__ = ["ACTIONS", "add_lab", "run_lab"]
@@ -269,26 +269,18 @@ def _go_on(workspace: Workspace, following: Lab | None) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     workspace = Workspace.find(args.dir)
-    parts = parts_of(workspace)
-    if parts.missing:
-        raise LabError(f"there is no text without {_title(parts.missing)}, which is not written yet")
-    problem = generate(workspace, parts, args.prompt)
+    problem = generate(workspace, args.prompt)
+    sys.stdout.flush()
     if problem is not None:
-        print()
         say(f"refinfer: {problem}", sys.stderr)
         return 1
-    _say_parts(parts)
+    own = own_labs(workspace)
+    yours = "; ".join(f"{lab.number} {lab.title}" for lab in own)
+    say(
+        ["written with your code of", f"{yours};", "all else is ours"] if own else "all of it is our code so far",
+        sys.stderr,
+    )
     return 0
-
-
-def _say_parts(parts: Parts) -> None:
-    sys.stdout.flush()
-    if parts.own:
-        say(["written by your", "; ".join(f"{lab.number} {lab.title}" for lab in parts.own)], sys.stderr)
-    if parts.around:
-        say(["left out, because it is not written yet:", "; ".join(map(_title, parts.around))], sys.stderr)
-    if not parts.own:
-        say("all of this was written by our code so far", sys.stderr)
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -1,8 +1,7 @@
-"""Text from the code of a workspace: chooses what of it can run, and runs it in a process of its own.
+"""Text from the code of a workspace: what the student has written, in a clean copy, and ours for the rest.
 
-Every lab that is written takes part if there is a way to have it take part: the matrices are in int8, within a budget,
-and planned by Algorithm 1. A lab that is still blank is gone around, if there is a way around it.
-Leaves to others: generating (`generate`, in the student's copy).
+Matrices are in int8, within a budget, and locked by Algorithm 1, so that nearly every lab takes part. Runs in a process
+of its own. Leaves to others: the copy (`check`), generating (`generate`, in that copy).
 Read more: tutorial 00; clause LAB-8.
 """
 
@@ -12,75 +11,51 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from pathlib import Path
 from typing import Final
 
+from refinfer.errors import LabError
 from refinfer.labs.catalogue import Lab, labs
+from refinfer.labs.check import clean_copy
 from refinfer.labs.workspace import Workspace
 
-__all__ = ["Parts", "generate", "parts_of"]
+__all__ = ["generate", "own_labs"]
 
-_INT8: Final = {"03", "04"}
-_FILE: Final = {"06", "07", "08"}
-_BUDGET: Final = {"10", "11", "12"}
 _UNUSED: Final = {"05", "09", "10b", "12b"}
-"""Labs that no generation from a file uses."""
+"""Labs that take no part: a cache in memory, a page cache, a plan, and the simulator."""
+
+_OPTIONS: Final = ("--weights", "int8", "--budget", "3MB", "--plan", "flexinfer")  # so that some chunks stream
+_SAMPLING: Final = ("--temperature", "0.7", "--seed", "1")
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What takes part in a run: `own` are the student's labs, `around` the blank ones that are gone around.
-
-    `missing` is a blank lab that no run can do without.
-    """
-
-    own: tuple[Lab, ...]
-    around: tuple[Lab, ...]
-    missing: Lab | None
-    options: tuple[str, ...]
+def own_labs(workspace: Workspace) -> list[Lab]:
+    """Return the labs that the student has written and that a run uses."""
+    return [lab for lab in labs() if lab.number not in _UNUSED and workspace.is_own(lab)]
 
 
-def parts_of(workspace: Workspace) -> Parts:
-    """Choose what takes part in a run."""
-    blank = {lab.number for lab in labs() if workspace.is_blank(lab)}
-    own = {lab.number for lab in labs() if workspace.is_own(lab)}
-    used = {lab.number for lab in labs()} - _UNUSED
-    options = ["--seed", "1", "--temperature", "0.7"]
-    if not blank & _INT8:
-        options += ["--weights", "int8"]
-    else:
-        used -= _INT8
-    if blank & _FILE:
-        used = used - _FILE - _BUDGET | {"05"}
-        options += ["--weight-cache", ":memory"]
-    elif blank & _BUDGET:
-        used -= _BUDGET
-    else:
-        options += ["--budget", "6MB" if blank & _INT8 else "3MB", "--plan", "flexinfer"]  # some chunks must stream
-    missing = sorted(used & blank)
-    return Parts(
-        own=tuple(lab for lab in labs() if lab.number in used & own),
-        around=tuple(lab for lab in labs() if lab.number in blank - used),
-        missing=next((lab for lab in labs() if lab.number in missing), None),
-        options=tuple(options),
-    )
-
-
-def generate(workspace: Workspace, parts: Parts, prompt: str) -> str | None:
-    """Continue a prompt with the code of a workspace, on the terminal; return what went wrong, if anything did."""
-    command = [sys.executable, "-m", "refinfer", "generate", *parts.options, "--quiet", "--", prompt]
-    environment = os.environ | {
-        "PYTHONPATH": str(workspace.folder.resolve()),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "REFINFER_CACHE_DIR": str(workspace.folder.resolve() / "weight-cache"),
-    }
-    done = subprocess.run(  # noqa: S603  (this very program)
-        command, cwd=workspace.folder, env=environment, stderr=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode == 0:
-        return None
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-    places = re.findall(r'File "(.+)", line (\d+)', done.stderr)
-    home = str(workspace.folder.resolve())
-    at = next((f" ({os.path.relpath(p, home)}, line {n})" for p, n in reversed(places) if p.startswith(home)), "")
-    return lines[-1].removeprefix("refinfer: ") + at
+def generate(workspace: Workspace, prompt: str) -> str | None:
+    """Continue a prompt on the terminal with the code of a workspace; return what went wrong, if anything did."""
+    with tempfile.TemporaryDirectory(prefix="refinfer-lab-") as folder:
+        copy = Path(folder).resolve()
+        try:
+            lines = clean_copy(copy, workspace, own_labs(workspace))
+        except LabError as error:
+            return str(error)
+        environment = os.environ | {
+            "PYTHONPATH": str(copy),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "REFINFER_CACHE_DIR": str(workspace.folder.resolve() / "weight-cache"),
+        }
+        command = [sys.executable, "-m", "refinfer", "generate", *_OPTIONS, *_SAMPLING, "--quiet", "--", prompt]
+        done = subprocess.run(  # noqa: S603  (this very program)
+            command, cwd=copy, env=environment, stderr=subprocess.PIPE, text=True, check=False
+        )
+        if done.returncode == 0:
+            return None
+        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        for path, number in reversed(re.findall(r'File "(.+)", line (\d+)', done.stderr)):
+            module = os.path.relpath(path, copy)
+            if (own := lines.get((module, int(number)))) is not None:
+                return f"{said[-1]} ({module}, line {own})"
+        return said[-1].removeprefix("refinfer: ")

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from refinfer.blas_threads import Trial
 from refinfer.clock import Clock
 from refinfer.errors import CacheFileError, DamagedWeightsError
 from refinfer.inventory import Inventory
@@ -79,13 +78,11 @@ class BudgetedRun:
     recorder: Recorder
     meter: Meter
 
-    def trial(self, many: int) -> Trial | None:
-        """Return a trial of one BLAS thread against `many`; None if the disk is the limit, or bits would change."""
+    def may_try_threads(self, many: int) -> bool:
+        """Return whether products are the limit, and have the same bits with one BLAS thread and with `many`."""
         source = self.source
-        if many == 1 or self.prediction.io_bound:
-            return None
-        kept = same_bits(self.planned.inventory, source.locked, source.scratch, many)
-        return Trial(many) if kept and source.locked else None
+        is_limit = many > 1 and not self.prediction.io_bound and bool(source.locked)
+        return is_limit and same_bits(self.planned.inventory, source.locked, source.scratch, many)
 
     def stats(self, seconds: float, waited_before: float) -> OffloadStats:
         """Return what a generation of `seconds` spent; `waited_before` is how long the run had waited before it."""
