@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # the names in `_NAMES`, for type checkers; a test compares t
     from refinfer.weight_cache.file import FileWeightCacheProvider as FileWeightCacheProvider
     from refinfer.weight_cache.memory import MemoryWeightCacheProvider as MemoryWeightCacheProvider
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "refinfer.errors": (
