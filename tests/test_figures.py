@@ -203,3 +203,10 @@ def test_the_tables_of_runs_within_a_budget_are_what_the_bench_printed(table: Ca
     lines = table()
     assert lines
     assert "\n".join(lines) in PAGE
+
+
+@pytest.mark.spec("BENCH-8")
+def test_no_committed_figure_names_the_folder_that_its_bench_ran_in() -> None:
+    for path in (DOCS / "figures").glob("*.json"):
+        machine = json.loads(path.read_text()).get("machine", {})
+        assert machine.get("folder", {}).get("path", ".") == ".", path.name
