@@ -307,6 +307,9 @@ class Session:
         stream = TextStream(self.model.tokenizer, prompt_ids) if self.model.tokenizer else None
         pieces: list[str] = []
         for token_id in tokens.timed(self._token_ids(tokens, prompt_ids, n, sampling, rng)):
+            if self._trial is not None and len(tokens.ids) > 1:
+                self._trial.took(tokens.last_s)
+                self.threads = self._trial.threads
             if token_id in self.model.config.eos_token_ids:
                 break
             if stream and (piece := stream.push(token_id)):
@@ -335,12 +338,9 @@ class Session:
         for _ in range(n):
             if self._latest is not tokens:
                 raise RequestError("this generation was ended by a later one of the same session")
-            run, started = self._engine.now().run, self._clock.now()
+            run = self._engine.now().run
             with run.meter.token(first=not tokens.ids) if run else nullcontext():
                 logits = self._next_logits(tokens.ids[-1:], prompt_ids)
-            if self._trial is not None and tokens.ids:
-                self._trial.took(self._clock.now() - started)
-                self.threads = self._trial.threads
             yield sample(logits, sampling, rng)
 
     def _next_logits(self, last: list[int], prompt_ids: list[int]) -> Float32Array:
@@ -427,7 +427,7 @@ class _Tokens:
 
     def __init__(self, clock: Clock) -> None:
         self.ids: list[int] = []
-        self.first_s = self.later_s = 0.0
+        self.first_s = self.later_s = self.last_s = 0.0
         self._now = clock.now
 
     def timed(self, ids: Iterator[int]) -> Iterator[int]:
@@ -437,9 +437,10 @@ class _Tokens:
             token_id = next(ids, None)
             if token_id is None:
                 return
+            self.last_s = self._now() - started
             if self.ids:
-                self.later_s += self._now() - started
+                self.later_s += self.last_s
             else:
-                self.first_s = self._now() - started
+                self.first_s = self.last_s
             self.ids.append(token_id)
             yield token_id
