@@ -24,7 +24,7 @@ INTERRUPTED = 130
 
 _ASKING = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, `kill`, and a terminal that was closed
 _SHORT_STEPS = ("contextlib", "importlib", "refinfer.cli.ending", "rich", "threading")
-_WHOLE_CALLS = ("refinfer.weight_cache.publish",)
+_WHOLE_CALLS = ("refinfer.weight_cache.publish", "tempfile")
 _MOST_DELAYS = 100
 _DELAY_S = 0.001
 
@@ -102,7 +102,7 @@ def _is_halfway(frame: FrameType | None) -> bool:
     """Return whether an error would come between two steps that belong together.
 
     So it is in the code of `_SHORT_STEPS`, which takes locks and loads modules, but not in what that calls. It is so in
-    all that `_WHOLE_CALLS` calls: a draft must not exist before somebody is there to remove it.
+    all that `_WHOLE_CALLS` calls: a draft or a temporary folder must not exist before somebody is there to remove it.
     """
     names = []
     while frame is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from refinfer.labs.workspace import DEFAULT_FOLDER, Workspace, all_labs
 __all__ = ["ACTIONS", "add_lab", "run_lab"]
 
 _LOOK_S: Final = 0.3
+_LONGEST_S: Final = 86_400  # a day
 _WIDEST: Final = 100
 
 
@@ -82,9 +83,15 @@ def _grade_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser, "print a list of JSON objects")
 
 
+def _seconds(text: str) -> float:
+    if not 0 < (value := number(text)) <= _LONGEST_S:
+        raise argparse.ArgumentTypeError(f"must be more than 0 and at most {_LONGEST_S}, not {text}")
+    return value
+
+
 def _add_seconds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seconds", metavar="S", type=number, default=Limits().seconds,
+        "--seconds", metavar="S", type=_seconds, default=Limits().seconds,
         help=f"how long the tests of a lab may take (default: {Limits().seconds:g})",
     )  # fmt: skip
 
@@ -181,43 +188,40 @@ def _check(args: argparse.Namespace) -> int:
         raise LabError("--watch and --json do not go together; give one of them")
     workspace = Workspace.find(args.dir)
     lab = _chosen(args, workspace)
-    status = _check_once(args, workspace, lab)
-    if args.watch:
-        for _ in _saves(workspace, lab):
-            print()
-            status = _check_once(args, workspace, lab)
-            if not status:
-                break
-    return status
-
-
-def _saves(workspace: Workspace, lab: Lab) -> Iterator[None]:
-    """Yield whenever a module of a lab was written."""
-    files = [workspace.folder / place.module for place in lab.places]
-
-    def times() -> list[int]:
-        return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
-
-    clock, known = RealClock(), times()
-    say(["waiting for you to save", *(f"{file};" for file in dict.fromkeys(map(str, files))), "Ctrl-C ends it"])
+    files = list(dict.fromkeys(workspace.folder / place.module for place in lab.places))
     while True:
+        saved = _saved_at(files)
+        status = _check_once(args, workspace, lab)
+        if not status or not args.watch:
+            return status
+        say(["waiting for you to save", *(f"{file};" for file in files), "Ctrl-C ends it"])
         sys.stdout.flush()
-        clock.sleep(_LOOK_S)
-        if (now := times()) != known:
-            known = now
-            yield
+        while _saved_at(files) == saved:
+            RealClock().sleep(_LOOK_S)
+        print()
+
+
+def _saved_at(files: Sequence[Path]) -> list[int]:
+    times = []
+    for file in files:
+        try:
+            times.append(file.stat().st_mtime_ns)
+        except OSError:  # it is missing, perhaps for a moment only: an editor puts another file in its place
+            times.append(0)
+    return times
 
 
 def _check_once(args: argparse.Namespace, workspace: Workspace, lab: Lab) -> int:
     verdict = check(workspace, lab, reference_before=args.reference_before, limits=Limits(args.seconds))
+    if not args.json:
+        _report(verdict)
+    workspace = Workspace.find(workspace.folder)  # meanwhile, a hint may have been read
     is_ours = lab.number in workspace.state.given_up and not workspace.is_own(lab)
     following = workspace.finish(lab) if verdict.passed and not is_ours else None
     if args.json:
         print(json.dumps(_as_json(verdict) | {"next": following.number if following else None}))
-    else:
-        _report(verdict)
-        if verdict.passed:
-            _go_on(workspace, following)
+    elif verdict.passed:
+        _go_on(workspace, following)
     return 0 if verdict.passed else 1
 
 
@@ -284,12 +288,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> None:
-    try:
-        workspace = Workspace.find(args.dir)
-    except LabError:
-        if args.dir is not None:
-            raise
-        workspace = None
+    workspace = Workspace.find(args.dir) if args.dir or Workspace.where() else None
     rows = [
         {
             "number": lab.number,
@@ -344,6 +343,8 @@ def _solution(args: argparse.Namespace) -> None:
 
 def _grade(args: argparse.Namespace) -> None:
     require_pytest()
+    if args.tests and not args.tests.is_dir():
+        raise LabError(f"{args.tests} is not a folder of tests")
     rows = [row for folder in args.dirs for row in _grades(folder, args)]
     if args.json:
         print(json.dumps(rows))
@@ -359,40 +360,34 @@ def _grade(args: argparse.Namespace) -> None:
 
 def _grades(folder: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row for each lab of a student; what is wrong with a workspace is a row of its own."""
-    student = folder.resolve().name
+    place = folder.resolve()
+    row = {"student": place.parent.name if place.name == DEFAULT_FOLDER else place.name}
     try:
         workspace = Workspace.find(folder)
     except LabError as error:
-        yield {
-            "student": student,
-            "lab": None,
-            "state": "no workspace",
-            "held": 0,
-            "laws": 0,
-            "of": "",
-            "first": str(error),
-        }
+        yield row | {"lab": None, "state": "no workspace", "held": 0, "laws": 0, "of": "", "first": str(error)}
         return
-    for number_ in workspace.state.course:
-        lab = lab_of(number_)
+    for lab in map(lab_of, workspace.state.course):
         verdict = check(workspace, lab, reference_before=True, tests=args.tests, limits=Limits(args.seconds))
-        is_ours = number_ in workspace.state.given_up or not workspace.is_own(lab)
-        state = "passed" if verdict.passed else "not yet"
-        if workspace.is_blank(lab):
-            state = "blank"
-        elif is_ours:
-            state = "given up" if number_ in workspace.state.given_up else "not begun"
-        first = verdict.problem or (verdict.failure.sentence if verdict.failure else None)
         laws = len(lab.tests)
-        yield {
-            "student": student,
-            "lab": number_,
-            "state": state,
+        yield row | {
+            "lab": lab.number,
+            "state": _grade_of(workspace, verdict),
             "held": verdict.held,
             "laws": laws,
             "of": f"{verdict.held} of {laws}",
-            "first": first,
+            "first": verdict.problem or (verdict.failure.sentence if verdict.failure else None),
         }
+
+
+def _grade_of(workspace: Workspace, verdict: Verdict) -> str:
+    if workspace.is_blank(verdict.lab):
+        return "blank"
+    if verdict.lab.number in workspace.state.given_up:
+        return "given up"
+    if not workspace.is_own(verdict.lab):
+        return "not begun"
+    return "passed" if verdict.passed else "not yet"
 
 
 ACTIONS: Final[dict[str, tuple[Callable[[argparse.Namespace], int | None], str]]] = {

@@ -76,7 +76,7 @@ def labs() -> tuple[Lab, ...]:
 
 
 def _read(path: Path) -> Lab:
-    raw: dict[str, Any] = tomllib.loads(path.read_text())
+    raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()}
     return Lab(number=path.stem, **fields)
 
@@ -99,7 +99,7 @@ def places() -> tuple[Place, ...]:
     """Return every region of the package, module by module."""
     found: list[Place] = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        if "# lab " in (source := path.read_text()) and PACKAGE / "labs" not in path.parents:
+        if "# lab " in (source := path.read_text(encoding="utf-8")) and PACKAGE / "labs" not in path.parents:
             module = path.relative_to(PACKAGE.parent).as_posix()
             found += [Place(module, order, region) for order, region in enumerate(regions_of(source))]
     return tuple(found)

@@ -17,25 +17,29 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from refinfer import __version__
 from refinfer.errors import LabError
 from refinfer.labs.catalogue import PACKAGE, Lab, Place, course, lab_of
 from refinfer.labs.regions import is_blank, regions_of, replaced
-from refinfer.labs.workspace import Workspace, copy_package
+from refinfer.labs.workspace import Workspace, copy_folder, copy_package
 
 __all__ = [
     "MEMORY_LIMIT",
     "REPORT",
+    "TIME_LIMIT",
     "Failure",
     "Limits",
     "Verdict",
     "check",
     "clean_copy",
+    "environment",
     "require_pytest",
     "run_tests",
     "sentence",
@@ -46,6 +50,11 @@ REPORT: Final = "REFINFER_LAB_REPORT"
 
 MEMORY_LIMIT: Final = "REFINFER_LAB_BYTES"
 """The environment variable with the largest number of bytes that the tests may take."""
+
+TIME_LIMIT: Final = "REFINFER_LAB_SECONDS"
+"""The environment variable with the number of seconds after which the tests end by themselves."""
+
+_UNWANTED: Final = ("PYTHONINSPECT", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "COVERAGE_PROCESS_START")
 
 _SETTINGS: Final = """\
 [pytest]
@@ -128,6 +137,8 @@ def check(
                 task = f"{place.region.task} ({place.module}, line {region.first})"
                 return Verdict(lab, 0, f"not written yet: {task}")
         notes = tuple(workspace.strays(lab))
+        if notes and (version := workspace.state.version) != __version__:
+            notes = (f"the workspace is from refinfer {version}; what is outside the lab is that of {__version__}",)
     except LabError as error:
         return Verdict(lab, 0, str(error))
     before = [] if reference_before else [lab_of(n) for n in workspace.state.passed if n < lab.number]
@@ -158,23 +169,22 @@ def clean_copy(folder: Path, workspace: Workspace, taken: Sequence[Lab]) -> Line
         by_module.setdefault(place.module, []).append(place)
     for module, found in by_module.items():
         own = {place.order: workspace.region(place) for place in found}
-        texts = {
-            order: region.text if region.text.endswith("\n") else region.text + "\n" for order, region in own.items()
-        }
-        source = replaced((PACKAGE.parent / module).read_text(), texts)
+        ours = (PACKAGE.parent / module).read_text(encoding="utf-8")
+        source = replaced(ours, {order: region.text for order, region in own.items()})
         for order, region in enumerate(regions_of(source)):
             if order in own:
                 shift = own[order].first - region.first
                 lines |= {(module, n): n + shift for n in range(region.first + 1, region.end + 1)}
         try:
-            compile(source, module, "exec")
+            with warnings.catch_warnings(action="error"):
+                compile(source, module, "exec")
         except SyntaxError as error:
             line = lines.get((module, error.lineno or 0))
             place_of = f"{module}, line {line}" if line else f"{module}, in lab {taken[-1].number}"
             raise LabError(f"{place_of}: {error.msg}") from None
-        except ValueError as error:
-            raise LabError(f"{module}: {error}") from None
-        (folder / module).write_text(source)
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise LabError(f"{module}: {str(error) or 'it is nested too deeply'}") from None
+        (folder / module).write_text(source, encoding="utf-8")
     return lines
 
 
@@ -185,28 +195,42 @@ def run_tests(copy: Path, lab: Lab, *, tests: Path | None = None, limits: Limits
         LabError: the tests are not there.
     """
     home = course()
-    shutil.copytree(tests or home / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__", "wrong"))
+    copy_folder(tests or home / "tests", copy / "tests", without="wrong")
     (copy / "docs").mkdir()
     shutil.copy(home / "docs" / "spec.md", copy / "docs" / "spec.md")
     folders = [f"tests/{path.name}" for path in sorted((copy / "tests").iterdir()) if path.is_dir()]
-    (copy / "pytest.ini").write_text(_SETTINGS.format(paths=" ".join(folders)))
-    report, output = copy / "report.jsonl", copy / "output"
-    report.touch()
-    environment = os.environ | {
-        "PYTHONPATH": str(copy),
-        "PYTHONDONTWRITEBYTECODE": "1",
+    (copy / "pytest.ini").write_text(_SETTINGS.format(paths=" ".join(folders)), encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="refinfer-lab-") as scratch:  # out of reach of what empties its own folder
+        records, said, is_late = _run(copy, lab, limits, Path(scratch))
+    verdict = _judge(lab, records, _clauses(home / "docs" / "spec.md"))
+    if verdict.problem is not None or any("ended" in record for record in records):
+        return verdict
+    if is_late:
+        after = f"not over after {limits.seconds:g} seconds"
+        problem = f"{after}, in: {_latest(records)} Is there a loop that does not end?"
+    elif any(record.get("collected") for record in records):
+        problem = f"the program ended in the middle of: {_latest(records)}"
+    else:
+        problem = f"the tests cannot be run: {said}"
+    return Verdict(lab, verdict.held, problem)
+
+
+def _run(copy: Path, lab: Lab, limits: Limits, scratch: Path) -> tuple[list[dict[str, Any]], str, bool]:
+    """Run the tests of a lab; return their report, the last line that was printed, and whether they were ended."""
+    report, output = scratch / "report.jsonl", scratch / "output"
+    added = {
         "OPENBLAS_NUM_THREADS": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "TMPDIR": str(scratch),
         REPORT: str(report),
         MEMORY_LIMIT: str(limits.nbytes),
+        TIME_LIMIT: str(limits.seconds),
     }
-    for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONWARNINGS", "COVERAGE_PROCESS_START"):
-        environment.pop(name, None)
-    command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir", str(copy), *lab.tests]
-    with output.open("wb") as file:
+    with output.open("w+b") as file:
         running = subprocess.Popen(  # noqa: S603  (the tests of this package)
-            command,
+            [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir", str(copy), *lab.tests],
             cwd=copy,
-            env=environment,
+            env=environment(copy) | added,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
@@ -219,20 +243,21 @@ def run_tests(copy: Path, lab: Lab, *, tests: Path | None = None, limits: Limits
             is_late = True
         finally:
             _kill(running)
-    records = [json.loads(line) for line in report.read_text().splitlines() if line.endswith("}")]
-    clauses = _clauses(copy / "docs" / "spec.md")
-    verdict = _judge(lab, records, clauses)
-    if verdict.problem is None and is_late:
-        problem = (
-            f"not over after {limits.seconds:g} seconds, in: {_latest(records)} Is there a loop that does not end?"
-        )
-        return Verdict(lab, verdict.held, problem, None)
-    if verdict.problem is None and not any("ended" in record for record in records):
-        if not any("collected" in record for record in records):
-            said = output.read_text(errors="replace").strip().splitlines() or ["nothing was printed"]
-            return Verdict(lab, 0, f"the tests cannot be run: {said[-1]}")
-        return Verdict(lab, verdict.held, f"the program ended in the middle of: {_latest(records)}", None)
-    return verdict
+        file.seek(0)
+        said = file.read().decode(errors="replace").strip().splitlines() or ["nothing was printed"]
+    records = []
+    with contextlib.suppress(OSError):  # the code has removed it
+        for line in report.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # the program ended within a line
+                records.append(json.loads(line))
+    return records, said[-1], is_late
+
+
+def environment(copy: Path) -> dict[str, str]:
+    """Return the environment of a program that runs a clean copy, whatever this one has for other programs."""
+    kept = {name: text for name, text in os.environ.items() if name not in _UNWANTED and not name.startswith("PYTEST_")}
+    path = os.pathsep.join([str(copy), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return kept | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def _kill(running: subprocess.Popen[bytes]) -> None:
@@ -257,7 +282,7 @@ def _judge(lab: Lab, records: list[dict[str, Any]], clauses: dict[str, str]) -> 
     held, failure = 0, None
     for law in lab.tests:
         tests = [test for test in collected if test == law or test.startswith(f"{law}[")]
-        failed = next((r for test in tests for r in outcomes.get(test, []) if r["outcome"] == "failed"), None)
+        failed = next((r for test in tests for r in outcomes.get(test, []) if r["outcome"] != "passed"), None)
         done = [any(r["when"] == "call" and r["outcome"] == "passed" for r in outcomes.get(t, [])) for t in tests]
         if tests and all(done) and failed is None:
             held += 1
@@ -309,4 +334,4 @@ def sentence(test: str) -> str:
 def _clauses(page: Path) -> dict[str, str]:
     """Return the sentence of each clause."""
     pattern = r"^- <a .+?</a>\*\*([A-Z]+-\d+)\*\* (.+?) \*Source: "
-    return dict(re.findall(pattern, page.read_text(), flags=re.MULTILINE))
+    return dict(re.findall(pattern, page.read_text(encoding="utf-8"), flags=re.MULTILINE))

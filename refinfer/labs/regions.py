@@ -82,8 +82,9 @@ def blank(region: Region) -> str:
 
 
 def is_blank(region: Region) -> bool:
-    """Return whether a region is as `blank` left it, or has no code at all."""
-    return region.text.strip() in ("", blank(region).strip())
+    """Return whether a region is as `blank` left it, or has no code at all; comments count for nothing."""
+    lines = [line.strip() for line in region.text.splitlines()]
+    return [line for line in lines if line and line[0] != "#"] in ([], [blank(region).strip()])
 
 
 def replaced(source: str, texts: Mapping[int, str]) -> str:

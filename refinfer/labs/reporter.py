@@ -1,12 +1,13 @@
 """A plugin of pytest: reports each test in a line of JSON, with what failed in one or two sentences.
 
-Runs inside the process that `check` starts; limits the memory of that process. Leaves to others: which tests are run,
-what is made of the report (`check`).
+Runs inside the process that `check` starts; limits the time and memory of that process. Leaves to others: which
+tests are run, what is made of the report (`check`).
 Read more: tutorial 00; clause LAB-10.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any, Final
 import hypothesis
 import pytest
 
-from refinfer.labs.check import MEMORY_LIMIT, REPORT
+from refinfer.labs.check import MEMORY_LIMIT, REPORT, TIME_LIMIT
 
 try:
     import resource
@@ -28,13 +29,16 @@ __all__ = ["Reporter", "explain"]
 
 _LONGEST: Final = 240
 _FOUND: Final = "(?:Falsifying example|Failing test case)"  # as hypothesis has called it over the years
+_GRACE_S: Final = 1.0
 _MARKS: Final = ("spec(*ids)", "slow", "long", "pages", "browser", "attack")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Limit this process's memory; a report that is asked for is begun."""
+    """Limit this process's time and memory; a report that is asked for is begun."""
     for mark in _MARKS:
         config.addinivalue_line("markers", f"{mark}: as in the specification")
+    if seconds := os.environ.get(TIME_LIMIT):
+        faulthandler.dump_traceback_later(float(seconds) + _GRACE_S, exit=True, file=2)
     if resource is not None and (limit := os.environ.get(MEMORY_LIMIT)):
         resource.setrlimit(resource.RLIMIT_AS, (int(limit), int(limit)))
     if path := os.environ.get(REPORT):
@@ -79,16 +83,19 @@ class Reporter:
         """Report how a phase of a test ended."""
         report: pytest.TestReport = yield
         about: dict[str, Any] = {"test": item.nodeid, "when": report.when, "outcome": report.outcome}
-        if call.excinfo is not None and report.failed:
+        if call.excinfo is not None and not report.passed:
             about["lines"] = explain(call.excinfo.value)
             about["where"] = _where(call.excinfo)
             about["clauses"] = [str(i) for mark in item.iter_markers("spec") for i in mark.args]
         self._write(**about)
         return report
 
-    def pytest_sessionfinish(self) -> None:
-        """Report that every test was run."""
-        self._write(ended=True)
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """Report that every test was run, and end the program: Python would wait for each thread that is left."""
+        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            self._write(ended=True)
+            os._exit(0)
 
 
 def _where(excinfo: pytest.ExceptionInfo[BaseException]) -> list[Any] | None:

@@ -17,7 +17,7 @@ from typing import Final
 
 from refinfer.errors import LabError
 from refinfer.labs.catalogue import Lab, labs
-from refinfer.labs.check import clean_copy
+from refinfer.labs.check import clean_copy, environment
 from refinfer.labs.workspace import Workspace
 
 __all__ = ["generate", "own_labs"]
@@ -42,14 +42,15 @@ def generate(workspace: Workspace, prompt: str) -> str | None:
             lines = clean_copy(copy, workspace, own_labs(workspace))
         except LabError as error:
             return str(error)
-        environment = os.environ | {
-            "PYTHONPATH": str(copy),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "REFINFER_CACHE_DIR": str(workspace.folder.resolve() / "weight-cache"),
-        }
         command = [sys.executable, "-m", "refinfer", "generate", *_OPTIONS, *_SAMPLING, "--quiet", "--", prompt]
         done = subprocess.run(  # noqa: S603  (this very program)
-            command, cwd=copy, env=environment, stderr=subprocess.PIPE, text=True, check=False
+            command,
+            cwd=copy,
+            env=environment(copy) | {"REFINFER_CACHE_DIR": str(copy / "weight-cache")},
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            check=False,
         )
         if done.returncode == 0:
             return None

@@ -4,7 +4,6 @@
         README.md
         lab.json        which lab is open, which were passed, how many hints were read
         refinfer/       the package; labs that nobody has come to yet are solved in it
-        weight-cache/   of `refinfer lab run`
 
 Writes and reads this folder. Leaves to others: what is right (`check`), what is printed (`cli.lab`).
 Read more: tutorial 00; clauses LAB-5 to LAB-8.
@@ -12,11 +11,14 @@ Read more: tutorial 00; clauses LAB-5 to LAB-8.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher, unified_diff
+from io import StringIO
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -24,13 +26,14 @@ from refinfer import __version__
 from refinfer.errors import LabError
 from refinfer.labs.catalogue import PACKAGE, Lab, Place, lab_of, labs, places
 from refinfer.labs.regions import Region, blank, is_blank, outside, regions_of, replaced
-from refinfer.whole_file import read_json
+from refinfer.whole_file import read_json, read_whole
 
-__all__ = ["DEFAULT_FOLDER", "State", "Workspace", "copy_package"]
+__all__ = ["DEFAULT_FOLDER", "State", "Workspace", "all_labs", "copy_folder", "copy_package"]
 
 DEFAULT_FOLDER: Final = "refinfer-labs"
 _STATE: Final = "lab.json"
 _LARGEST_STATE_BYTES: Final = 100_000
+_LARGEST_MODULE_BYTES: Final = 1_000_000
 
 _README: Final = """\
 # A course cut out of refinfer
@@ -64,9 +67,18 @@ class State:
 
 
 def copy_package(folder: Path) -> None:
-    """Copy the package into a folder, without bytecode and without the tests that a wheel carries."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "course")
-    shutil.copytree(PACKAGE, folder / "refinfer", ignore=ignored)
+    """Copy the package into a folder, without the tests that a wheel carries."""
+    copy_folder(PACKAGE, folder / "refinfer", without="course")
+
+
+def copy_folder(source: Path, target: Path, *, without: str) -> None:
+    """Copy a folder without bytecode, and without folders of one name; a copy may be written even if ours may not."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_dir() and path.name not in ("__pycache__", without):
+            copy_folder(path, target / path.name, without=without)
+        elif path.is_file() and path.suffix != ".pyc":
+            (target / path.name).write_bytes(path.read_bytes())
 
 
 class Workspace:
@@ -83,19 +95,37 @@ class Workspace:
         Raises:
             LabError: the folder is not empty, or cannot be written.
         """
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            here = "has a workspace already" if (folder / _STATE).exists() else "is not an empty folder"
+        for above in folder.resolve().parents:
+            if above == PACKAGE.resolve() or _has_state(above):
+                raise LabError(f"{folder} would be inside {above}; name another folder")
+        is_new = not os.path.lexists(folder)
+        if not is_new and not (folder.is_dir() and not any(folder.iterdir())):
+            here = "has a workspace already" if _has_state(folder) else "is not an empty folder"
             raise LabError(f"{folder} {here}; name another folder, or remove it first")
+        made = cls(folder, State([lab.number for lab in course], course[0].number))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             copy_package(folder)
-            (folder / "README.md").write_text(_README)
-            made = cls(folder, State([lab.number for lab in course], course[0].number))
+            _write_whole(folder / "README.md", _README)
             made.blank(course[0])
             made.save()
-        except OSError as error:
-            raise LabError(f"{folder} cannot be written: {error.strerror or error}") from None
+        except BaseException as error:
+            shutil.rmtree(folder / "refinfer", ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (folder / "README.md").unlink(missing_ok=True)
+                (folder / _STATE).unlink(missing_ok=True)
+                if is_new:
+                    folder.rmdir()
+            if isinstance(error, OSError):
+                raise LabError(f"{folder} cannot be written: {error.strerror or error}") from None
+            raise
         return made
+
+    @staticmethod
+    def where(folder: Path | None = None) -> Path | None:
+        """Return the folder of a workspace, if there is one; None means as in `find`."""
+        here = folder or Path.cwd()
+        tried = [here] if folder else [here, *here.parents, here / DEFAULT_FOLDER]
+        return next((each for each in tried if _has_state(each)), None)
 
     @classmethod
     def find(cls, folder: Path | None = None) -> Self:
@@ -104,27 +134,31 @@ class Workspace:
         Raises:
             LabError: there is none, or what it remembers cannot be read.
         """
-        here = Path.cwd()
-        tried = [folder] if folder else [here, *here.parents, here / DEFAULT_FOLDER]
-        found = next((each for each in tried if (each / _STATE).is_file()), None)
+        found = cls.where(folder)
         if found is None:
             raise LabError(f"{folder or 'this folder'} has no workspace; refinfer lab start makes one")
+        path = found / _STATE
         try:
-            raw: dict[str, Any] = read_json(found / _STATE, _LARGEST_STATE_BYTES)
+            raw: dict[str, Any] = read_json(path, _LARGEST_STATE_BYTES)
             state = State(**raw)
-            known = [lab_of(number) for number in (*state.course, *([state.current] if state.current else []))]
-            sound = bool(known) and all(type(n) is int for n in state.hints.values())
-        except (OSError, ValueError, TypeError, AttributeError, LabError):
+            named = [*state.course, *state.passed, *state.given_up, *([state.current] if state.current else [])]
+            sound = bool(state.course) and all(lab_of(number).number == number for number in named)
+            sound &= all(type(n) is int and n > 0 for n in state.hints.values())
+        except OSError as error:
+            raise LabError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, TypeError, AttributeError, LabError):
             sound = False
         if not sound:
-            raise LabError(f"{found / _STATE} is damaged; begin a new workspace with refinfer lab start")
+            raise LabError(f"{path} is damaged; begin a new workspace with refinfer lab start")
         return cls(found, state)
 
     def save(self) -> None:
-        """Write what the workspace remembers."""
-        draft = self.folder / f"{_STATE}.new"
-        draft.write_text(json.dumps(asdict(self.state), indent=1) + "\n")
-        draft.replace(self.folder / _STATE)
+        """Write what the workspace remembers.
+
+        Raises:
+            LabError: it cannot be written.
+        """
+        _write_whole(self.folder / _STATE, json.dumps(asdict(self.state), indent=1) + "\n")
 
     @property
     def current(self) -> Lab | None:
@@ -138,9 +172,12 @@ class Workspace:
             LabError: it is missing or not a text.
         """
         try:
-            return (self.folder / module).read_text()
-        except (OSError, ValueError):
+            text = read_whole(self.folder / module, _LARGEST_MODULE_BYTES).decode("utf-8-sig")
+        except OSError:
             raise LabError(f"{module} is missing or cannot be read; refinfer lab reset writes it again") from None
+        except UnicodeDecodeError:
+            raise LabError(f"{module} is not in UTF-8; save it again in this encoding") from None
+        return StringIO(text, newline=None).getvalue()
 
     def region(self, place: Place) -> Region:
         """Return the student's text in a region.
@@ -177,7 +214,7 @@ class Workspace:
         """Return a line for each change outside the regions of a lab's modules; such changes are not taken over."""
         notes = []
         for module in dict.fromkeys(place.module for place in lab.places):
-            ours, theirs = outside((PACKAGE.parent / module).read_text()), outside(self.source(module))
+            ours, theirs = outside((PACKAGE.parent / module).read_text(encoding="utf-8")), outside(self.source(module))
             matcher = SequenceMatcher(None, [line for _, line in ours], [line for _, line in theirs], autojunk=False)
             for kind, our_first, our_end, first, end in matcher.get_opcodes():
                 was = [line for _, line in ours[our_first:our_end] if line.strip()]
@@ -203,10 +240,8 @@ class Workspace:
                     self.region(place)
                 source = self.source(module)
             except LabError:
-                source = (PACKAGE.parent / module).read_text()
-            path = self.folder / module
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(replaced(source, wanted))
+                source = (PACKAGE.parent / module).read_text(encoding="utf-8")
+            _write_whole(self.folder / module, replaced(source, wanted))
 
     def open(self, lab: Lab) -> None:
         """Make a lab blank and the open one, as if it had not been passed."""
@@ -266,6 +301,24 @@ class Workspace:
         if lab.number in self.state.given_up:
             return "given up"
         return "open" if lab.number == self.state.current else "not begun"
+
+
+def _has_state(folder: Path) -> bool:
+    return os.path.isfile(folder / _STATE)  # noqa: PTH113  (also if the folder may not be searched)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a student's work may be in it."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise LabError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def _stray(module: str, was: Sequence[str], now: Sequence[tuple[int, str]]) -> str:

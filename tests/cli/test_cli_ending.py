@@ -209,7 +209,7 @@ def test_an_interrupt_before_signals_are_listened_to_is_answered_the_same() -> N
 
 @pytest.mark.spec("CLI-5")
 def test_the_modules_that_are_not_left_halfway_exist() -> None:
-    assert all(find_spec(name) for name in _SHORT_STEPS + _WHOLE_CALLS)
+    assert all(find_spec(name) for name in (*_SHORT_STEPS, *_WHOLE_CALLS))
 
 
 @pytest.mark.spec("CLI-27")
@@ -299,6 +299,30 @@ def run():
         threading.Event().wait()
     finally:
         draft.abandon()
+"""
+    assert ends(run) == (-signal.SIGTERM, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.spec("CLI-26", "LAB-14")
+@pytest.mark.parametrize("step", ["mkdir", "rmdir"])
+def test_a_temporary_folder_that_is_just_made_or_removed_is_not_left(tmp_path: Path, step: str) -> None:
+    run = f"""
+import tempfile
+
+def send_within(path, *how, **where):
+    if {step!r} == "rmdir":
+        send("SIGTERM")
+    real_step(path, *how, **where)
+    if {step!r} == "mkdir":
+        send("SIGTERM")
+
+real_step, os.{step} = os.{step}, send_within
+
+def run():
+    with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):
+        pass
+    return 0
 """
     assert ends(run) == (-signal.SIGTERM, "", "")
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from command_line import WATCHDOG_S, program, refused, run
-from refinfer.labs.catalogue import PACKAGE, lab_of, labs
+from refinfer.errors import LabError
+from refinfer.labs.catalogue import PACKAGE, Lab, lab_of, labs
+from refinfer.labs.check import Verdict
 from refinfer.labs.workspace import Workspace
 
 LAYERS = "refinfer/model/layers.py"
@@ -59,8 +61,13 @@ def test_a_start_takes_one_lab_alone_or_begins_at_one(here: Path, option: str, c
         (["start", "--only", "77"], "there is no lab '77'; the labs are 01, "),
         (["check", "one"], "has no workspace"),
         (["grade"], "the following arguments are required: DIR"),
+        (["grade", ".", "--tests", "nowhere"], "nowhere is not a folder of tests"),
+        (["check", "--dir", "a" * 300], "has no workspace"),
+        (["check", "--seconds", "0"], "must be more than 0 and at most 86400, not 0"),
+        (["check", "--seconds=-1"], "must be more than 0"),
+        (["check", "--seconds", "1e9"], "must be more than 0 and at most 86400, not 1e9"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 @pytest.mark.usefixtures("here")
 def test_misuse_is_one_line_and_status_two(argv: list[str], why: str) -> None:
@@ -76,6 +83,13 @@ def test_the_list_has_every_lab_with_its_state() -> None:
     assert set(rows[0]) == {"number", "title", "minutes", "state", "page"}
     assert [row["state"] for row in rows[:2]] == ["open", "not begun"]
     assert "Attention with a KV cache" in run("lab", "list")[1]
+
+
+@pytest.mark.spec("LAB-7")
+def test_the_list_of_a_damaged_workspace_is_refused(here: Path) -> None:
+    run("lab", "start")
+    (here / "refinfer-labs" / "lab.json").write_text("{")
+    assert "lab.json is damaged" in refused("lab", "list")
 
 
 @pytest.mark.spec("LAB-13", "LAB-6")
@@ -123,6 +137,37 @@ def test_a_watch_checks_whenever_a_file_is_saved_and_ends_when_the_lab_is_passed
     assert "passed" in out
 
 
+@pytest.mark.spec("LAB-19")
+def test_a_watch_of_a_lab_that_is_passed_ends_at_once(here: Path) -> None:
+    run("lab", "start")
+    solve(here, "1")
+    status, out, _ = run("lab", "check", "--watch")
+    assert status == 0
+    assert "waiting for you" not in out
+
+
+@pytest.mark.spec("LAB-13")
+def test_a_check_is_shown_even_if_it_cannot_be_noted_and_keeps_the_hints_that_were_read_meanwhile(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def passed(workspace: Workspace, lab: Lab, **_: object) -> Verdict:
+        Workspace.find(workspace.folder).hint(lab)
+        return Verdict(lab, len(lab.tests))
+
+    run("lab", "start")
+    monkeypatch.setattr("refinfer.cli.lab.check", passed)
+    assert run("lab", "check")[0] == 0
+    assert Workspace.find(here / "refinfer-labs").state.hints == {"01": 1}
+
+    def fail(*_: object) -> None:
+        raise LabError("lab.json cannot be written")
+
+    monkeypatch.setattr(Workspace, "finish", fail)
+    status, out, err = run("lab", "check")
+    assert (status, err) == (2, "refinfer: lab.json cannot be written\n")
+    assert "passed" in out
+
+
 @pytest.mark.spec("LAB-16")
 def test_a_solution_is_shown_after_passing_or_when_the_lab_is_given_up(here: Path) -> None:
     run("lab", "start")
@@ -151,6 +196,7 @@ def test_a_run_writes_a_text_at_any_time_and_names_the_students_parts(here: Path
     assert theirs.stdout == ours.stdout
     assert theirs.stdout.startswith("JULIET:")
     assert theirs.stderr == "written with your code of 01 Attention with a KV cache; all else is ours\n"
+    assert {path.name for path in (here / "refinfer-labs").iterdir()} == {"README.md", "lab.json", "refinfer"}
 
 
 @pytest.mark.spec("LAB-8")
@@ -172,8 +218,8 @@ def test_a_grade_has_a_row_for_each_student_and_lab_and_for_a_broken_workspace(h
     Workspace.find(here / "ann").solve(lab_of("1"))
     path = here / "ann" / LAYERS
     path.write_text(path.read_text().replace("np.exp(scores, out=scores)", "scores[:] = np.exp(scores)"))
-    (here / "cyd").mkdir()
-    status, out, _ = run("lab", "grade", "ann", "bob", "cyd", "--json")
+    (here / "cyd" / "refinfer-labs").mkdir(parents=True)
+    status, out, _ = run("lab", "grade", "ann", "bob", "cyd/refinfer-labs", "--json")
     rows = json.loads(out)
     assert status == 0
     assert [(row["student"], row["lab"], row["state"]) for row in rows] == [

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from lab_workspaces import KV_CACHE, LAYERS, quick_lab, solved, write
+from refinfer import __version__
 from refinfer.errors import LabError
 from refinfer.labs import check as checking
 from refinfer.labs.catalogue import lab_of
-from refinfer.labs.check import Limits, Verdict, check, require_pytest, sentence
+from refinfer.labs.check import REPORT, TIME_LIMIT, Limits, Verdict, check, require_pytest, sentence
 from refinfer.labs.workspace import Workspace
 
 PRODUCT = "    np.matmul(q, keys, out=scores)\n"
@@ -91,9 +95,11 @@ def test_a_loop_that_does_not_end_is_ended_and_named(workspace: Workspace, tmp_p
         (PRODUCT, "    np.matmul(q, keys, out=scores\n", "'(' was never closed"),
         (PRODUCT, "  np.matmul(q, keys, out=scores)\n", "unindent does not match"),
         (PRODUCT, "    np.matmul(q keys)\n", "invalid syntax"),
+        (PRODUCT, "    q is 1\n", '"is" with a literal'),
     ],
-    ids=["bracket", "indentation", "comma"],
+    ids=["bracket", "indentation", "comma", "warning"],
 )
+@pytest.mark.filterwarnings("default")
 def test_a_syntax_error_is_named_with_its_line(
     workspace: Workspace, tmp_path: Path, was: str, now: str, why: str
 ) -> None:
@@ -135,7 +141,70 @@ def test_a_program_that_ends_with_status_zero_has_not_passed(workspace: Workspac
 @pytest.mark.spec("LAB-10")
 def test_a_law_whose_test_is_skipped_or_missing_does_not_hold(workspace: Workspace, tmp_path: Path) -> None:
     write(workspace, LAYERS, PRODUCT, f"    import pytest; pytest.skip('later')\n{PRODUCT}")
-    assert quick(workspace, tmp_path).held == 0
+    verdict = quick(workspace, tmp_path)
+    assert verdict.held == 0
+    assert verdict.failure is not None
+    assert verdict.failure.lines[0] == "Skipped: later"
+
+
+@pytest.mark.spec("LAB-10", "LAB-11")
+@pytest.mark.parametrize("code", ["raise KeyboardInterrupt", "import pytest; pytest.exit('later')"])
+def test_an_interruption_of_the_tests_is_named(workspace: Workspace, tmp_path: Path, code: str) -> None:
+    write(workspace, LAYERS, PRODUCT, f"    {code}\n{PRODUCT}")
+    problem = quick(workspace, tmp_path).problem
+    assert problem == "the program ended in the middle of: Attention to one position gives its value."
+
+
+@pytest.mark.spec("LAB-10", "LAB-14")
+def test_a_thread_that_never_ends_does_not_keep_a_check(workspace: Workspace, tmp_path: Path) -> None:
+    code = "import threading; threading.Thread(target=threading.Event().wait).start()"
+    write(workspace, LAYERS, PRODUCT, f"    {code}\n{PRODUCT}")
+    assert quick(workspace, tmp_path, seconds=30).passed
+
+
+@pytest.mark.spec("LAB-10", "LAB-11")
+@pytest.mark.parametrize("code", ["import shutil; shutil.rmtree('.')", f"import os; os.remove(os.environ['{REPORT}'])"])
+def test_code_that_removes_files_has_not_passed_and_a_line_says_so(
+    workspace: Workspace, tmp_path: Path, code: str
+) -> None:
+    write(workspace, LAYERS, PRODUCT, f"    {code}\n{PRODUCT}")
+    verdict = quick(workspace, tmp_path)
+    assert not verdict.passed
+    assert verdict.problem or verdict.failure
+
+
+@pytest.mark.spec("LAB-14")
+def test_a_check_takes_no_notice_of_settings_for_other_programs_and_finds_what_python_finds(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "my_module.py").touch()
+    for name, text in (("PYTHONOPTIMIZE", "1"), ("PYTEST_ADDOPTS", "--no"), ("PYTEST_PLUGINS", "no")):
+        monkeypatch.setenv(name, text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "mine"))
+    write(workspace, LAYERS, PRODUCT, f"    import my_module\n{PRODUCT}")
+    assert quick(workspace, tmp_path).passed
+
+
+@pytest.mark.spec("LAB-14")
+def test_a_check_leaves_no_file(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setenv("TMPDIR", str(place))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    write(workspace, LAYERS, PRODUCT, f"    import tempfile; tempfile.mkdtemp()\n{PRODUCT}")
+    assert quick(workspace, tmp_path).passed
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.spec("LAB-14")
+def test_tests_that_nobody_ends_any_more_end_by_themselves(tmp_path: Path) -> None:
+    (tmp_path / "test_long.py").write_text("def test_long():\n    import time\n    time.sleep(600)\n")
+    command = [sys.executable, "-m", "pytest", "-p", "refinfer.labs.reporter", "--rootdir", str(tmp_path), "."]
+    environment = os.environ | {TIME_LIMIT: "0.1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert b" in " not in done.stdout  # no `1 failed in 0.10s`
 
 
 @pytest.mark.spec("LAB-11", "LAB-9")
@@ -156,6 +225,15 @@ def test_a_helper_outside_the_region_is_named_and_not_used(workspace: Workspace,
     assert any("`from os import path as helper` is outside the lab" in note for note in verdict.notes)
     assert verdict.failure is not None
     assert verdict.failure.lines[0].startswith("NameError: ")
+
+
+@pytest.mark.spec("LAB-9")
+def test_changes_that_came_with_another_version_are_one_note(workspace: Workspace, tmp_path: Path) -> None:
+    write(workspace, LAYERS, "import math\n", "import math\nimport os\n")
+    state = json.loads((workspace.folder / "lab.json").read_text())
+    (workspace.folder / "lab.json").write_text(json.dumps(state | {"version": "0.0.1"}))
+    (note,) = quick(Workspace.find(workspace.folder), tmp_path).notes
+    assert note == f"the workspace is from refinfer 0.0.1; what is outside the lab is that of {__version__}"
 
 
 @pytest.mark.spec("LAB-11")

@@ -52,8 +52,11 @@ def test_a_blank_region_raises_an_error_with_the_lab_and_its_task() -> None:
 
 
 @pytest.mark.spec("LAB-2")
-def test_a_region_without_any_text_is_blank() -> None:
-    assert is_blank(regions_of(replaced(SOURCE, {1: "\n"}))[1])
+def test_a_region_without_any_code_is_blank() -> None:
+    region = regions_of(SOURCE)[1]
+    for text in ("\n", "    # think\n\n", f"    # think\n{blank(region)}"):
+        assert is_blank(regions_of(replaced(SOURCE, {1: text}))[1])
+    assert not is_blank(regions_of(replaced(SOURCE, {1: "    pass\n"}))[1])
 
 
 @pytest.mark.spec("LAB-1")

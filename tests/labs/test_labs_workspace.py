@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,7 @@ from refinfer.errors import LabError
 from refinfer.labs.catalogue import PACKAGE, lab_of, labs
 from refinfer.labs.regions import is_blank
 from refinfer.labs.run import own_labs
-from refinfer.labs.workspace import Workspace, all_labs
+from refinfer.labs.workspace import Workspace, all_labs, copy_folder
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -54,6 +56,69 @@ def test_a_folder_that_is_not_empty_is_refused_and_stays_as_it_is(tmp_path: Path
     solved(tmp_path)
     with pytest.raises(LabError, match="has a workspace already"):
         Workspace.start(tmp_path / "workspace", all_labs())
+
+
+@pytest.mark.spec("LAB-5")
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_start_that_breaks_off_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, is_there: bool
+) -> None:
+    def fail(_: Workspace) -> None:
+        raise error
+
+    monkeypatch.setattr(Workspace, "save", fail)
+    if is_there:
+        (tmp_path / "new").mkdir()
+    with pytest.raises((LabError, KeyboardInterrupt), match=r"No space left|^$"):
+        Workspace.start(tmp_path / "new", all_labs())
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new"][:is_there]
+
+
+@pytest.mark.spec("LAB-5")
+def test_no_workspace_is_made_within_another_one_or_within_the_package(tmp_path: Path) -> None:
+    workspace = solved(tmp_path)
+    for above in (workspace.folder, PACKAGE):
+        with pytest.raises(LabError, match="would be inside"):
+            Workspace.start(above / "model" / "mine", all_labs())
+        assert not (above / "model" / "mine").exists()
+
+
+@pytest.mark.spec("LAB-5")
+def test_a_copy_can_be_written_even_if_the_package_cannot(tmp_path: Path) -> None:
+    (tmp_path / "ours" / "part").mkdir(parents=True)
+    (tmp_path / "ours" / "part" / "a.py").touch(0o444)
+    (tmp_path / "ours" / "part").chmod(0o555)
+    copy_folder(tmp_path / "ours", tmp_path / "theirs", without="course")
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "theirs").rglob("*"))
+    (tmp_path / "ours" / "part").chmod(0o755)
+
+
+@pytest.mark.spec("LAB-6")
+def test_a_module_that_cannot_be_written_keeps_what_the_student_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, **_: Any) -> None:
+        path.write_bytes(text.encode()[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    workspace = solved(tmp_path)
+    before = files_of(workspace.folder)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(LabError, match="cannot be written: No space left on device"):
+        workspace.open(lab_of("1"))
+    assert files_of(workspace.folder) == before
+
+
+@pytest.mark.spec("LAB-11")
+def test_a_module_may_begin_with_a_mark_of_its_encoding_and_is_not_lost_in_another_encoding(tmp_path: Path) -> None:
+    workspace = solved(tmp_path)
+    path, text = workspace.folder / LAYERS, workspace.source(LAYERS)
+    path.write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
+    assert workspace.source(LAYERS) == text
+    path.write_bytes(f"# caf\xe9\n{text}".encode("latin-1"))
+    with pytest.raises(LabError, match="is not in UTF-8; save it again in this encoding"):
+        workspace.source(LAYERS)
 
 
 @pytest.mark.spec("LAB-6")
@@ -98,8 +163,11 @@ def test_a_workspace_is_found_in_the_folder_above_it_and_in_its_own_name(
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "[" * 100_000, '{"course": ["77"], "current": null}', '{"course": 3, "current": "01"}',
-     '{"course": [1], "current": null}', '{"course": ["01"], "current": "01", "hints": {"01": "a"}}', '{"more": 1}'],
-    ids=["empty", "half", "a list", "brackets", "no such lab", "no list", "a number", "a hint", "other names"],
+     '{"course": [1], "current": null}', '{"course": ["01"], "current": "01", "hints": {"01": "a"}}', '{"more": 1}',
+     '{"course": ["01"], "current": "01", "hints": {"01": -9}}', '{"course": ["01"], "current": "1"}',
+     '{"course": ["01"], "current": "01", "passed": 3}', '{"course": ["01"], "current": "01", "given_up": [1]}'],
+    ids=["empty", "half", "a list", "brackets", "no such lab", "no list", "a number", "a hint", "other names",
+         "a hint below zero", "one digit", "passed", "given up"],
 )  # fmt: skip
 def test_a_damaged_state_is_refused_in_a_line(tmp_path: Path, text: str) -> None:
     workspace = solved(tmp_path)
