@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from refinfer.cli.terminal import PIPE_COLUMNS, columns_of, say, words_of, wrap
 from refinfer.clock import RealClock
 from refinfer.errors import LabError
 from refinfer.labs.catalogue import PACKAGE, Lab, lab_of, labs
-from refinfer.labs.check import Limits, Verdict, check, require_pytest
+from refinfer.labs.check import Failure, Limits, Verdict, check, require_pytest
 from refinfer.labs.run import generate, own_labs
 from refinfer.labs.workspace import DEFAULT_FOLDER, Workspace, all_labs
 
@@ -237,6 +238,8 @@ def _as_json(verdict: Verdict) -> dict[str, Any]:
         "first": failure.sentence if failure else None,
         "clauses": list(failure.clauses) if failure else [],
         "lines": list(failure.lines) if failure else [],
+        "printed": list(failure.printed) if failure else [],
+        "others": list(verdict.others),
         "notes": list(verdict.notes),
     }
 
@@ -256,9 +259,20 @@ def _report(verdict: Verdict) -> None:
         _paragraph(f"the first that does not: {failure.sentence}")
         for line in failure.lines:
             _paragraph(line, "  ", "    ")
-        for clause in failure.clauses:
-            _paragraph(clause, "  ", "    ")
+        if failure.printed:
+            _paragraph(f"your code printed: {' | '.join(failure.printed)}", "  ", "    ")
+        _paragraph(_clauses_line(failure), "  ", "    ")
+        for other in verdict.others:
+            _paragraph(f"nor does this: {other}", "", "  ")
     _paragraph(f"read: tutorial {lab.page}; for help: refinfer lab hint {lab.number}")
+
+
+def _clauses_line(failure: Failure) -> str:
+    """Return the first clause of a law, and the numbers of the others; after an error of the code, numbers alone."""
+    numbers = [clause.partition(":")[0] for clause in failure.clauses]
+    is_error = re.match(r"\w+(Error|Exit|Interrupt)\b", failure.lines[0] if failure.lines else "")
+    shown = numbers if is_error else [*failure.clauses[:1], *numbers[1:]]
+    return f"in the specification: {'; '.join(shown)}"
 
 
 def _go_on(workspace: Workspace, following: Lab | None) -> None:
@@ -276,14 +290,16 @@ def _run(args: argparse.Namespace) -> int:
     problem = generate(workspace, args.prompt)
     sys.stdout.flush()
     if problem is not None:
+        print(flush=True)
         say(f"refinfer: {problem}", sys.stderr)
         return 1
-    own = own_labs(workspace)
-    yours = "; ".join(f"{lab.number} {lab.title}" for lab in own)
-    say(
-        ["written with your code of", f"{yours};", "all else is ours"] if own else "all of it is our code so far",
-        sys.stderr,
-    )
+    used, unused = own_labs(workspace)
+    if not used:
+        say("all of it is our code so far", sys.stderr)
+    else:
+        yours = "; ".join(f"{lab.number} {lab.title}" for lab in used)
+        rest = f", and yours of {', '.join(lab.number for lab in unused)} is not used by a run" if unused else ""
+        say(["written with your code of", f"{yours};", f"all else is ours{rest}"], sys.stderr)
     return 0
 
 
@@ -309,15 +325,17 @@ def _list(args: argparse.Namespace) -> None:
 def _hint(args: argparse.Namespace) -> None:
     workspace = Workspace.find(args.dir)
     lab = _chosen(args, workspace)
+    was_last = workspace.state.hints.get(lab.number, 0) == len(lab.hints)
     count, text = workspace.hint(lab)
-    say(f"{_title(lab)}, hint {count} of {len(lab.hints)}")
+    say(f"{_title(lab)}, hint {count} of {len(lab.hints)}" + (": there are no more" if was_last else ""))
     _paragraph(text)
 
 
 def _reset(args: argparse.Namespace) -> None:
     workspace = Workspace.find(args.dir)
     lab = lab_of(args.lab)
-    workspace.open(lab)
+    if (kept := workspace.open(lab)) is not None:
+        say(["what you had written is in", str(kept)])
     _show(lab, workspace)
 
 

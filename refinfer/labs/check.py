@@ -27,7 +27,7 @@ from typing import Any, Final
 from refinfer import __version__
 from refinfer.errors import LabError
 from refinfer.labs.catalogue import PACKAGE, Lab, Place, course, lab_of
-from refinfer.labs.regions import is_blank, regions_of, replaced
+from refinfer.labs.regions import blank, is_blank, regions_of, replaced
 from refinfer.labs.workspace import Workspace, copy_folder, copy_package
 
 __all__ = [
@@ -54,6 +54,7 @@ MEMORY_LIMIT: Final = "REFINFER_LAB_BYTES"
 TIME_LIMIT: Final = "REFINFER_LAB_SECONDS"
 """The environment variable with the number of seconds after which the tests end by themselves."""
 
+_DYING_S: Final = 2.0
 _UNWANTED: Final = ("PYTHONINSPECT", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "COVERAGE_PROCESS_START")
 
 _SETTINGS: Final = """\
@@ -74,11 +75,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The first law that does not hold: its sentence, its clauses with their text, and what was seen."""
+    """The first law that does not hold: its sentence, its clauses with their text, what was seen, what was printed."""
 
     sentence: str
     clauses: tuple[str, ...]
     lines: tuple[str, ...]
+    printed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class Verdict:
     """What a check found: how many of the lab's laws hold, and what to do about the first that does not.
 
     `problem` says why there is nothing to count, such as a syntax error; `notes` are about changes outside the lab.
+    `others` are the sentences of further laws that do not hold.
     """
 
     lab: Lab
@@ -93,6 +96,7 @@ class Verdict:
     problem: str | None = None
     failure: Failure | None = None
     notes: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -133,9 +137,14 @@ def check(
     require_pytest()
     try:
         for place in lab.places:
-            if is_blank(region := workspace.region(place)):
-                task = f"{place.region.task} ({place.module}, line {region.first})"
-                return Verdict(lab, 0, f"not written yet: {task}")
+            region = workspace.region(place)
+            at = f"({place.module}, line {region.first})"
+            if is_blank(region):
+                return Verdict(lab, 0, f"not written yet: {place.region.task} {at}")
+            if blank(region).strip() in region.text:
+                return Verdict(lab, 0, f"the line that raises NotImplementedError is still there; remove it {at}")
+        if not workspace.is_begun(lab):
+            return Verdict(lab, 0, f"not begun, this is our code; refinfer lab reset {lab.number} makes it blank")
         notes = tuple(workspace.strays(lab))
         if notes and (version := workspace.state.version) != __version__:
             notes = (f"the workspace is from refinfer {version}; what is outside the lab is that of {__version__}",)
@@ -148,8 +157,7 @@ def check(
             lines = clean_copy(copy, workspace, [*before, lab])
         except LabError as error:
             return Verdict(lab, 0, str(error), notes=notes)
-        verdict = run_tests(copy, lab, tests=tests, limits=limits)
-    return replace(verdict, failure=_at_home(verdict.failure, lines), notes=notes)
+        return replace(run_tests(copy, lab, lines, tests=tests, limits=limits), notes=notes)
 
 
 Lines = dict[tuple[str, int], int]
@@ -188,8 +196,10 @@ def clean_copy(folder: Path, workspace: Workspace, taken: Sequence[Lab]) -> Line
     return lines
 
 
-def run_tests(copy: Path, lab: Lab, *, tests: Path | None = None, limits: Limits = Limits()) -> Verdict:
-    """Run the tests of a lab on a copy of the package, in a process of its own.
+def run_tests(
+    copy: Path, lab: Lab, lines: Lines | None = None, *, tests: Path | None = None, limits: Limits = Limits()
+) -> Verdict:
+    """Run the tests of a lab on a copy of the package, in a process of its own; `lines` are those of `clean_copy`.
 
     Raises:
         LabError: the tests are not there.
@@ -202,21 +212,25 @@ def run_tests(copy: Path, lab: Lab, *, tests: Path | None = None, limits: Limits
     (copy / "pytest.ini").write_text(_SETTINGS.format(paths=" ".join(folders)), encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="refinfer-lab-") as scratch:  # out of reach of what empties its own folder
         records, said, is_late = _run(copy, lab, limits, Path(scratch))
-    verdict = _judge(lab, records, _clauses(home / "docs" / "spec.md"))
+    verdict = _judge(lab, records, _clauses(home / "docs" / "spec.md"), lines or {})
     if verdict.problem is not None or any("ended" in record for record in records):
         return verdict
     if is_late:
         after = f"not over after {limits.seconds:g} seconds"
-        problem = f"{after}, in: {_latest(records)} Is there a loop that does not end?"
+        at = _at(re.findall(r'File "(.+)", line (\d+)', said), copy, lines or {})
+        problem = f"{after}, in: {_latest(records)} Is there a loop that does not end?{at and f' ({at})'}"
     elif any(record.get("collected") for record in records):
         problem = f"the program ended in the middle of: {_latest(records)}"
     else:
-        problem = f"the tests cannot be run: {said}"
+        problem = f"the tests cannot be run: {said.splitlines()[-1]}"
     return Verdict(lab, verdict.held, problem)
 
 
 def _run(copy: Path, lab: Lab, limits: Limits, scratch: Path) -> tuple[list[dict[str, Any]], str, bool]:
-    """Run the tests of a lab; return their report, the last line that was printed, and whether they were ended."""
+    """Run the tests of a lab; return their report, what was printed, and whether they were ended.
+
+    A program that is ended prints where it was, as pytest has it.
+    """
     report, output = scratch / "report.jsonl", scratch / "output"
     added = {
         "OPENBLAS_NUM_THREADS": "1",
@@ -241,16 +255,19 @@ def _run(copy: Path, lab: Lab, limits: Limits, scratch: Path) -> tuple[list[dict
             is_late = False
         except subprocess.TimeoutExpired:
             is_late = True
+            running.send_signal(signal.SIGABRT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(_DYING_S)
         finally:
             _kill(running)
         file.seek(0)
-        said = file.read().decode(errors="replace").strip().splitlines() or ["nothing was printed"]
+        said = file.read().decode(errors="replace").strip() or "nothing was printed"
     records = []
     with contextlib.suppress(OSError):  # the code has removed it
         for line in report.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):  # the program ended within a line
                 records.append(json.loads(line))
-    return records, said[-1], is_late
+    return records, said, is_late
 
 
 def environment(copy: Path) -> dict[str, str]:
@@ -270,7 +287,7 @@ def _kill(running: subprocess.Popen[bytes]) -> None:
     running.wait()
 
 
-def _judge(lab: Lab, records: list[dict[str, Any]], clauses: dict[str, str]) -> Verdict:
+def _judge(lab: Lab, records: list[dict[str, Any]], clauses: dict[str, str], lines: Lines) -> Verdict:
     """Count the laws that hold: those of which every test was collected, and reported as passed."""
     if broken := next((record for record in records if "broken" in record), None):
         return Verdict(lab, 0, f"{broken['broken']} cannot be imported: {broken['why']}")
@@ -279,40 +296,32 @@ def _judge(lab: Lab, records: list[dict[str, Any]], clauses: dict[str, str]) -> 
     for record in records:
         if "test" in record:
             outcomes.setdefault(record["test"], []).append(record)
-    held, failure = 0, None
+    held, failures = 0, list[Failure]()
     for law in lab.tests:
         tests = [test for test in collected if test == law or test.startswith(f"{law}[")]
         failed = next((r for test in tests for r in outcomes.get(test, []) if r["outcome"] != "passed"), None)
         done = [any(r["when"] == "call" and r["outcome"] == "passed" for r in outcomes.get(t, [])) for t in tests]
         if tests and all(done) and failed is None:
             held += 1
-        elif failure is None and failed is not None:
-            failure = _failure(failed, clauses)
-    return Verdict(lab, held, None, failure)
+        elif failed is not None:
+            failures.append(_failure(failed, clauses, lines))
+    return Verdict(lab, held, None, next(iter(failures), None), others=tuple(each.sentence for each in failures[1:]))
 
 
-def _failure(record: dict[str, Any], clauses: dict[str, str]) -> Failure:
-    lines = list(record.get("lines", []))
+def _failure(record: dict[str, Any], clauses: dict[str, str], lines: Lines) -> Failure:
+    seen = list(record.get("lines", []))
     if case := re.search(r"\[(.+)\]$", record["test"]):
-        lines.append(f"case: {case[1]}")
-    if where := record.get("where"):
-        lines.append(f"at {where[0]}, line {where[1]}")
+        seen.append(f"case: {case[1]}")
+    if at := _at(record.get("where", []), Path(), lines):
+        seen.append(f"at {at}")
     marks = [f"{mark}: {clauses[mark]}" for mark in record.get("clauses", []) if mark in clauses]
-    return Failure(sentence(record["test"]), tuple(marks), tuple(lines))
+    return Failure(sentence(record["test"]), tuple(marks), tuple(seen), tuple(record.get("printed", [])))
 
 
-def _at_home(failure: Failure | None, lines: Lines) -> Failure | None:
-    """Return a failure with the line numbers of the student's file; places that are not the student's are left out."""
-    if failure is None:
-        return None
-    kept = []
-    for line in failure.lines:
-        match = re.fullmatch(r"at (\S+), line (\d+)", line)
-        if match is None:
-            kept.append(line)
-        elif (number := lines.get((match[1], int(match[2])))) is not None:
-            kept.append(f"at {match[1]}, line {number}")
-    return Failure(failure.sentence, failure.clauses, tuple(kept))
+def _at(frames: Sequence[tuple[str, Any]], copy: Path, lines: Lines) -> str:
+    """Return the place in a student's file that the first of some frames of a copy is in; empty if none is."""
+    places = ((os.path.relpath(path, copy), int(number)) for path, number in frames)
+    return next((f"{module}, line {lines[module, n]}" for module, n in places if (module, n) in lines), "")
 
 
 def _latest(records: list[dict[str, Any]]) -> str:

@@ -101,10 +101,16 @@ def replaced(source: str, texts: Mapping[int, str]) -> str:
 
 
 def outside(source: str) -> list[tuple[int, str]]:
-    """Return the lines of a module that are in no region, each with its number.
+    """Return the lines of a module that are in no region, each with its number; of markers, what they mark alone.
 
     Raises:
         LabError: as `regions_of`.
     """
     inside = {n for region in regions_of(source) for n in range(region.first + 1, region.end + 1)}
-    return [(n, line) for n, line in enumerate(source.splitlines(), start=1) if n not in inside]
+    return [(n, _marked(line)) for n, line in enumerate(source.splitlines(), start=1) if n not in inside]
+
+
+def _marked(line: str) -> str:
+    if match := _BEGIN.fullmatch(line.rstrip()):
+        return f"# lab {match[2]}"
+    return line.strip() if _END.fullmatch(line.rstrip()) else line

@@ -28,6 +28,7 @@ except ImportError:  # not on Windows
 __all__ = ["Reporter", "explain"]
 
 _LONGEST: Final = 240
+_MOST_PRINTED: Final = 3
 _FOUND: Final = "(?:Falsifying example|Failing test case)"  # as hypothesis has called it over the years
 _GRACE_S: Final = 1.0
 _MARKS: Final = ("spec(*ids)", "slow", "long", "pages", "browser", "attack")
@@ -86,6 +87,7 @@ class Reporter:
         if call.excinfo is not None and not report.passed:
             about["lines"] = explain(call.excinfo.value)
             about["where"] = _where(call.excinfo)
+            about["printed"] = [line[:_LONGEST] for line in report.capstdout.splitlines()[-_MOST_PRINTED:]]
             about["clauses"] = [str(i) for mark in item.iter_markers("spec") for i in mark.args]
         self._write(**about)
         return report
@@ -98,14 +100,11 @@ class Reporter:
             os._exit(0)
 
 
-def _where(excinfo: pytest.ExceptionInfo[BaseException]) -> list[Any] | None:
-    """Return the last module of the package that the error came through, and the line."""
-    package = str(Path(__file__).parents[2])
-    for entry in reversed(list(excinfo.traceback)):
-        path = str(entry.path)
-        if path.startswith(os.path.join(package, "refinfer")):  # noqa: PTH118  (a text)
-            return [os.path.relpath(path, package), entry.lineno + 1]
-    return None
+def _where(excinfo: pytest.ExceptionInfo[BaseException]) -> list[tuple[str, int]]:
+    """Return the modules and lines of the package that an error came through, the deepest first."""
+    root = Path(__file__).parents[2]
+    frames = [(Path(entry.path), entry.lineno + 1) for entry in reversed(excinfo.traceback)]
+    return [(path.relative_to(root).as_posix(), line) for path, line in frames if root / "refinfer" in path.parents]
 
 
 def explain(error: BaseException) -> list[str]:

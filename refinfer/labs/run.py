@@ -29,9 +29,10 @@ _OPTIONS: Final = ("--weights", "int8", "--budget", "3MB", "--plan", "flexinfer"
 _SAMPLING: Final = ("--temperature", "0.7", "--seed", "1")
 
 
-def own_labs(workspace: Workspace) -> list[Lab]:
-    """Return the labs that the student has written and that a run uses."""
-    return [lab for lab in labs() if lab.number not in _UNUSED and workspace.is_own(lab)]
+def own_labs(workspace: Workspace) -> tuple[list[Lab], list[Lab]]:
+    """Return the labs that the student has written: those that a run uses, and the others."""
+    own = [lab for lab in labs() if workspace.is_own(lab)]
+    return [lab for lab in own if lab.number not in _UNUSED], [lab for lab in own if lab.number in _UNUSED]
 
 
 def generate(workspace: Workspace, prompt: str) -> str | None:
@@ -39,7 +40,7 @@ def generate(workspace: Workspace, prompt: str) -> str | None:
     with tempfile.TemporaryDirectory(prefix="refinfer-lab-") as folder:
         copy = Path(folder).resolve()
         try:
-            lines = clean_copy(copy, workspace, own_labs(workspace))
+            lines = clean_copy(copy, workspace, own_labs(workspace)[0])
         except LabError as error:
             return str(error)
         command = [sys.executable, "-m", "refinfer", "generate", *_OPTIONS, *_SAMPLING, "--quiet", "--", prompt]

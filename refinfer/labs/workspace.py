@@ -3,7 +3,8 @@
     refinfer-labs/
         README.md
         lab.json        which lab is open, which were passed, how many hints were read
-        refinfer/       the package; labs that nobody has come to yet are solved in it
+        refinfer/       the package; labs that nobody has come to yet are solved in it, except in the same file
+        yours/          solutions that were there before a reset
 
 Writes and reads this folder. Leaves to others: what is right (`check`), what is printed (`cli.lab`).
 Read more: tutorial 00; clauses LAB-5 to LAB-8.
@@ -47,7 +48,7 @@ the next lab opens, and your own code runs in it.
     refinfer lab run         text from the model, written by this copy
     refinfer lab hint        one hint at a time, three in all
     refinfer lab list        all labs
-    refinfer lab reset 4     make lab 4 blank again, and go on there
+    refinfer lab reset 4     make lab 4 blank again, and go on there; yours is kept in yours/
     refinfer lab solution    the difference to ours, once the lab is passed or given up
 
 Only what stands between the two comments is checked. A helper or an import that you need goes between them too.
@@ -82,7 +83,11 @@ def copy_folder(source: Path, target: Path, *, without: str) -> None:
 
 
 class Workspace:
-    """One student's folder. Only `start` makes one, and only the open lab is ever blanked."""
+    """One student's folder. Only `start` makes one.
+
+    Laws: the open lab begins blank, and with it the later ones of the same files, which would show their solutions.
+    What a student has written is never lost.
+    """
 
     def __init__(self, folder: Path, state: State) -> None:
         self.folder = folder
@@ -223,9 +228,22 @@ class Workspace:
                     notes.append(_stray(module, was, now))
         return notes
 
+    def is_begun(self, lab: Lab) -> bool:
+        """Return whether a lab is or was the open one, or is not as we have written it."""
+        done = lab.number in (*self.state.passed, *self.state.given_up, self.state.current)
+        return done or any(self.region(place).text != place.region.text for place in lab.places)
+
     def blank(self, lab: Lab) -> None:
-        """Make a lab blank."""
-        self._write(lab, {place: blank(place.region) for place in lab.places})
+        """Make a lab blank, and the later ones of its modules that are not begun."""
+        modules = {place.module for place in lab.places}
+        texts = {place: blank(place.region) for place in lab.places}
+        for later in labs():
+            if later.number > lab.number and not self._is_done(later):
+                texts |= {place: blank(place.region) for place in later.places if place.module in modules}
+        self._write(lab, texts)
+
+    def _is_done(self, lab: Lab) -> bool:
+        return lab.number in (*self.state.passed, *self.state.given_up) or self.is_own(lab)
 
     def solve(self, lab: Lab) -> None:
         """Write our solution of a lab."""
@@ -243,8 +261,9 @@ class Workspace:
                 source = (PACKAGE.parent / module).read_text(encoding="utf-8")
             _write_whole(self.folder / module, replaced(source, wanted))
 
-    def open(self, lab: Lab) -> None:
-        """Make a lab blank and the open one, as if it had not been passed."""
+    def open(self, lab: Lab) -> Path | None:
+        """Make a lab blank and the open one, as if it had not been passed; return where the student's own is kept."""
+        kept = self._keep(lab)
         self.blank(lab)
         for numbers in (self.state.passed, self.state.given_up):
             if lab.number in numbers:
@@ -254,6 +273,16 @@ class Workspace:
             self.state.course = sorted([*self.state.course, lab.number])
         self.state.current = lab.number
         self.save()
+        return kept
+
+    def _keep(self, lab: Lab) -> Path | None:
+        """Write what a student has written of a lab into a file of its own."""
+        if not self.is_own(lab):
+            return None
+        path = next(p for n in range(1, 1000) if not (p := self.folder / "yours" / f"lab-{lab.number}-{n}.py").exists())
+        parts = [f"# {place.module}\n{self.region(place).lines}" for place in lab.places]
+        _write_whole(path, "\n".join(parts))
+        return path
 
     def finish(self, lab: Lab, *, given_up: bool = False) -> Lab | None:
         """Note that a lab was passed or given up; if it was the open one, open the next one and return it."""

@@ -17,6 +17,7 @@ from refinfer.errors import LabError
 from refinfer.labs import check as checking
 from refinfer.labs.catalogue import lab_of
 from refinfer.labs.check import REPORT, TIME_LIMIT, Limits, Verdict, check, require_pytest, sentence
+from refinfer.labs.regions import blank
 from refinfer.labs.workspace import Workspace
 
 PRODUCT = "    np.matmul(q, keys, out=scores)\n"
@@ -82,10 +83,10 @@ def test_a_blank_lab_is_named_with_its_task_and_its_line(tmp_path: Path) -> None
 @pytest.mark.spec("LAB-11", "LAB-14")
 def test_a_loop_that_does_not_end_is_ended_and_named(workspace: Workspace, tmp_path: Path) -> None:
     write(workspace, LAYERS, PRODUCT, f"    while True:\n        pass\n{PRODUCT}")
+    line = workspace.source(LAYERS).splitlines().index("    while True:") + 1
     verdict = quick(workspace, tmp_path, seconds=3)
-    assert verdict.problem == (
-        "not over after 3 seconds, in: Attention to one position gives its value. Is there a loop that does not end?"
-    )
+    told = "not over after 3 seconds, in: Attention to one position gives its value. Is there a loop that does not end?"
+    assert verdict.problem in {f"{told} ({LAYERS}, line {n})" for n in (line, line + 1)}
 
 
 @pytest.mark.spec("LAB-11")
@@ -269,3 +270,49 @@ def test_a_missing_pytest_is_one_line_that_says_how_to_install_it(monkeypatch: p
 @pytest.mark.spec("LAB-13")
 def test_the_name_of_a_test_is_its_sentence() -> None:
     assert sentence("tests/a/test_b.py::test_an_int8_row_is_near[2-3]") == "An int8 row is near."
+
+
+@pytest.mark.spec("LAB-13")
+def test_what_the_code_prints_is_shown_where_it_fails(workspace: Workspace, tmp_path: Path) -> None:
+    write(workspace, LAYERS, PRODUCT, f"    print('shape', scores.shape)\n{PRODUCT}    scores += 1\n    1 / 0\n")
+    verdict = quick(workspace, tmp_path)
+    assert verdict.failure is not None
+    assert verdict.failure.printed == ("shape (1, 1, 1, 1)",)
+    assert verdict.others == ("Attention gives every value.", "Nothing else is done.")
+
+
+@pytest.mark.spec("LAB-11")
+def test_a_raise_that_was_left_above_the_code_is_named(workspace: Workspace, tmp_path: Path) -> None:
+    place = lab_of("1").places[1]
+    write(workspace, LAYERS, PRODUCT, f"{blank(place.region)}{PRODUCT}")
+    problem = quick(workspace, tmp_path).problem
+    assert problem is not None
+    assert problem.startswith("the line that raises NotImplementedError is still there; remove it (")
+
+
+@pytest.mark.spec("LAB-10")
+def test_a_lab_that_is_still_our_code_is_not_begun_and_has_not_passed(tmp_path: Path) -> None:
+    workspace = Workspace.start(tmp_path / "workspace", [lab_of("1")])
+    verdict = check(workspace, lab_of("5"))
+    assert not verdict.passed
+    assert verdict.problem == "not begun, this is our code; refinfer lab reset 05 makes it blank"
+
+
+@pytest.mark.spec("LAB-13")
+def test_an_error_below_the_students_code_is_shown_with_the_line_that_led_to_it(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    write(workspace, LAYERS, PRODUCT, f"    rms_norm(q, None, 0.0, scores)\n{PRODUCT}")
+    line = workspace.source(LAYERS).splitlines().index("    rms_norm(q, None, 0.0, scores)") + 1
+    verdict = quick(workspace, tmp_path)
+    assert verdict.failure is not None
+    assert verdict.failure.lines[-1] == f"at {LAYERS}, line {line}"
+
+
+@pytest.mark.spec("LAB-9")
+def test_other_words_in_a_comment_that_marks_a_region_and_its_margin_are_no_change(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    write(workspace, LAYERS, "    # lab 01: mix", "  # lab 01: I mix")
+    write(workspace, LAYERS, "    # end lab", "  # end lab")
+    assert quick(workspace, tmp_path).notes == ()

@@ -78,7 +78,7 @@ def test_a_comment_that_stands_alone_is_refused_with_its_line(source: str, why: 
 def test_lines_outside_are_all_lines_but_those_of_the_regions() -> None:
     lines = outside(SOURCE)
     assert [n for n, _ in lines] == [1, 2, 3, 7, 8, 9, 10, 11, 12, 14, 15]
-    assert lines[2] == (3, "    # lab 03: add one")
+    assert lines[2] == (3, "# lab 03")
 
 
 @pytest.mark.spec("LAB-2")

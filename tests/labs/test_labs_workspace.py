@@ -37,7 +37,9 @@ def test_the_labs_solved_one_after_another_end_in_the_package(tmp_path: Path) ->
     workspace = Workspace.start(tmp_path / "new", list(labs()))
     for lab in labs():
         assert workspace.current == lab
-        assert [each.number for each in labs() if workspace.is_blank(each)] == [lab.number]
+        modules = {place.module for place in lab.places}
+        with_it = [each for each in labs() if each.number > lab.number and modules & {p.module for p in each.places}]
+        assert [each for each in labs() if workspace.is_blank(each)] == [lab, *with_it]
         workspace.solve(lab)
         workspace.finish(lab)
     assert workspace.current is None
@@ -199,10 +201,23 @@ def test_the_difference_names_both_sides_and_is_empty_for_our_own_solution(tmp_p
 @pytest.mark.spec("LAB-8")
 def test_a_run_uses_what_the_student_has_written_and_neither_blanks_nor_our_own(tmp_path: Path) -> None:
     workspace = Workspace.start(tmp_path / "new", all_labs())
-    assert own_labs(workspace) == []
+    assert own_labs(workspace) == ([], [])
     workspace.solve(lab_of("1"))
-    assert own_labs(workspace) == []
+    assert own_labs(workspace) == ([], [])
     write(workspace, LAYERS, "    np.exp(scores, out=scores)\n", "    scores[:] = np.exp(scores)\n")
-    assert own_labs(workspace) == [lab_of("1")]
+    assert own_labs(workspace) == ([lab_of("1")], [])
     workspace.finish(lab_of("1"))
-    assert own_labs(workspace) == [lab_of("1")]
+    assert own_labs(workspace) == ([lab_of("1")], [])
+
+
+@pytest.mark.spec("LAB-6")
+def test_a_reset_keeps_what_was_written(tmp_path: Path) -> None:
+    workspace = solved(tmp_path)
+    assert workspace.open(lab_of("1")) is None
+    for n in (1, 2):
+        workspace.solve(lab_of("1"))
+        write(workspace, LAYERS, "    np.exp(scores, out=scores)\n", "    scores[:] = np.exp(scores)\n")
+        kept = workspace.open(lab_of("1"))
+        assert kept == workspace.folder / "yours" / f"lab-01-{n}.py"
+        assert "scores[:] = np.exp(scores)" in kept.read_text()
+        assert workspace.is_blank(lab_of("1"))
