@@ -156,13 +156,13 @@ def _show(lab: Lab, workspace: Workspace) -> None:
 
 
 def _start(args: argparse.Namespace) -> None:
+    require_pytest()
     first = lab_of(args.only or args.at or "1")
     course = [first] if args.only else [lab for lab in all_labs() if lab.number >= first.number]
     workspace = Workspace.start(args.dir, course)
     say(["a workspace is in", f"{args.dir};", "its README.md says what there is"])
     _show(first, workspace)
     _paragraph("then: refinfer lab check")
-    require_pytest()
 
 
 def _next() -> None:
