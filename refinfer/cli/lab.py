@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from refinfer.cli.options import add_json, number
+from refinfer.cli.options import add_json, seconds
 from refinfer.cli.table import print_table
 from refinfer.cli.terminal import PIPE_COLUMNS, columns_of, say, words_of, wrap
 from refinfer.clock import RealClock
@@ -27,7 +27,6 @@ from refinfer.labs.workspace import DEFAULT_FOLDER, Workspace, all_labs
 __all__ = ["ACTIONS", "add_lab", "run_lab"]
 
 _LOOK_S: Final = 0.3
-_LONGEST_S: Final = 86_400  # a day
 _WIDEST: Final = 100
 
 
@@ -84,15 +83,9 @@ def _grade_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser, "print a list of JSON objects")
 
 
-def _seconds(text: str) -> float:
-    if not 0 < (value := number(text)) <= _LONGEST_S:
-        raise argparse.ArgumentTypeError(f"must be more than 0 and at most {_LONGEST_S}, not {text}")
-    return value
-
-
 def _add_seconds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seconds", metavar="S", type=_seconds, default=Limits().seconds,
+        "--seconds", metavar="S", type=seconds, default=Limits().seconds,
         help=f"how long the tests of a lab may take (default: {Limits().seconds:g})",
     )  # fmt: skip
 

@@ -30,8 +30,11 @@ __all__ = [
     "number",
     "plan",
     "rate",
+    "seconds",
     "token_ids",
 ]
+
+_LONGEST_S: Final = 86_400  # a day
 
 MODEL: Final = "a model folder in Hugging Face's form, or the name of a downloaded model, such as org/name"
 """What may name a model, in help texts."""
@@ -121,6 +124,13 @@ def number(text: str) -> float:
         return parse_number(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def seconds(text: str) -> float:
+    """Read how long something may take: more than 0 seconds, and at most a day."""
+    if not 0 < (value := number(text)) <= _LONGEST_S:
+        raise argparse.ArgumentTypeError(f"must be more than 0 and at most {_LONGEST_S}, not {text}")
+    return value
 
 
 def token_ids(text: str) -> list[int]:

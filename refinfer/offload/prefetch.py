@@ -135,7 +135,8 @@ class Prefetcher:
         """End the latest loan: its slot may be read into again. Any other loan has ended already, and is ignored.
 
         The latest loan is `_taken`, and nothing is lent after it has ended. With it end the loans that were never
-        released: all numbers from `_released` to `_to_take`, without the latter. `_free_slots(n)` frees n slots.
+        released: all numbers from `_released` to `_to_take`, without the latter. `_free_slots(n)` frees n slots. No
+        lock is needed: no prefetch thread uses `_taken`, `_to_take` or `_released`.
         """
         # lab 11: end the latest loan, and free the slots of all that was taken so far
         if loan is self._taken:

@@ -100,8 +100,10 @@ class LruPages:
 
         A chunk that is kept is not read, and counts as used now. Any other is read into a free slot by
         `_read(chunk, slot, 0)`, which returns its tiles. If no slot is free, the chunk that was used longest ago is
-        forgotten, and its slot is taken. If the read fails, its error is raised, the slot is free, and the chunk is not
-        kept.
+        forgotten, and its slot is taken. The loan has the tiles alone.
+
+        If the read fails, or is interrupted by Ctrl-C (a `KeyboardInterrupt`, which is no `Exception`), its error is
+        raised, the slot is free, and the chunk is not kept.
         """
         # lab 09: give a chunk that is kept, or read it into a slot
         if chunk in self._kept:

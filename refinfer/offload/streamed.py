@@ -137,6 +137,7 @@ class StreamedSource:
         `_recorder` notes the times. The time of a `take` is waiting: `waited(kind, started)`. The caller
         multiplies a chunk during its `yield`, so the time of every `yield`, also of a locked chunk, is computing:
         `note("compute", "compute", kind, started)`. `_recorder.clock.now()` is the time, `_kind(number)` the kind.
+        Whether a product that the caller leaves is noted too does not matter.
 
         Raises:
             DamagedWeightsError: one cannot be read, or does not agree with its checksum.

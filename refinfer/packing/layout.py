@@ -104,7 +104,7 @@ def cut_into_chunks(N: int, nr: int, tile_nbytes: int, chunk_nbytes: int) -> tup
 
     `chunk_nbytes` is called the aim. A matrix of less than one and a half times the aim is one chunk; a tile larger
     than the aim is a chunk by itself. Chunks end where an even cut would end them, rounded down to whole tiles. In
-    memory they follow one another without gaps, except for the padding to whole pages.
+    memory they follow one another without gaps, except for the padding to whole pages. They are returned in a tuple.
     """
     # lab 02: cut tiles into chunks that are equal up to one tile, each on its own page
     n_tiles = -(-N // nr)

@@ -148,10 +148,11 @@ def _believed(path: Path, records: Mapping[str, Record]) -> Record | None:
 
 
 def unchanged(sources: Sequence[Path], records: Sequence[Record]) -> bool:
-    """Return whether the files are still what they were when their digests were taken; one record for each file.
+    """Return whether the files are still what they were when their digests were taken.
 
-    Everything that `Stat.of` sees must be the same. A file that had just been written then, and might have changed
-    since without showing it, is read again; a file that was at rest is not.
+    There is one record for each file, in the order of `sources`. Everything that `Stat.of` sees must be the same. A
+    file that had just been written then, and might have changed since without showing it, is read again; a file that
+    was at rest is not.
     """
     # lab 07: compare each file with its record; read again only what was not at rest
     return all(
@@ -186,7 +187,7 @@ def _take_digest(path: Path, now_ns: int, progress: Callable[[int], None]) -> Re
 
     Raises:
         WeightsError: the file cannot be read, or does not look the same afterwards
-            (`w changed while it was read; try again`).
+            (`/models/w changed while it was read; try again`, with the path of the file).
     """
     # lab 07: record the digest, what was seen of the file, and whether it was at rest
     before = Stat.of(path)

@@ -57,7 +57,8 @@ class MemoryWeightCacheProvider(DictFace):
 
         1. The verb works in the states that `provider.require` allows.
         2. An existing key wins, even once the cache is finalized: its offset is returned, and `buffer` is dropped
-           without a look at its size.
+           without a look at its size. Two keys are the same if all their fields are equal, as `==` and the dict
+           `_offsets` compare them; they need not be one object.
         3. Once the cache is finalized, a new key is refused: `the weight cache is finalized: 'w' cannot be inserted`.
         4. A buffer that does not fit its key is refused (`provider.require_fitting`), and nothing is kept of it.
         5. A buffer that lies in the latest reservation (`provider.lies_at`) is kept in place. Any other buffer is

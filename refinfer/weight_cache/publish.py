@@ -185,7 +185,7 @@ class Draft:
 
     # --8<-- [start:publish]
     def settle(self, nbytes: int) -> None:
-        """Cut the file to `nbytes`, give it its mode, and make its bytes, its size and its mode durable.
+        """Cut the file to `nbytes`, then give it its mode, then make its bytes, its size and its mode durable.
 
         Raises:
             OSError: that fails, or a file whose mode it is to have is not there.
@@ -199,9 +199,15 @@ class Draft:
     def publish(self) -> None:
         """Give the settled file its name, durably, and call `then`; the draft is closed.
 
-        First `before` runs, which may refuse. If another file has the draft's name by now, that is an error (`taken_by`
-        with `no longer the draft that was written`). Then the draft takes the place of `path` in one step, and the
-        folder is made durable. While the lock is still held, `then` runs.
+        In this order, after `settle`:
+
+        1. `before` runs, and may refuse by raising an error.
+        2. If the draft's name, `temporary`, is another file's by now, that file stays, and the error
+           `taken_by(self.temporary, "no longer the draft that was written")` is raised.
+        3. The draft takes the place of `path` in one step.
+        4. The folder is made durable, and the new name with it.
+        5. `then` runs.
+        6. The lock is released, and the file is closed.
 
         Raises:
             OSError: the draft's name is another file's, or the system refuses to rename it or to make it durable.
@@ -221,7 +227,8 @@ class Draft:
     def abandon(self) -> None:
         """Remove the draft and release its lock; after `publish` or `abandon`, do nothing.
 
-        If publishing failed half-way, the draft's name may be another builder's by now. That file stays.
+        If publishing failed half-way, the draft's name may be gone, or another builder's by now. That file stays. In
+        both cases only the lock is released.
         """
         # lab 08: remove the draft if it still has its name, and release the lock
         if not self._file.closed:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["require_equal", "require_items", "require_near"]
+__all__ = ["require_equal", "require_error", "require_items", "require_near"]
 
 
 def _shown(value: object, digits: int = 6) -> str:
@@ -29,13 +30,28 @@ def require_equal(found: object, expected: object, what: str) -> None:
         )
 
 
+def require_error(kind: type[Exception], why: str, work: Callable[[], object], what: str) -> None:
+    """Require that some work is refused with an error that says `why`, a pattern; `what` names the work."""
+    said = None
+    try:
+        work()
+    except kind as error:
+        said = str(error)
+    assert said is not None, f"{what}, and no {kind.__name__} was raised"
+    assert re.search(why, said), f"{what}: the {kind.__name__} does not say {why!r}: {said}"
+
+
 def require_items(found: Sequence[Any], expected: Sequence[Any], what: str) -> None:
     """Require that a list is right; names the first item that is not. `what` names an item, such as `chunk`."""
     for i, (ours, right) in enumerate(zip(found, expected, strict=False)):
         if ours != right:
             raise AssertionError(f"{what} {i} is {_shown(ours)} in your code, and should be {_shown(right)}")
-    if len(found) != len(expected):
-        raise AssertionError(f"there are {len(found)} in your code, and should be {len(expected)}: {what}s")
+    n = len(found)
+    if n < len(expected):
+        raise AssertionError(f"{what} {n} is missing in your code, and should be {_shown(expected[n])}")
+    if n > len(expected):
+        extra = found[len(expected)]
+        raise AssertionError(f"{what} {len(expected)} is {_shown(extra)} in your code, and should not be there")
 
 
 def require_near(
@@ -46,6 +62,8 @@ def require_near(
     *,
     atol: float | npt.NDArray[Any] = 0.0,
     rtol: float = 0.0,
+    filler: float | None = None,
+    unwritten: str = "",
 ) -> None:
     """Require that every element of an array is right; names the first that is not, by the names of the axes.
 
@@ -56,11 +74,15 @@ def require_near(
         axes: a word for each axis, such as `("row", "column")`; by default they are only numbered.
         atol: how far an element may be off.
         rtol: the same, as a share of what is right.
+        filler: what the memory held before. If all of it still holds that, nothing was written into it.
+        unwritten: what to say then.
     """
     if np.shape(found) != np.shape(expected):
         raise AssertionError(
             f"{what} has the shape {list(np.shape(found))} in your code, not {list(np.shape(expected))}"
         )
+    if filler is not None and found.size and np.array_equal(found, np.full_like(found, filler), equal_nan=True):
+        raise AssertionError(unwritten or f"nothing was written: {what} still holds the {filler:g} it held before")
     bad = ~(np.abs(np.asarray(found, np.float64) - expected) <= atol + rtol * np.abs(expected))
     if bad.any():
         at = tuple(int(i) for i in np.argwhere(bad)[0])

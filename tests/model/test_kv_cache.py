@@ -126,7 +126,9 @@ def all_logits(source: RowMajorSource, ids: list[int], cuts: list[int]) -> Float
 
 @pytest.mark.spec("KV-1")
 @pytest.mark.parametrize(
-    "cuts", [list(range(1, 60)), [1], [59], [7, 8, 30]], ids=["one by one", "1 + 59", "59 + 1", "uneven"]
+    "cuts",
+    [list(range(1, 60)), [1], [59], [7, 8, 30]],
+    ids=["one by one", "blocks of 1 and 59", "blocks of 59 and 1", "uneven"],
 )
 def test_any_cut_of_a_text_into_blocks_gives_the_same_logits(tiny_source: RowMajorSource, cuts: list[int]) -> None:
     ids = random_ids(60)

@@ -31,12 +31,13 @@ def takes_in_order(world: World, takes: int, choose: Choose) -> None:
 
 @pytest.mark.spec("FETCH-1", "FETCH-2", "FETCH-3", "FETCH-4")
 @pytest.mark.parametrize(
-    ("n", "slots", "threads", "takes"),
+    "size",
     [(1, 1, 1, 3), (1, 2, 2, 2), (2, 1, 2, 4), (2, 2, 1, 3), (2, 2, 2, 2), (3, 2, 2, 2), (2, 3, 2, 1), (4, 3, 3, 1)],
+    ids="chunks {0[0]}, slots {0[1]}, threads {0[2]}, takes {0[3]}".format,
 )
-def test_in_every_interleaving_chunks_are_given_in_order_as_they_were_read(
-    n: int, slots: int, threads: int, takes: int
-) -> None:
+def test_in_every_interleaving_chunks_are_given_in_order_as_they_were_read(size: tuple[int, int, int, int]) -> None:
+    n, slots, threads, takes = size
+
     def run(choose: Choose) -> None:
         with World(range(10, 10 + n), slots, threads) as world:
             takes_in_order(world, takes, choose)
@@ -143,7 +144,7 @@ def test_reading_goes_ahead_as_far_as_the_ring_allows_also_into_the_next_token(
 
 
 @pytest.mark.spec("FETCH-2")
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3], ids="threads {}".format)
 def test_a_taken_chunk_stays_as_it_is_until_it_is_released_and_only_then_its_slot_is_read_into(threads: int) -> None:
     with World(range(5), 2, threads) as world:
         for _ in range(12):
@@ -193,7 +194,7 @@ def test_a_chunk_is_given_once_it_is_read_while_those_after_it_are_still_being_r
 
 
 @pytest.mark.spec("FETCH-4", "FETCH-1")
-@pytest.mark.parametrize("earlier", [0, 1])
+@pytest.mark.parametrize("earlier", [0, 1], ids=["read, then taken", "taken, then read after chunk 1"])
 def test_take_waits_for_its_own_chunk_and_for_no_other(earlier: int) -> None:
     """Chunk 0 is taken, and read before chunk 1 or after it; the world checks after each step what it should."""
     with World(range(5), 4, 2) as world:
@@ -211,7 +212,7 @@ def test_take_waits_for_its_own_chunk_and_for_no_other(earlier: int) -> None:
 
 
 @pytest.mark.spec("FETCH-13")
-@pytest.mark.parametrize("forgotten", [1, 2])
+@pytest.mark.parametrize("forgotten", [1, 2], ids="loans that nobody released {}".format)
 def test_a_release_also_ends_the_loans_before_it_that_nobody_released(forgotten: int) -> None:
     with World(range(9), 3, 1) as world:
         for _ in range(3):
@@ -224,7 +225,7 @@ def test_a_release_also_ends_the_loans_before_it_that_nobody_released(forgotten:
 
 
 @pytest.mark.spec("FETCH-2")
-@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("slots", [1, 2], ids="slots {}".format)
 def test_a_loan_that_ended_releases_nothing_when_the_same_tiles_are_lent_again(slots: int) -> None:
     """Typed views are made once for each slot, so two loans of one slot have the very same tiles."""
     assert not World.gave_up, GAVE_UP

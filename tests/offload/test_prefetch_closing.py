@@ -43,7 +43,7 @@ def test_closing_at_any_moment_ends_every_thread_and_every_wait(slots: int, thre
 
 
 @pytest.mark.spec("FETCH-7")
-@pytest.mark.parametrize("is_read", [False, True])
+@pytest.mark.parametrize("is_read", [False, True], ids=["a take that waits", "a chunk that has been read"])
 def test_a_take_of_a_closed_prefetcher_raises_an_error_also_if_it_was_waiting(*, is_read: bool) -> None:
     with World(range(3), 2, 1) as world:
         if is_read:

@@ -15,7 +15,7 @@ from packed_model import within
 
 
 @pytest.mark.spec("FETCH-6")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2], ids="threads {}".format)
 def test_an_error_is_raised_by_the_take_of_its_chunk_and_by_every_later_one(threads: int) -> None:
     """The world checks that no take waits for ever, and that chunk 0, which was read before, is still given."""
     with World(range(4), 3, threads) as world:

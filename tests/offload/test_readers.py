@@ -31,13 +31,14 @@ class Disk:
     def __init__(self) -> None:
         self.reads: list[int] = []
         self.broken: set[int] = set()
+        self.error: BaseException | None = None
 
     def read(self, chunk: int, slot: Bytes, thread: int) -> Bytes:
         require_equal(thread, 0, "the number of the thread that reads")
         self.reads.append(chunk)
         slot[:] = 0xEE
         if chunk in self.broken:
-            raise DamagedWeightsError(f"chunk {chunk}")
+            raise self.error or DamagedWeightsError(f"chunk {chunk}")
         slot[: 4 + chunk % 3] = chunk
         return slot[: 4 + chunk % 3]
 
@@ -101,17 +102,17 @@ class Pages:
         self.slots = slots(n_slots)
         self.disk = Disk()
         self._reader = LruPages(self.slots, self.disk.read)
-        self._takes: list[int] = []
+        self._takes: list[str] = []
 
     @property
     def story(self) -> str:
         """What has happened so far."""
-        latest = ", ".join(map(str, self._takes[-16:]))
+        latest = ", ".join(self._takes[-16:])
         return f"slots: {len(self.slots)}; takes: {'..., ' if len(self._takes) > 16 else ''}{latest}"
 
     def take(self, chunk: int, *, kept: bool) -> Bytes:
         """Take a chunk that is kept, or one that has to be read; return its tiles."""
-        self._takes.append(chunk)
+        self._takes.append(str(chunk))
         loan = self._reader.take(chunk)
         reads = self.disk.taken()
         if kept:
@@ -119,20 +120,25 @@ class Pages:
         else:
             assert reads, f"{self.story}; the last one reads nothing, although chunk {chunk} is not kept"
             assert reads == [chunk], f"{self.story}; the last one reads {reads}"
+        assert isinstance(loan, Loan), f"`take` returns a {type(loan).__name__}, not a Loan of the tiles"
         tiles: Bytes = loan.tiles
+        is_read = isinstance(tiles, np.ndarray)
+        what = "a tuple (slot, tiles)" if isinstance(tiles, tuple) else f"a {type(tiles).__name__}"
+        assert is_read, f"the loan's `tiles` is {what}, not what `_read` returned"
         assert tiles.tolist() == content(chunk), f"{self.story}; the last one gives the bytes of chunk {tiles[0]}"
         self._reader.release(loan)
         return tiles
 
-    def fail(self, chunk: int) -> None:
-        """Take a chunk of which the read fails."""
-        self._takes.append(chunk)
-        self.disk.broken = {chunk}
-        with suppress(DamagedWeightsError):
+    def fail(self, chunk: int, error: BaseException | None = None) -> None:
+        """Take a chunk of which the read ends in an error."""
+        error = error or DamagedWeightsError(f"chunk {chunk}")
+        self._takes.append(f"{chunk} (its read ends in {type(error).__name__})")
+        self.disk.broken, self.disk.error = {chunk}, error
+        with suppress(type(error)):
             self._reader.take(chunk)
-            raise AssertionError(f"{self.story}; the last one raises no error, although chunk {chunk} cannot be read")
-        self.disk.broken = set()
-        require_equal(self.disk.taken(), [chunk], f"{self.story} (the last one fails); what is read")
+            raise AssertionError(f"{self.story}; no error is raised")
+        self.disk.broken, self.disk.error = set(), None
+        require_equal(self.disk.taken(), [chunk], f"{self.story}; what is read")
 
     def slot_of(self, tiles: Bytes) -> int:
         """Return the number of the slot that a chunk lies in."""
@@ -180,7 +186,7 @@ def test_the_chunk_that_was_used_longest_ago_is_forgotten() -> None:
 
 
 @pytest.mark.spec("READ-4")
-@pytest.mark.parametrize("n_slots", [2, 3, 1])
+@pytest.mark.parametrize("n_slots", [2, 3, 1], ids="slots {}".format)
 def test_a_read_that_fails_keeps_nothing_and_loses_no_slot(n_slots: int) -> None:
     pages = Pages(n_slots)
     for chunk in range(n_slots):
@@ -198,6 +204,17 @@ def test_a_read_that_fails_keeps_nothing_and_loses_no_slot(n_slots: int) -> None
         pages.take(chunk, kept=True)
 
 
+@pytest.mark.spec("READ-4")
+def test_a_read_that_is_interrupted_loses_no_slot_either() -> None:
+    pages = Pages(2)
+    for chunk in (0, 1):
+        pages.take(chunk, kept=False)
+    pages.fail(9, KeyboardInterrupt())  # chunk 0 has been forgotten for it, and its slot is free
+    pages.take(9, kept=False)
+    for chunk in (1, 9):
+        pages.take(chunk, kept=True)
+
+
 @pytest.mark.spec("READ-2")
 @given(n_slots=st.integers(1, 4), takes=st.lists(st.integers(0, 5), max_size=16))
 def test_a_chunk_is_kept_until_as_many_others_as_there_are_slots_have_been_used(n_slots: int, takes: list[int]) -> None:
@@ -209,8 +226,8 @@ def test_a_chunk_is_kept_until_as_many_others_as_there_are_slots_have_been_used(
 
 
 @pytest.mark.spec("READ-2")
-@pytest.mark.parametrize("n", [1, 2, 3, 6])
-@pytest.mark.parametrize("n_slots", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [1, 2, 3, 6], ids="chunks {}".format)
+@pytest.mark.parametrize("n_slots", [1, 2, 3, 5], ids="slots {}".format)
 def test_a_cyclic_scan_reads_everything_again_unless_all_of_it_fits(n: int, n_slots: int) -> None:
     pages = Pages(n_slots)
     for scan in range(4):

@@ -319,7 +319,7 @@ def notes(golden_tied: PackedModel) -> Notes:
 
 
 @pytest.mark.spec("OFFLOAD-7")
-@pytest.mark.parametrize(("first", "n"), [(0, 1), (4, 2), (7, 3)])
+@pytest.mark.parametrize(("first", "n"), [(0, 1), (4, 2), (7, 3)], ids=["one", "two", "three"])
 def test_chunks_are_given_one_by_one_from_their_number_in_the_cycle_on(notes: Notes, first: int, n: int) -> None:
     expected = [f"chunk {number}" for number in range(first, first + n)]
     require_items(notes.run(first, n).given, expected, f"chunks({first}, {n}): what is given as number")
@@ -341,7 +341,7 @@ def test_a_chunk_is_taken_when_it_is_asked_for_and_released_when_the_next_one_is
     for number in (2, 4, 5):
         steps = [f"take of chunk {number}", f"product of chunk {number}", f"release of chunk {number}"]
         expected = [*steps, *expected] if number == 2 else [*expected, *steps]
-    require_items(notes.events, expected, "event")
+    require_items(notes.events, expected, "chunks(2, 4), of which 3 is locked: event")
 
 
 @pytest.mark.spec("OFFLOAD-14", "OFFLOAD-10")

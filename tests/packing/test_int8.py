@@ -20,7 +20,7 @@ from refinfer.packing import int4, int8
 from refinfer.packing.formats import layout_of, pack_matrix
 from refinfer.packing.int8 import Int8Array, dequantize, quantize
 from refinfer.packing.product import GemmScratch, Product, rows_at_once
-from words import require_equal, require_items, require_near
+from words import require_equal, require_error, require_items, require_near
 
 LARGEST = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)
@@ -66,11 +66,11 @@ def test_int8_keeps_every_weight_within_half_a_scale(w: Float32Array) -> None:
         ([127, 0.4, -0.6, 2.5, 3.5, -126.5], [127, 0, -1, 2, 4, -126], 1),
         ([-254, 1, 2, 3, -4.9, 0], [-127, 0, 1, 2, -2, 0], 2),
     ],
-    ids=["scale 1", "scale 2"],
+    ids=["a row with scale 1", "a row with scale 2"],
 )
 def test_int8_rounds_to_the_nearest_step_and_ties_to_even(row: list[float], expected: list[int], scale: float) -> None:
     q, scales = quantize(np.array([row], np.float32))
-    require_near(scales, np.array([scale], np.float32), "the scale", ("row",))
+    require_equal(float(scales[0]), float(scale), f"the scale of the row {row}")
     for weight, ours, right in zip(row, q[0].tolist(), expected, strict=True):
         require_equal(ours, right, f"with the scale {scale}, q for the weight {weight:g}")
     assert dequantize(q, scales)[0].tolist() == [right * scale for right in expected]
@@ -107,7 +107,9 @@ def test_rows_of_zeros_or_of_nearly_nothing_become_zero_in_int8(zero: float) -> 
 
 
 @pytest.mark.spec("PACK-10")
-@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (2, 32), (3, 33), (4, 64), (2, 95), (17, 130)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 31), (2, 32), (3, 33), (4, 64), (2, 95), (17, 130)], ids="{0[0]} rows of {0[1]}".format
+)
 def test_quantising_a_row_to_int8_does_not_depend_on_the_rows_next_to_it(shape: tuple[int, int]) -> None:
     w = np.random.default_rng(0).standard_normal(shape, np.float32)
     q, scales = quantize(w)
@@ -124,8 +126,8 @@ def test_quantising_a_row_to_int8_does_not_depend_on_the_rows_next_to_it(shape: 
 def test_int8_refuses_nan_and_infinity_in_any_place(place: tuple[int, int], value: float) -> None:
     w = np.ones((3, 70), np.float32)
     w[place] = value
-    with pytest.raises(PackingError, match="NaN or infinity, which cannot be quantised"):
-        quantize(w)
+    what = f"`quantize` gets {value} in row {place[0]}, column {place[1]}"
+    require_error(PackingError, "NaN or infinity, which cannot be quantised", lambda: quantize(w), what)
 
 
 @pytest.mark.spec("PACK-21")
@@ -133,8 +135,8 @@ def test_int8_refuses_nan_and_infinity_in_any_place(place: tuple[int, int], valu
     "w", [np.ones((2, 3)), np.ones(3, "f4"), np.ones((0, 3), "f4")], ids=["float64", "a vector", "no rows"]
 )
 def test_only_a_float32_matrix_is_quantised_to_int8(w: Float32Array) -> None:
-    with pytest.raises(PackingError, match="a float32 matrix is wanted, not "):
-        quantize(w)
+    what = f"`quantize` gets {w.dtype} of shape {list(w.shape)}"
+    require_error(PackingError, "a float32 matrix is wanted, not ", lambda: quantize(w), what)
 
 
 @pytest.mark.spec("PACK-16")
@@ -159,6 +161,10 @@ def test_rows_lie_in_the_lanes_from_the_first_one_on_and_all_other_lanes_stay_as
     tiles = empty_tiles(2, K)
     tiles.q[:], tiles.scales[:] = 99, 99
     int8.pack(rows, tiles, first)
+    is_as_before = bool((tiles.q == 99).all() and (tiles.scales == 99).all())
+    assert not is_as_before, (
+        "the tiles still hold the 99 they held before: nothing arrived. A `reshape` of these views is a copy"
+    )
     for lane in range(32):
         is_row = first <= lane < first + n
         expected = rows[lane - first].tolist() if is_row else [99] * K
@@ -274,7 +280,7 @@ def test_of_more_tiles_than_are_widened_at_a_time_none_is_forgotten(size: tuple[
 
 
 @pytest.mark.spec("PACK-32")
-@pytest.mark.parametrize("M", [1, 4, 20, 130])
+@pytest.mark.parametrize("M", [1, 4, 20, 130], ids="M {}".format)
 def test_the_scale_of_a_row_multiplies_its_sum_once_and_not_its_weights(M: int) -> None:
     x, q = whole(M, M, 100), some_q(35, 100)
     scales = (np.abs(normal(0, 35)) / 127).astype(np.float32)
@@ -306,4 +312,5 @@ def test_an_int8_product_allocates_no_memory_for_widened_weights(size: tuple[int
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 50_000, f"the product allocates {peak:,} bytes, and may use its scratch only"
+    # numpy's own buffers take some 100 kB if outputs are scaled part by part; weights, widened, half a megabyte or more
+    assert peak < 256 << 10, f"the product allocates {peak:,} bytes; what it widens belongs into its scratch"

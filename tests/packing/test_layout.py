@@ -48,8 +48,11 @@ def assert_whole(chunks: tuple[Chunk, ...], N: int, nr: int, tile_nbytes: int) -
 )
 def test_the_chunks_of_a_small_matrix_of_tiles_of_four_rows_are_these(N: int, expected: list[Chunk]) -> None:
     chunks = cut_into_chunks(N, 4, 1000, 1000)
+    asked = f"cut_into_chunks({N}, 4, 1000, 1000): "
+    require_equal(type(chunks).__name__, "tuple", f"{asked}what is returned")
     for name in ("first_row", "n_rows", "offset", "nbytes"):
-        require_items([getattr(c, name) for c in chunks], [getattr(c, name) for c in expected], f"{name} of chunk")
+        yours, right = ([getattr(chunk, name) for chunk in each] for each in (chunks, expected))
+        require_items(yours, right, f"{asked}{name} of chunk")
 
 
 @pytest.mark.spec("PACK-4")

@@ -176,7 +176,7 @@ def require_places_drawn(layout: GoiLayout, drawing: str) -> None:
         for place, cell in enumerate(cells.replace("|", " ").split(), start=int(at)):
             if match := re.fullmatch(r"w(\d)(\d)|w(\d+),(\d+)", cell):
                 n, k = (int(number) for number in match.groups() if number)
-                require_equal(layout.weight_index(n, k), place, f"weight_index({n}, {k})")
+                require_equal(layout.weight_index(n, k), place, f"{layout}.weight_index({n}, {k})")
 
 
 STRAIGHT = {name: drawn for name, drawn in DRAWINGS.items() if drawn[0].tile.sr == 1}

@@ -20,7 +20,8 @@ quoted in a fence whose title is the file and which has the name of the region b
     ```
 
 The script fills it with what stands between `# --8<-- [start:header]` and `# --8<-- [end:header]` in the file. If that
-is an exercise, between `# lab 05: ...` and `# end lab`, the fence is put into a box that readers open themselves.
+is an exercise, between `# lab 05: ...` and `# end lab`, the fence is put into a box that readers open themselves. So
+are the fences in GIVE_AWAY, which show the solution of a lab in another place.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ QUOTE: Final = re.compile(
     r"(?(box)\n</details>\n)",
     flags=re.MULTILINE,
 )
+GIVE_AWAY: Final = {
+    ("refinfer/weight_cache/file.py", "commit"): "05",
+    ("tutorials/shelf.py", "shelf"): "05",
+    ("refinfer/planning/simulate.py", "ring"): "12b",
+}
 _PAGE: Final = re.compile(rf"\A(?P<title># [^\n]+)\n\n{re.escape(START)}\n(?P<body>.*){re.escape(END)}\n", re.DOTALL)
 _CODE: Final = re.compile(r"^(?P<indent> *)```.*?^(?P=indent)```$|<!--.*?-->", flags=re.MULTILINE | re.DOTALL)
 _SPAN: Final = re.compile(r"(?P<ticks>`+)[^`]+(?P=ticks)")
@@ -124,12 +130,15 @@ def region(path: str, name: str) -> tuple[str, str]:
 
 
 def quote(path: str, name: str) -> str:
-    """The fence that quotes a region; in a closed box if the region is an exercise."""
+    """The fence that quotes a region; in a closed box if the region is an exercise, or gives one away."""
     text, lab = region(path, name)
     fence = f'<!-- quoted: {name} -->\n```python title="{path}"\n{text}```\n'
-    if not lab:
+    if lab:
+        box = f"Lab {lab} asks you to write this part of <code>{path}</code> yourself. Here is ours"
+    elif lab := GIVE_AWAY.get((path, name), ""):
+        box = f"Lab {lab} asks you to write much the same in another place. Here is <code>{path}</code>"
+    else:
         return fence
-    box = f"Lab {lab} asks you to write this part of <code>{path}</code> yourself. Here is ours"
     return f'<details markdown="1"><summary>{box}</summary>\n\n{fence}\n</details>\n'
 
 

@@ -69,6 +69,27 @@ def test_the_source_of_a_lab_is_quoted_in_a_closed_box(source: Path) -> None:
 
 
 @pytest.mark.spec("BOOK-12")
+def test_source_that_gives_a_lab_away_is_quoted_in_a_closed_box_too(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.write_text(SOURCE)
+    monkeypatch.setattr(doors, "GIVE_AWAY", {("a.py", "one"): "05"})
+    boxed = quote("a.py", "one")
+    assert boxed.startswith('<details markdown="1"><summary>Lab 05 ')
+    assert [found["name"] for found in QUOTE.finditer(boxed)] == ["one"]
+    assert quote("a.py", "two") == '<!-- quoted: two -->\n```python title="a.py"\nreturn 1\n```\n'
+
+
+@pytest.mark.spec("BOOK-12")
+def test_what_gives_a_lab_away_is_quoted_and_is_no_exercise_itself() -> None:
+    text = "".join(path.read_text() for path in TUTORIALS)
+    quoted = {(found["path"], found["name"]) for found in QUOTE.finditer(text)}
+    for path, name in doors.GIVE_AWAY:
+        assert (path, name) in quoted
+        assert not doors.region(path, name)[1]
+
+
+@pytest.mark.spec("BOOK-12")
 def test_a_box_comes_and_goes_with_its_lab_and_leaves_what_stands_around_it(source: Path) -> None:
     source.write_text(SOURCE)
     plain = quote("a.py", "one")

@@ -119,13 +119,17 @@ def require_ends(seconds: Sequence[tuple[int, int]], slots: int, expected: Seque
     """Require that tokens of these units end when they should."""
     units = [Unit(read_s, compute_s) for read_s, compute_s in seconds]
     listed = ", ".join(f"{read_s}+{compute_s}" if read_s else f"locked+{compute_s}" for read_s, compute_s in seconds)
-    asked = f"ring of {slots}, {threads} thread{'s' if threads > 1 else ''}, units of {listed} s: "
+    asked = (
+        f"ring of {slots}, {threads} thread{'s' if threads > 1 else ''}, units (s to read + s to compute) {listed}: "
+    )
+    names = ("token 0 (the first)", "token 1 (the second)", "token 2 (the third)")
     ends = [0.0, *expected]
     for tokens in range(1, len(ends)):
         run = simulate(units, Ring(slots), prefetch_threads=threads, tokens=tokens)
         if tokens == 1:
-            require_equal(run.first_token_s, ends[1], f"{asked}the end of token 0")
-        require_equal(run.token_s, ends[tokens] - ends[tokens - 1], f"{asked}the seconds of token {tokens - 1}")
+            require_equal(run.first_token_s, ends[1], f"{asked}the end of {names[0]}, in s,")
+        end = ends[tokens - 1] + run.token_s
+        require_equal(end, ends[tokens], f"{asked}the end of {names[tokens - 1]}, in s,")
 
 
 @pytest.mark.spec("SIM-1")

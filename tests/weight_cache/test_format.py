@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
+import struct
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, Final
@@ -83,6 +84,9 @@ def refusal(page: bytes, nbytes: int = 5 * PAGE) -> str | None:
         decode_header(page, nbytes)
     except CacheFileError as error:
         return error.reason
+    except struct.error as error:  # its class is called `error` only
+        what = f"a page of {len(page):,} bytes ends in struct.error: {error}"
+        raise AssertionError(what).with_traceback(error.__traceback__) from None
     return None
 
 
@@ -332,7 +336,9 @@ def test_a_bad_header_is_refused_with_its_reason(page: bytes, why: str) -> None:
 
 
 @pytest.mark.spec("FILE-3", "FILE-6")
-@pytest.mark.parametrize("nbytes", [LARGEST_INDEX + 1, 1 << 40, LARGEST - 4 * PAGE])
+@pytest.mark.parametrize(
+    "nbytes", [LARGEST_INDEX + 1, 1 << 40, LARGEST - 4 * PAGE], ids="an index of {:,} bytes".format
+)
 def test_an_index_too_large_to_be_read_is_refused(nbytes: int) -> None:
     for taken, why in ((LARGEST_INDEX, None), (nbytes, "its header contradicts itself")):
         size = 4 * PAGE + taken

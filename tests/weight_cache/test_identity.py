@@ -35,7 +35,7 @@ from refinfer.weight_cache.format import SourceFile
 from refinfer.weight_cache.identity import SideFile, Stat, believed, identify, side_path, unchanged
 from refinfer.weight_cache.load_or_build import Contents, load_or_build
 from refinfer.weight_cache.mapped_file import NO_FILE
-from words import require_equal
+from words import require_equal, require_error
 
 HEAD_BYTES = 64 << 10
 BLOCK_BYTES = 1 << 20
@@ -113,7 +113,11 @@ def test_files_are_identified_in_the_order_they_are_given(tmp_path: Path) -> Non
 
 
 @pytest.mark.spec("IDENT-1")
-@pytest.mark.parametrize("at", [0, HEAD_BYTES, 2 * BLOCK_BYTES - 1])
+@pytest.mark.parametrize(
+    "at",
+    [0, HEAD_BYTES, 2 * BLOCK_BYTES - 1],
+    ids=["its first byte", "the byte after its first 64 KiB", "its last byte"],
+)
 def test_a_file_that_changes_while_its_digest_is_taken_is_refused(tmp_path: Path, at: int) -> None:
     path = tmp_path / "w"
     write(path, 2 * BLOCK_BYTES)
@@ -122,8 +126,12 @@ def test_a_file_that_changes_while_its_digest_is_taken_is_refused(tmp_path: Path
     def change(_: int) -> None:
         flip(path, at)
 
-    with pytest.raises(WeightsError, match="w changed while it was read; try again"):
-        identify([path], SideFile(()), FAR_FUTURE_NS, change)
+    require_error(
+        WeightsError,
+        "w changed while it was read; try again",
+        lambda: identify([path], SideFile(()), FAR_FUTURE_NS, change),
+        f"byte {at:,} of w changed while `_digest` read it",
+    )
 
 
 @pytest.mark.spec("IDENT-1")

@@ -333,15 +333,24 @@ def error_of(work: Callable[[], object]) -> str:
     return "no error"
 
 
+def abandon(draft: Draft, what: str) -> None:
+    """Abandon a draft, which `what` names, and say in words that this must not be an error."""
+    try:
+        draft.abandon()
+    except (OSError, ValueError) as error:
+        said = f"`abandon` of {what} must not fail: {type(error).__name__}: {error}"
+        raise AssertionError(said).with_traceback(error.__traceback__) from None
+
+
 @pytest.mark.spec("PUBLISH-4", "PUBLISH-15")
 def test_only_the_draft_itself_is_published_or_removed(tmp_path: Path) -> None:
     draft = Draft(tmp_path / "a")
-    for _ in range(2):
-        draft.abandon()
+    for what in ("a new draft", "a draft that was abandoned before, and whose name is gone,"):
+        abandon(draft, what)
         assert not taken(tmp_path), "after `abandon` the draft is still there"
     draft = settled(tmp_path / "b")
     draft.publish()
-    draft.abandon()
+    abandon(draft, "a draft that was published, and whose old name is gone,")
     assert set(taken(tmp_path)) == {"b"}, "`abandon` after `publish` has removed the published file"
 
     draft = settled(tmp_path / "c")
@@ -350,7 +359,7 @@ def test_only_the_draft_itself_is_published_or_removed(tmp_path: Path) -> None:
     error = error_of(draft.publish)
     what = "a file that another process has put in the draft's place"
     assert "no longer the draft that was written" in error, f"`publish` of {what} ends with {error}"
-    draft.abandon()
+    abandon(draft, "a draft whose name is another file's")
     there = taken(tmp_path).get("c.tmp")
     require_equal(there, b"theirs", "after `abandon`, the content of a file that has the draft's name but is another's")
 
@@ -362,8 +371,13 @@ def test_only_the_draft_itself_is_published_or_removed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no room for the side file"):
         draft.publish()
     assert "d" in taken(tmp_path), "when `then` runs, the draft does not have its name yet"
+    abandon(draft, "a draft that has its new name, although publishing it failed after that,")
+    draft = settled(tmp_path / "d")
+    draft.then = fail
+    with pytest.raises(OSError, match="no room for the side file"):
+        draft.publish()
     later = Draft(tmp_path / "d")  # the draft's name is free, and so another one begins
-    draft.abandon()
+    abandon(draft, "a draft whose name is another builder's")
     assert "d.tmp" in taken(tmp_path), "`abandon` has removed the draft of the next builder, which has the same name"
     later.abandon()
 
