@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,17 @@ from refinfer.labs.regions import blank, regions_of, replaced
 
 ROOT = Path(__file__).parents[2]
 each_lab = pytest.mark.parametrize("lab", labs(), ids=lambda lab: lab.number)
-each_wrong = pytest.mark.parametrize("wrong", wrong_solutions(), ids=lambda wrong: f"{wrong.lab.number} {wrong.name}")
+
+# Two wrong solutions of each lab are tried with the slow tests; all others, which take minutes together, are long.
+WRONG = [
+    pytest.param(
+        wrong,
+        marks=pytest.mark.slow if n < 2 else pytest.mark.long,
+        id=f"{wrong.lab.number} {wrong.name}",
+    )
+    for _, of_lab in groupby(wrong_solutions(), key=lambda wrong: wrong.lab.number)
+    for n, wrong in enumerate(of_lab)
+]
 
 
 @pytest.mark.spec("LAB-1")
@@ -109,9 +120,8 @@ def test_every_lab_has_five_wrong_solutions_or_more(lab: Lab) -> None:
     assert {each.law for each in wrong} <= {test.rpartition("::")[2] for test in lab.tests}
 
 
-@pytest.mark.slow
 @pytest.mark.spec("LAB-12", "LAB-13")
-@each_wrong
+@pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_solution_is_named_by_its_law_in_a_line_that_people_can_read(
     wrong: WrongSolution, tmp_path: Path
 ) -> None:
