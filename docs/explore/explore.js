@@ -105,5 +105,16 @@ self.refinferExplore = (() => {
     }).observe(node);
   }
 
+  // Every page of the site has this script (mkdocs.yml), and this asks for the others. A page names none of them: a view
+  // of the repository would show that as text.
+  for (const name of ["packing", "schedule"]) {
+    if (!document.getElementById(`${name}-explorer`)) continue;
+    for (const file of [`data/${name}.js`, `${name}.js`]) {
+      const script = html("script", { src: new URL(file, folder).href });
+      script.async = false; // in this order
+      document.head.append(script);
+    }
+  }
+
   return { html, svg, picture, load, choice, expand, place, bytes, arrows, points, whenWide };
 })();

@@ -21,7 +21,8 @@ quoted in a fence whose title is the file and which has the name of the region b
 
 The script fills it with what stands between `# --8<-- [start:header]` and `# --8<-- [end:header]` in the file. If that
 is an exercise, between `# lab 05: ...` and `# end lab`, the fence is put into a box that readers open themselves. So
-are the fences in GIVE_AWAY, which show the solution of a lab in another place.
+are the fences in GIVE_AWAY, which show the solution of a lab in another place. A view of the repository does not show
+titles of fences, so there the file's name stands above, or on the box.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ END: Final = "<!-- --8<-- [end:page] -->"
 CLAUSE: Final = re.compile(r'^- <a id="([A-Z]+-\d+)"></a>', flags=re.MULTILINE)
 QUOTE: Final = re.compile(
     r'(?P<box><details markdown="1"><summary>Lab [^\n]*</summary>\n\n)?'
+    r'(?:^<div class="in-the-repository"[^\n]*><code>[\w/]+\.py</code></div>\n\n)?'
     r'^<!-- quoted: (?P<name>[\w-]+) -->\n```python title="(?P<path>[\w/]+\.py)"\n(?s:.*?)^```\n'
     r"(?(box)\n</details>\n)",
     flags=re.MULTILINE,
@@ -130,7 +132,10 @@ def region(path: str, name: str) -> tuple[str, str]:
 
 
 def quote(path: str, name: str) -> str:
-    """The fence that quotes a region; in a closed box if the region is an exercise, or gives one away."""
+    """The fence that quotes a region; in a closed box if the region is an exercise, or gives one away.
+
+    Without a box the file's name is above it for the repository, which shows no titles of fences.
+    """
     text, lab = region(path, name)
     fence = f'<!-- quoted: {name} -->\n```python title="{path}"\n{text}```\n'
     if lab:
@@ -138,7 +143,7 @@ def quote(path: str, name: str) -> str:
     elif lab := GIVE_AWAY.get((path, name), ""):
         box = f"Lab {lab} asks you to write much the same in another place. Here is <code>{path}</code>"
     else:
-        return fence
+        return f'<div class="in-the-repository" data-search-exclude><code>{path}</code></div>\n\n{fence}'
     return f'<details markdown="1"><summary>{box}</summary>\n\n{fence}\n</details>\n'
 
 

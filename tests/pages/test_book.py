@@ -58,7 +58,9 @@ def minutes_to_read(page: str) -> float:
     quotations = sum('.py"' in head for head in heads)
     others = sum("title=" not in head for head in heads)
     prose = re.sub(
-        r"<!--.*?-->|<summary>.*?</summary>|</?details[^>]*>|\]\([^)]*\)|\]\[[^]]*\]", "", _FENCE.sub("", body)
+        r"<!--.*?-->|<div .*?</div>|<summary>.*?</summary>|</?details[^>]*>|\]\([^)]*\)|\]\[[^]]*\]",
+        "",
+        _FENCE.sub("", body),
     )
     return len(prose.split()) / WORDS_A_MINUTE + quotations + others / 2
 

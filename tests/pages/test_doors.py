@@ -48,13 +48,17 @@ class A:
 
     # --8<-- [end:one]
 """
+NAMED = (
+    '<div class="in-the-repository" data-search-exclude><code>a.py</code></div>\n\n'  # the site has the fence's title
+)
 
 
 @pytest.mark.spec("BOOK-12")
 def test_a_quotation_has_neither_margin_nor_marks(source: Path) -> None:
     source.write_text(SOURCE)
-    assert quote("a.py", "one") == ('<!-- quoted: one -->\n```python title="a.py"\ndef f(self):\n    return 1\n```\n')
-    assert quote("a.py", "two") == '<!-- quoted: two -->\n```python title="a.py"\nreturn 1\n```\n'
+    one = '<!-- quoted: one -->\n```python title="a.py"\ndef f(self):\n    return 1\n```\n'
+    assert quote("a.py", "one") == NAMED + one
+    assert quote("a.py", "two") == NAMED + '<!-- quoted: two -->\n```python title="a.py"\nreturn 1\n```\n'
     with pytest.raises(LookupError, match=r"a\.py has no region three"):
         quote("a.py", "three")
 
@@ -77,7 +81,7 @@ def test_source_that_gives_a_lab_away_is_quoted_in_a_closed_box_too(
     boxed = quote("a.py", "one")
     assert boxed.startswith('<details markdown="1"><summary>Lab 05 ')
     assert [found["name"] for found in QUOTE.finditer(boxed)] == ["one"]
-    assert quote("a.py", "two") == '<!-- quoted: two -->\n```python title="a.py"\nreturn 1\n```\n'
+    assert quote("a.py", "two") == NAMED + '<!-- quoted: two -->\n```python title="a.py"\nreturn 1\n```\n'
 
 
 @pytest.mark.spec("BOOK-12")

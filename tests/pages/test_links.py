@@ -24,7 +24,7 @@ DOCS: Final = ROOT / "docs"
 PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 IN_THE_REPOSITORY: Final = re.compile(r'<div class="in-the-repository".*?</div>\n', flags=re.DOTALL)
 # What the site makes something of, and a view of the repository shows as it is.
-SITE_ONLY: Final = re.compile(r"--8<--|\{:? ?[#.]|^\?\?\?|^!!!|^=== \"|^:::", flags=re.MULTILINE)
+SITE_ONLY: Final = re.compile(r"--8<--|<script|\{:? ?[#.]|^\?\?\?|^!!!|^=== \"|^:::", flags=re.MULTILINE)
 
 
 @dataclass(frozen=True)
