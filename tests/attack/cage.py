@@ -126,7 +126,10 @@ def _enter(folders: Sequence[Path], out: int, err: int, memory: int | None) -> N
 
 
 def guard(*folders: Path) -> Callable[[str, tuple[Any, ...]], None]:
-    """Return an audit hook that ends the process when it writes to a path outside all of `folders`."""
+    """Return an audit hook that ends the process when it writes to a path outside all of `folders`.
+
+    A device is no file, nor is a pipe, which may be opened by the number of its descriptor.
+    """
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
@@ -138,8 +141,10 @@ def guard(*folders: Path) -> Callable[[str, tuple[Any, ...]], None]:
             paths = args[: _CHANGES.get(event, 0)]
         for path in paths:
             if isinstance(path, (str, bytes, os.PathLike)):
-                where = Path(os.fsdecode(path)).parent.resolve()
-                if where.is_dir() and where != Path("/dev") and not any(map(where.is_relative_to, folders)):
+                whole = Path(os.fsdecode(path))
+                where = whole.parent.resolve()
+                inside = where == Path("/dev") or any(map(where.is_relative_to, folders))
+                if where.is_dir() and not inside and not (event == "open" and whole.is_fifo()):
                     os.write(2, f"{event} {path!r}\n".encode())
                     os._exit(ESCAPED)
 

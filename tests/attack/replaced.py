@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
+from pathlib import Path
 from types import CodeType
 
 
@@ -20,8 +21,12 @@ class MutantFinder(SourceFileLoader):
         self._source = source
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:
-        """Find the module if it is the one."""
-        return spec_from_file_location(name, self.path, loader=self) if name == self.name else None
+        """Find the module if it is the one, and the package it is looked for in is no copy of ours."""
+        file = Path(self.path)
+        folder = file.parent.parent if file.name == "__init__.py" else file.parent
+        if name != self.name or (path is not None and folder not in (Path(place).resolve() for place in path)):
+            return None
+        return spec_from_file_location(name, self.path, loader=self)
 
     def get_code(self, fullname: str) -> CodeType:
         """Compile the source; code that was compiled before is not used."""

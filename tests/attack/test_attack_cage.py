@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -33,6 +34,16 @@ def test_a_process_that_writes_outside_its_folder_is_ended(tmp_path: Path) -> No
     assert caged(inside, lambda: write(outside), elsewhere=[tmp_path]).status == 0
     outside.unlink()
     assert caged(inside, lambda: len(str((inside / "file").rename(outside)))).status == ESCAPED
+
+
+def test_a_process_may_write_to_a_device_and_to_a_pipe_that_it_opens_by_its_number(tmp_path: Path) -> None:
+    def write() -> int:
+        reader, writer = os.pipe()
+        Path("/dev/null").write_text("x")
+        Path(f"/dev/fd/{writer}").write_text("x")
+        return int(os.read(reader, 9) != b"x")
+
+    assert caged(tmp_path, write).status == 0
 
 
 def test_a_process_that_takes_too_much_time_or_memory_is_ended(tmp_path: Path) -> None:

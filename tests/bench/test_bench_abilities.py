@@ -164,3 +164,21 @@ def test_speeds_are_measured_once_the_calibration_has_this_disk_and_processor(
     (tmp_path / "refinfer").mkdir()
     (tmp_path / "refinfer" / CALIBRATION_FILE).write_text("{}")
     assert not verdicts(machine)[ability].works
+
+
+@pytest.mark.spec("CLI-22")
+@pytest.mark.parametrize(
+    ("module", "ability", "why"),
+    [
+        ("fcntl", "file locks in the cache directory", "this system has no flock"),
+        ("resource", "packed weights locked in memory", "this system has no mlock"),
+        ("tokenizers", "the tokenizers package, for other tokenizers than refinfer's own", "it is not installed"),
+    ],
+)
+def test_what_rests_on_a_module_that_is_not_there_is_missing(
+    module: str, ability: str, why: str, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_abilities, "find_spec", lambda name: None if name == module else object())
+    verdict = verdicts(machine)[ability]
+    assert not verdict.works
+    assert verdict.why.startswith(why)

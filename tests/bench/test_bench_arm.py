@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,11 +119,13 @@ def test_an_arm_reports_its_budget_and_its_reads_if_it_has_any_and_its_time_in_a
     name: str, tmp_path: Path
 ) -> None:
     write_checkpoint(tmp_path / "m", replace(TINY, vocab_size=256, num_hidden_layers=1), dtype="f32")
+    started = time.perf_counter()
     measured = run_arm(tmp_path / "m", tmp_path / "w", Arm("f32", 0.8, name))
-    assert measured["token_s"] > 0
+    whole_s = time.perf_counter() - started
+    assert 0 < measured["token_s"] < whole_s
     assert (measured["offload"] is None) == (measured["read_s"] is None) == (name in ("mmap", "resident"))
     if measured["offload"] is not None:
-        assert measured["read_s"] > 0
+        assert 0 < measured["read_s"] < whole_s
         assert measured["offload"]["plan"] == ("balanced" if name == "balanced" else "optimal")
 
 
@@ -148,6 +154,54 @@ def test_a_memory_limit_is_real_and_its_group_is_gone_afterwards(
     assert f"refinfer-bench-{os.getpid()}" in done[0].stdout
     assert done[0].returncode == -signal.SIGKILL
     assert not (groups / f"refinfer-bench-{os.getpid()}").exists()
+
+
+@pytest.mark.spec("BENCH-11")
+@pytest.mark.parametrize(
+    ("arm", "expected", "times"),
+    [
+        (Arm("int8", 0.5, "balanced", 1), ("int8", "50.0%", "balanced", 1, 1), 1),
+        (Arm("f32", 0.25, "optimal", 3, products=4, threads=2), ("f32", "25.0%", "optimal", 3, 2), 4),
+    ],
+)
+def test_a_process_loads_the_model_as_its_arm_says(
+    arm: Arm, expected: tuple[object, ...], times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    products: list[int] = []
+
+    def load(model: str, **options: Any) -> nullcontext[None]:
+        asked.update(options)
+        return nullcontext()
+
+    monkeypatch.setattr(bench_arm, "load", load)
+    monkeypatch.setattr(bench_arm, "_multiply_often", products.append)
+    monkeypatch.setattr(bench_arm, "_measured", lambda session, of: asdict(of))
+    bench_arm.child("a model", "a file", json.dumps(asdict(arm)), str(tmp_path / "report"))
+    assert json.loads((tmp_path / "report").read_text()) == asdict(arm)
+    assert tuple(asked[name] for name in ("weights", "budget", "plan", "prefetch_threads", "threads")) == expected
+    assert products == [times]
+
+
+@pytest.mark.spec("BENCH-11")
+@pytest.mark.parametrize("name", ["optimal", "mmap"])
+def test_the_bytes_read_per_token_are_those_of_the_last_generation_divided_by_its_tokens(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a session that reads as many bytes for each token as this test says."""
+    read = {"bytes": 7}
+
+    def generate(token_ids: list[int], max_tokens: int = 100) -> Iterator[str]:
+        for _ in range(max_tokens):
+            read["bytes"] += 1000
+            yield "a"
+
+    stats = SimpleNamespace(tokens_per_s=4.0, offload=None, peak_rss_bytes=1)
+    monkeypatch.setattr(bench_arm, "_bytes_read", lambda: read["bytes"])
+    monkeypatch.setattr(bench_arm, "_read_only_s", lambda *_: 0.5)
+    session: Any = SimpleNamespace(generate=generate, stats=stats)
+    measured = bench_arm._measured(session, Arm("f32", 0.5, name))
+    assert (measured["read_bytes_per_token"], measured["token_s"]) == (1000, 0.25)
 
 
 @pytest.mark.spec("BENCH-11")

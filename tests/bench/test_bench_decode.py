@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from refinfer.bench import decode
+from refinfer.bench.naive import NaiveDecoder, _softmax
 from refinfer.cli.main import main
+from refinfer.errors import GenerationError
 from refinfer.model.config import ModelConfig
 
 
@@ -41,3 +44,20 @@ def test_the_naive_decode_agrees_with_the_transformer(config: ModelConfig, monke
     (row,) = decode.decode_rows(rounds=1, progress=lambda: done.append(None))
     assert len(done) == 1
     assert row["largest_difference"] < 1e-4
+
+
+@pytest.mark.spec("BENCH-4")
+def test_decoders_that_do_not_agree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = NaiveDecoder.decode
+    monkeypatch.setattr(decode, "DECODE_SHAPES", decode.DECODE_SHAPES[:1])
+    monkeypatch.setattr(decode, "interleave", None)  # whoever calls it fails
+    monkeypatch.setattr(NaiveDecoder, "decode", lambda self, token_id: right(self, token_id) + np.float32(0.1))
+    with pytest.raises(GenerationError, match="the two decoders differ by"):
+        next(decode.decode_rows(rounds=1))
+
+
+@pytest.mark.spec("BENCH-4")
+def test_the_naive_softmax_bears_scores_whose_exponential_is_no_float32() -> None:
+    shares = _softmax(np.array([[-1000, 0, 999, 1000]], np.float32))
+    assert shares.sum() == pytest.approx(1)
+    assert shares[0].tolist() == sorted(shares[0].tolist())

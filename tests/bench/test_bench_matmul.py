@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import mmap
+import tracemalloc
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from threadpoolctl import threadpool_limits
 
@@ -58,6 +61,53 @@ def test_everything_bench_matmul_times_computes_the_same_product(M: int, monkeyp
     for name, (_, _, product) in matmul.candidates(matmul.Weights(w), x).items():
         result = product(0)
         np.testing.assert_allclose(np.asarray(result), exact, atol=coarse.get(name, 1e-4), err_msg=name)
+
+
+@pytest.mark.spec("BENCH-5")
+def test_products_by_tiles_are_compared_from_2_to_16_rows_of_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_STREAMED_BYTES", 0)
+    weights = matmul.Weights(np.ones((64, 96), np.float32))
+    compared = [M for M in range(1, 20) if "f32-by-tiles" in matmul.candidates(weights, np.ones((M, 96), np.float32))]
+    assert compared == list(range(2, 17))
+
+
+@pytest.mark.spec("BENCH-5")
+def test_the_bytes_of_a_candidate_are_those_of_the_weights_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_STREAMED_BYTES", 0)
+    weights = matmul.Weights(np.ones((64, 96), np.float32))
+    nbytes = {name: read for name, (read, _, _) in matmul.candidates(weights, np.ones((1, 96), np.float32)).items()}
+    packed = {name: sum(buffer.nbytes for buffer in copies[0].buffers) for name, copies in weights.packed.items()}
+    row_major = weights.row_major[0].nbytes
+    assert nbytes.pop("int8-naive") == weights.int8[0].nbytes + weights.int8_scales.nbytes
+    assert nbytes == dict.fromkeys(nbytes, row_major) | packed
+
+
+@pytest.mark.spec("BENCH-5")
+def test_packed_products_are_timed_in_memory_that_is_there_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_STREAMED_BYTES", 0)
+    weights, x = matmul.Weights(np.ones((512, 512), np.float32)), np.ones((64, 512), np.float32)
+    compared = matmul.candidates(weights, x)
+    for name in (*FORMATS, "f32-4k-pages"):
+        product = compared[name][2]
+        product(0)
+        tracemalloc.start()
+        product(0)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < x.nbytes, name
+
+
+@pytest.mark.spec("BENCH-5")
+def test_every_copy_of_a_matrix_begins_a_page_wherever_its_memory_begins() -> None:
+    array = np.arange(5000, dtype=np.float32)
+    for shift in (0, 16, 4095):
+
+        def memory(nbytes: int, at: int = shift) -> npt.NDArray[np.uint8]:
+            return np.frombuffer(mmap.mmap(-1, nbytes + at), np.uint8)[at:]
+
+        copies = matmul._copies(array, 3, memory)
+        assert [copy.ctypes.data % 4096 for copy in copies] == [0, 0, 0]
+        assert all((copy == array).all() for copy in copies)
 
 
 @pytest.mark.spec("BENCH-15")

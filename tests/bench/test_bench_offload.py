@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 from refinfer.bench import offload
 from refinfer.bench.arm import POSITIONS, Arm, can_limit_memory
 from refinfer.bench.arm import run_arm as run_arm_of_the_bench
+from refinfer.bench.calibrate import to_json
 from refinfer.bench.offload import MODEL, arms, offload_bench, steps
 from refinfer.inventory import Inventory
 from refinfer.offload.calibration import CALIBRATION_FILE, known_calibration
+from refinfer.packing.formats import FORMATS
 from refinfer.planning.account import fixed_of
+from refinfer.planning.cost import Device, Processor
 from refinfer.planning.plan import PLANS, smallest_budget
 
 TINY: Final = replace(
@@ -209,3 +213,35 @@ def test_budgets_too_small_for_a_format_are_named_and_not_run(monkeypatch: pytes
     one_layer = replace(MODEL, num_hidden_layers=1)
     assert offload_bench(config=one_layer)["too_small"] == ["bf16 10%", "int8 10%", "int4 10%", "int4 25%"]
     assert offload_bench(config=one_layer, quick=True)["too_small"] == offload_bench()["too_small"] == []
+
+
+@pytest.mark.spec("BENCH-12")
+@pytest.mark.parametrize(("speed", "products"), [(1.0, 6), (100.0, 1)])
+def test_a_compute_heavy_run_multiplies_as_often_as_half_of_the_reads_take_and_is_planned_for_that(
+    speed: float, products: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a disk of 1 or 100 GB/s, and a processor that multiplies 12 GB/s."""
+    processor = Processor("p", {name: {1: 1 / 12e9, 8: 1e-9} for name in FORMATS}, 0.0, "a test")
+    device = Device("d", {1: speed * 1e9, 2: speed * 1e9}, 0.0, "a test")
+
+    def calibrate(folder: Path, rounds: int) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        (folder / CALIBRATION_FILE).write_text(json.dumps(to_json(None, folder, device, processor)))
+        return {"calibration_file": str(folder / CALIBRATION_FILE)}
+
+    monkeypatch.setattr(offload, "calibrate", calibrate)
+    for heavy in (False, True):
+        wanted = products if heavy else 1
+        assert offload._calibrate(tmp_path, Inventory(TINY, "f32"), rounds=1, compute_heavy=heavy) == wanted
+        found = known_calibration(tmp_path / "refinfer" / CALIBRATION_FILE, tmp_path).processor
+        assert found.seconds_per_byte["f32"] == pytest.approx({1: wanted / 12e9, 8: 1e-9})
+
+
+@pytest.mark.spec("BENCH-11")
+def test_an_arm_is_shown_with_its_threads_if_they_are_not_the_usual_ones_and_the_title_names_the_models_size() -> None:
+    shown = offload.BENCH.columns["arm"]
+    usual = {"arm": "optimal", "prefetch_threads": 2}
+    assert [shown(usual | more) for more in ({}, {"threads": 1}, {"threads": 2}, {"prefetch_threads": 1})] == [
+        "optimal", "optimal", "optimal, both cores", "optimal, 1 thread",
+    ]  # fmt: skip
+    assert f"{4 * MODEL.n_parameters / 1e9:.1f} GB of float32" in offload.BENCH.title

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from refinfer.bench import share
+from refinfer.bench.start import GIGABYTE
 from refinfer.errors import GenerationError
 from refinfer.model.config import SHAPES
 from refinfer.model.synth import write_checkpoint
@@ -74,3 +75,16 @@ def test_bench_share_has_a_row_for_each_format_place_and_number_of_processes(mon
     assert len(done) == share.BENCH.steps() == len(rows)
     keys = list(share.BENCH.columns.values())[: share.BENCH.keys]
     assert len({tuple(show(row) for show in keys) for row in rows}) == len(rows)  # its first columns name a row
+
+
+@pytest.mark.spec("BENCH-10")
+def test_a_system_that_does_not_report_sizes_is_named_and_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    monkeypatch.setattr(share, "_pss_of", lambda *_: [1])
+    with pytest.raises(GenerationError, match="bench share needs Linux"):
+        next(share.share_rows(SHAPES["tiny"]))
+
+
+@pytest.mark.spec("BENCH-10")
+def test_the_title_names_the_size_of_the_model() -> None:
+    assert f"{4 * GIGABYTE.n_parameters / 1e9:.2f} GB of float32" in share.BENCH.title

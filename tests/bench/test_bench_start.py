@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from refinfer.bench import start
+from refinfer.errors import GenerationError
 from refinfer.model.config import SHAPES
 from refinfer.model.synth import write_checkpoint
 from refinfer.packing.formats import FORMATS
@@ -83,6 +85,30 @@ def test_reading_and_checking_alone_take_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.spec("BENCH-9")
+def test_the_title_names_the_size_of_the_model() -> None:
+    assert f"{4 * start.GIGABYTE.n_parameters / 1e9:.2f} GB of float32" in start.BENCH.title
+
+
+@pytest.mark.spec("BENCH-9")
+def test_a_start_that_fails_is_one_named_error(tmp_path: Path) -> None:
+    with pytest.raises(GenerationError, match=r"a start failed: .*nothing here"):
+        start.run_start(tmp_path / "nothing here", "int8", ":memory")
+
+
+@pytest.mark.spec("BENCH-9")
+@pytest.mark.parametrize("able", [True, False])
+def test_a_page_cache_that_has_nothing_to_drop_or_drops_nothing_is_left_alone(
+    able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is not there yet, as before the first build, or a system that cannot be asked."""
+    (tmp_path / "file").write_bytes(bytes(5000))
+    if not able:
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    monkeypatch.setattr(os, "open", None if not able else os.open)
+    start.drop_page_cache(tmp_path / ("nothing here" if able else "file"))
+
+
+@pytest.mark.spec("BENCH-9")
 def test_a_start_loads_what_the_one_before_it_built(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m", SHAPES["tiny"])
     states = [
@@ -92,7 +118,7 @@ def test_a_start_loads_what_the_one_before_it_built(tmp_path: Path) -> None:
     assert states == ["memory", "built", "loaded"]
 
 
-@pytest.mark.spec("BENCH-9")
+@pytest.mark.spec("BENCH-9", "BENCH-17")
 def test_each_start_finds_the_files_that_its_row_speaks_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for the starts: one that is given a file builds it if it is not there."""
     model, file = tmp_path / "m", tmp_path / "w.packed"
@@ -127,6 +153,8 @@ def test_each_start_finds_the_files_that_its_row_speaks_of(tmp_path: Path, monke
     assert not file.exists()
     keys = list(start.BENCH.columns.values())[: start.BENCH.keys]
     assert len({tuple(show(row) for show in keys) for row in rows}) == len(rows)  # its first columns name a row
+    compared = [(row["mode"], row["verify"]) for row in rows if row["checked_ratio"] is not None]
+    assert compared == [("load", True)] * 2
     # each start takes twice as long as the one before it, and the first two of a round pack into memory
     warm_or_cold = {"warm": 0, "cold": 1}
     assert [row["ratio_to_none"] for row in rows] == [

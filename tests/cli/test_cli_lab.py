@@ -92,6 +92,41 @@ def test_the_list_of_a_damaged_workspace_is_refused(here: Path) -> None:
     assert "lab.json is damaged" in refused("lab", "list")
 
 
+@pytest.mark.spec("LAB-15")
+@pytest.mark.usefixtures("here")
+def test_each_hint_is_one_more_and_says_which_it_is_until_there_are_no_others() -> None:
+    run("lab", "start")
+    lab = lab_of("1")
+    for count, ending in ((1, ""), (2, ""), (3, ""), (3, ": there are no more")):
+        shown = " ".join(run("lab", "hint")[1].split())
+        assert shown == f"lab 01, {lab.title}, hint {count} of 3{ending} {lab.hints[count - 1]}"
+
+
+@pytest.mark.spec("LAB-15")
+@pytest.mark.usefixtures("here")
+def test_places_that_give_a_lab_away_are_named() -> None:
+    for number in ("3", "7"):
+        shown = " ".join(run("lab", "start", "--only", number, number)[1].split())
+        lab = lab_of(number)
+        assert (f"these places give it away: {', '.join(lab.spoilers)}" in shown) == bool(lab.spoilers)
+
+
+@pytest.mark.spec("LAB-15")
+def test_when_all_labs_are_done_the_others_are_named(here: Path) -> None:
+    run("lab", "start", "--only", "1")
+    Workspace.find(here / "refinfer-labs").finish(lab_of("1"))
+    shown = " ".join(run("lab")[1].split())
+    assert "is done; refinfer lab run writes a text with your code" in shown
+    assert "refinfer lab reset 02 opens one of 02, 03" in shown
+
+
+@pytest.mark.spec("LAB-5", "LAB-17", "CLI-4")
+@pytest.mark.parametrize("argv", [["start"], ["grade", "ann"]], ids=" ".join)
+@pytest.mark.usefixtures("here")
+def test_actions_that_take_folders_have_no_option_for_one(argv: list[str]) -> None:
+    assert "unrecognized arguments: --dir" in refused("lab", *argv, "--dir", "bob")
+
+
 @pytest.mark.spec("LAB-13", "LAB-6")
 def test_a_check_has_status_one_until_the_lab_is_passed_and_then_names_the_next(here: Path) -> None:
     run("lab", "start")
@@ -176,6 +211,7 @@ def test_a_solution_is_shown_after_passing_or_when_the_lab_is_given_up(here: Pat
     assert status == 0
     assert "+np.matmul(q, keys, out=scores)" in out
     assert lab_of("1").shows[:40] in out
+    assert f"next: lab 02, {lab_of('2').title}" in out
     workspace = Workspace.find(here / "refinfer-labs")
     assert workspace.state_of(lab_of("1")) == "given up"
     assert workspace.source(LAYERS) == (PACKAGE.parent / LAYERS).read_text()

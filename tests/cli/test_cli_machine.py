@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from refinfer.bench import abilities, offload
-from refinfer.cli.machine import _facts, benches
+from refinfer.cli.machine import _facts, benches, print_bench
 from refinfer.cli.main import main
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -129,6 +129,19 @@ def test_json_is_one_object_whose_rows_are_written_as_they_come(
     result = json.loads("".join(written))
     assert list(result) == ["machine", "rounds", "rows"]
     assert result["rows"] == [{"number": 0}, {"number": 1}, {"number": 2}]
+
+
+@pytest.mark.spec("BENCH-3")
+def test_a_table_of_a_bench_names_the_machine_below(capsys: pytest.CaptureFixture[str]) -> None:
+    print_bench(offload.BENCH, {"rows": []}, KNOWN)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert offload.BENCH.title in shown
+    assert " on a processor, 3 cores; numpy 9.8, ablas 1.2 " in shown
+
+
+@pytest.mark.spec("BENCH-3", "CLI-4")
+def test_a_bench_without_a_name_is_refused() -> None:
+    assert "the following arguments are required: NAME" in refused("bench")
 
 
 @pytest.mark.spec("BENCH-3")

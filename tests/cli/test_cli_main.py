@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import IO
 
@@ -176,6 +177,14 @@ def test_ctrl_c_while_the_program_starts_is_answered_the_same(module: str) -> No
     )
     done = subprocess.run([sys.executable, "-c", code, "generate", module], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"refinfer: interrupted\n")
+
+
+@pytest.mark.spec("CLI-34")
+def test_whoever_imports_the_module_that_starts_the_program_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function is imported from there by the script that pip installs, and by processes that are started afresh."""
+    monkeypatch.delitem(sys.modules, "refinfer.__main__", raising=False)
+    monkeypatch.setattr(sys, "argv", ["refinfer", "--version"])
+    assert callable(import_module("refinfer.__main__").main)
 
 
 @pytest.mark.spec("CLI-4", "CLI-1")

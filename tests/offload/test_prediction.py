@@ -189,6 +189,15 @@ def test_eight_tokens_after_the_prompt_the_simulator_is_asked_again_at_their_rat
     assert run.meter.estimate_s(INVENTORY, plan) is None
 
 
+@pytest.mark.spec("CAL-8")
+def test_reads_on_demand_are_those_of_the_one_thread_that_generates() -> None:
+    run = Tokens(1)
+    run.meter = Meter(run.recorder, 0)
+    for _ in range(2):
+        run.token(2, 1, 2)
+    assert run.meter.ideal_token_s == pytest.approx(2)
+
+
 @pytest.mark.spec("CAL-8", "CAL-9")
 def test_a_new_generation_forgets_the_tokens_of_the_one_before() -> None:
     run = Tokens(1)

@@ -26,6 +26,7 @@ from refinfer.model.synth import write_checkpoint
 from refinfer.model.transformer import Transformer
 from refinfer.offload import run as run_module
 from refinfer.offload.budget import Budget
+from refinfer.offload.prediction import Prediction
 from refinfer.offload.run import BudgetedRun, PlannedRun, Within, open_run, plan_run
 from refinfer.offload.store import FileStore
 from refinfer.packing.formats import FORMATS
@@ -485,3 +486,26 @@ def test_a_plan_rests_on_what_reads_cost_with_its_own_number_of_threads(
     monkeypatch.setattr("refinfer.offload.run.costs_of", noted)
     planned(model, threads)
     assert seen == [threads]
+
+
+@pytest.mark.spec("CAL-11")
+@pytest.mark.parametrize(
+    ("many", "io_bound", "same", "locks", "expected"),
+    [
+        (2, False, True, True, True),
+        (1, False, True, True, False),
+        (2, True, True, True, False),
+        (2, False, False, True, False),
+        (2, False, True, False, False),
+    ],
+)
+def test_threads_are_tried_if_there_are_several_products_are_the_limit_and_locked_chunks_show_the_same_bits(
+    many: int, io_bound: bool, same: bool, locks: bool, expected: bool, model: PackedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(run_module, "same_bits", lambda *_: same)
+    run = opened(model, planned(model, plan="leading" if locks else "none"))
+    assert bool(run.source.locked) == locks
+    run = replace(run, prediction=Prediction(1.0, io_bound, run.prediction.calibration))
+    assert run.may_try_threads(many) == expected
+    run.source.close()

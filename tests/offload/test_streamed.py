@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import replace
@@ -29,6 +30,7 @@ from refinfer.model.synth import write_checkpoint
 from refinfer.model.transformer import Transformer
 from refinfer.model.weights import WeightSource
 from refinfer.offload.budget import Budget
+from refinfer.offload.prefetch import Prefetcher
 from refinfer.offload.readers import Loan
 from refinfer.offload.run import PlannedRun, Within, open_run, plan_run
 from refinfer.offload.store import FileStore, Store
@@ -445,6 +447,38 @@ def test_damage_in_what_stays_in_memory_is_found_when_it_is_read(case: PackedMod
             streamed(case, case.most)
         change(case.file, chunk.offset + chunk.nbytes // 2)
     streamed(case, case.most).close()
+
+
+@pytest.mark.spec("OFFLOAD-11")
+def test_an_interrupt_while_chunks_are_locked_ends_the_sleep_of_a_throttled_store(
+    case: PackedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a store that sleeps in each read of a chunk until it is closed."""
+    begun, closed = threading.Event(), threading.Event()
+    ended_by_closing: list[bool] = []
+
+    class Sleeping(Recording):
+        def read(self, offset: int, into: Bytes) -> None:
+            if offset != case.vectors.offset:
+                begun.set()
+                ended_by_closing.append(closed.wait(10))
+            super().read(offset, into)
+
+        def close(self) -> None:
+            closed.set()
+
+    class Interrupted(Prefetcher):
+        def take(self, chunk: int) -> Loan:
+            assert begun.wait(WATCHDOG_S)
+            raise KeyboardInterrupt
+
+    store = Sleeping(case.built)
+    monkeypatch.setattr("refinfer.offload.streamed.Prefetcher", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        streamed(case, case.most - 1, store, threads=2)
+    assert ended_by_closing
+    assert all(ended_by_closing)
+    store.store.close()
 
 
 @pytest.mark.spec("OFFLOAD-9", "OFFLOAD-6")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -109,6 +110,13 @@ def test_every_device_and_processor_names_where_its_figures_come_from() -> None:
     assert "matmul.json" in HERE.processor.source
     assert (HERE.device, HERE.measured) == (DEVICES["virtual-disk"], False)
     assert not hasattr(DEVICES, "__setitem__")
+
+
+@pytest.mark.spec("COST-2")
+@pytest.mark.parametrize("name", sorted(set(DEVICES) - {"virtual-disk"}))
+def test_the_rate_of_a_device_is_the_one_that_its_source_states(name: str) -> None:
+    stated = [float(text.replace(",", "")) for text in re.findall(r"\d[\d,.]*", DEVICES[name].source)]
+    assert any(DEVICES[name].bandwidth[1] == pytest.approx(rate * 1e6) for rate in stated)
 
 
 @pytest.mark.spec("COST-2", "CLI-15")

@@ -13,6 +13,7 @@ from refinfer.cli.pictures import plan_svg
 from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
 from refinfer.packing.formats import FORMATS
+from refinfer.planning import report
 from refinfer.planning.account import Fixed
 from refinfer.planning.cost import DEVICES, HERE, PREFETCH_THREADS, Calibration, calibration_of, costs_of
 from refinfer.planning.plan import PLANS, Plan, Prefetch, make_plan, smallest_budget
@@ -176,6 +177,22 @@ def test_a_sweep_leaves_out_budgets_that_are_too_small_and_a_belady_of_many_chun
     large = Inventory(SHAPES["qwen2-0.5b"], "f32")
     (row,) = sweep_rows(large, FIXED, [FIXED.total + large.streamable_nbytes // 2], HERE, 1)
     assert row["tokens_per_s"]["belady"] is None
+
+
+@pytest.mark.spec("SIM-9")
+def test_a_belady_of_as_many_chunks_as_it_may_have_is_in_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    for longest in (len(STORYTELLER.cycle), len(STORYTELLER.cycle) - 1):
+        monkeypatch.setattr(report, "_LONGEST_BELADY", longest)
+        (row,) = sweep_rows(STORYTELLER, FIXED, [HALF], HERE, 1)
+        assert (row["tokens_per_s"]["belady"] is not None) == (longest == len(STORYTELLER.cycle))
+
+
+@pytest.mark.spec("SIM-9")
+def test_spans_are_kept_only_if_they_are_asked_for() -> None:
+    costs = costs_of(STORYTELLER, HERE, prefetch_threads=PREFETCH_THREADS)
+    plan = plan_of("optimal", HALF)
+    assert not simulate_plan(STORYTELLER, plan, costs).trace.spans
+    assert simulate_plan(STORYTELLER, plan, costs, traced=True).trace.spans
 
 
 @pytest.mark.spec("SIM-9", "SIM-7")
