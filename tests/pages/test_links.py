@@ -25,6 +25,8 @@ PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md")), 
 IN_THE_REPOSITORY: Final = re.compile(r'<div class="in-the-repository".*?</div>\n', flags=re.DOTALL)
 # What the site makes something of, and a view of the repository shows as it is.
 SITE_ONLY: Final = re.compile(r"--8<--|<script|\{:? ?[#.]|^\?\?\?|^!!!|^=== \"|^:::", flags=re.MULTILINE)
+NO_PROSE: Final = re.compile(r"\A---$.*?^---$|^(?P<indent> *)```.*?^(?P=indent)```$", flags=re.MULTILINE | re.DOTALL)
+ITEM: Final = re.compile(r" *(\d+\.|[-*]) ")
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,17 @@ def test_a_page_shows_nothing_in_the_repository_that_only_the_site_understands(p
     text = in_the_repository(path).text
     assert SITE_ONLY.findall(text) == []
     assert "][" not in text, "the label of a link stands for nothing"
+
+
+@named([path for path in PAGES if DOCS / "reference" not in path.parents])
+@pytest.mark.spec("BOOK-12")
+def test_an_item_of_a_list_follows_an_empty_line_or_another_item(path: Path) -> None:
+    """After anything else the site takes it for a part of the paragraph, and the repository for an item."""
+    before = ""
+    for line in NO_PROSE.sub("", path.read_text()).splitlines():
+        if ITEM.match(line):
+            assert not before.strip() or ITEM.match(before), line
+        before = line
 
 
 @named([path for path in PAGES if not path.is_relative_to(DOCS)])
