@@ -232,7 +232,7 @@ def _as_json(verdict: Verdict) -> dict[str, Any]:
         "clauses": list(failure.clauses) if failure else [],
         "lines": list(failure.lines) if failure else [],
         "printed": list(failure.printed) if failure else [],
-        "others": list(verdict.others),
+        "others": [other.sentence for other in verdict.failures[1:]],
         "notes": list(verdict.notes),
     }
 
@@ -255,8 +255,8 @@ def _report(verdict: Verdict) -> None:
         if failure.printed:
             _paragraph(f"your code printed: {' | '.join(failure.printed)}", "  ", "    ")
         _paragraph(_clauses_line(failure), "  ", "    ")
-        for other in verdict.others:
-            _paragraph(f"nor does this: {other}", "", "  ")
+        for other in verdict.failures[1:]:
+            _paragraph(f"nor does this: {other.sentence}", "", "  ")
     _paragraph(f"read: tutorial {lab.page}; for help: refinfer lab hint {lab.number}")
 
 

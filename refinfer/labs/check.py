@@ -75,7 +75,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The first law that does not hold: its sentence, its clauses with their text, what was seen, what was printed."""
+    """A law that does not hold: its sentence, its clauses with their text, what was seen, what was printed."""
 
     sentence: str
     clauses: tuple[str, ...]
@@ -88,15 +88,19 @@ class Verdict:
     """What a check found: how many of the lab's laws hold, and what to do about the first that does not.
 
     `problem` says why there is nothing to count, such as a syntax error; `notes` are about changes outside the lab.
-    `others` are the sentences of further laws that do not hold.
+    `failures` are the laws that do not hold, in the lab's order.
     """
 
     lab: Lab
     held: int
     problem: str | None = None
-    failure: Failure | None = None
+    failures: tuple[Failure, ...] = ()
     notes: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
+
+    @property
+    def failure(self) -> Failure | None:
+        """The first law that does not hold."""
+        return self.failures[0] if self.failures else None
 
     @property
     def passed(self) -> bool:
@@ -305,7 +309,7 @@ def _judge(lab: Lab, records: list[dict[str, Any]], clauses: dict[str, str], lin
             held += 1
         elif failed is not None:
             failures.append(_failure(failed, clauses, lines))
-    return Verdict(lab, held, None, next(iter(failures), None), others=tuple(each.sentence for each in failures[1:]))
+    return Verdict(lab, held, None, tuple(failures))
 
 
 def _failure(record: dict[str, Any], clauses: dict[str, str], lines: Lines) -> Failure:

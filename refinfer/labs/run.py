@@ -1,7 +1,8 @@
 """Text from the code of a workspace: what the student has written, in a clean copy, and ours for the rest.
 
-Matrices are in int8, within a budget, and locked by Algorithm 1, so that nearly every lab takes part. Runs in a process
-of its own. Leaves to others: the copy (`check`), generating (`generate`, in that copy).
+Matrices are in int8, within a budget, and locked by Algorithm 1, so that nearly every lab takes part. Packed weights
+are kept in the workspace: the second run packs nothing, unless the student's code packs in another way. Runs in a
+process of its own. Leaves to others: the copy (`check`), generating (`generate`, in that copy).
 Read more: tutorial 00; clause LAB-8.
 """
 
@@ -16,11 +17,14 @@ from pathlib import Path
 from typing import Final
 
 from refinfer.errors import LabError
-from refinfer.labs.catalogue import Lab, labs
+from refinfer.labs.catalogue import PACKAGE, Lab, labs
 from refinfer.labs.check import clean_copy, environment
 from refinfer.labs.workspace import Workspace
 
 __all__ = ["generate", "own_labs"]
+
+STORYTELLER: Final = PACKAGE / "storyteller"
+"""The model that texts are written with: ours, so that its packed weights are found again."""
 
 _UNUSED: Final = {"05", "09", "10b", "12b"}
 """Labs that take no part: a cache in memory, a page cache, a plan, and the simulator."""
@@ -43,11 +47,14 @@ def generate(workspace: Workspace, prompt: str) -> str | None:
             lines = clean_copy(copy, workspace, own_labs(workspace)[0])
         except LabError as error:
             return str(error)
-        command = [sys.executable, "-m", "refinfer", "generate", *_OPTIONS, *_SAMPLING, "--quiet", "--", prompt]
+        kept = workspace.folder.resolve() / "weight-cache"
+        cache = kept if os.access(workspace.folder, os.W_OK) else copy / "weight-cache"
+        command = [sys.executable, "-m", "refinfer", "generate", *_OPTIONS, *_SAMPLING, "--quiet"]
+        command += ["--model", str(STORYTELLER), "--", prompt]
         done = subprocess.run(  # noqa: S603  (this very program)
             command,
             cwd=copy,
-            env=environment(copy) | {"REFINFER_CACHE_DIR": str(copy / "weight-cache")},
+            env=environment(copy) | {"REFINFER_CACHE_DIR": str(cache)},
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",

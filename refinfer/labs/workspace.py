@@ -5,6 +5,7 @@
         lab.json        which lab is open, which were passed, how many hints were read
         refinfer/       the package; labs that nobody has come to yet are solved in it, except in the same file
         yours/          solutions that were there before a reset
+        weight-cache/   packed weights of `refinfer lab run`
 
 Writes and reads this folder. Leaves to others: what is right (`check`), what is printed (`cli.lab`).
 Read more: tutorial 00; clauses LAB-5 to LAB-8.
@@ -45,7 +46,7 @@ the next lab opens, and your own code runs in it.
 
     refinfer lab             what to do next
     refinfer lab check       does it hold? --watch checks whenever you save
-    refinfer lab run         text from the model, written by this copy
+    refinfer lab run         text from the model, written with your code; its packed weights are in weight-cache/
     refinfer lab hint        one hint at a time, three in all
     refinfer lab list        all labs
     refinfer lab reset 4     make lab 4 blank again, and go on there; yours is kept in yours/

@@ -225,6 +225,8 @@ def test_a_run_writes_a_text_at_any_time_and_names_the_students_parts(here: Path
     ours = subprocess.run(program("lab", "run", "JULIET:"), cwd=here, capture_output=True, text=True, check=False)
     assert ours.returncode == 0, ours.stderr
     assert ours.stderr == "all of it is our code so far\n"
+    (packed,) = (here / "refinfer-labs" / "weight-cache").glob("*.packed")
+    inode = packed.stat().st_ino
     solve(here, "1")
     run("lab", "check")
     theirs = subprocess.run(program("lab", "run", "JULIET:"), cwd=here, capture_output=True, text=True, check=False)
@@ -232,7 +234,11 @@ def test_a_run_writes_a_text_at_any_time_and_names_the_students_parts(here: Path
     assert theirs.stdout == ours.stdout
     assert theirs.stdout.startswith("JULIET:")
     assert theirs.stderr == "written with your code of 01 Attention with a KV cache; all else is ours\n"
-    assert {path.name for path in (here / "refinfer-labs").iterdir()} == {"README.md", "lab.json", "refinfer"}
+    assert {path.name for path in (here / "refinfer-labs").iterdir()} == {
+        *("README.md", "lab.json", "refinfer", "weight-cache")
+    }
+    assert packed.stat().st_ino == inode, "the second run packs nothing"
+    assert len(list(packed.parent.glob("*.packed"))) == 1
 
 
 @pytest.mark.spec("LAB-8")

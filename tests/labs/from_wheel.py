@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
+
+from refinfer.labs.catalogue import lab_of
+from refinfer.labs.regions import replaced
 
 
 def lab(folder: Path, *argv: str, status: int = 0) -> str:
@@ -27,6 +31,16 @@ def require(text: str, part: str) -> None:
         sys.exit(f"{part!r} is missing in:\n{text}")
 
 
+def write_wrong(workspace: Path, number: str) -> None:
+    """Write the first wrong solution of a lab into a workspace, as a student with an editor does."""
+    lab_ = lab_of(number)
+    path = min((Path(__file__).parent / "wrong" / number).glob("*.toml"))
+    for place, text in zip(lab_.places, tomllib.loads(path.read_text())["regions"], strict=True):
+        module = workspace / place.module
+        own = place.region.with_margin(text) if text.strip() else place.region.text
+        module.write_text(replaced(module.read_text(), {place.order: own}))
+
+
 def main(folder: Path) -> None:
     """Go through all labs, and write a text at the end."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,6 +51,10 @@ def main(folder: Path) -> None:
         require(lab(folder, "check", status=1), "not written yet")
         require(lab(folder, "hint"), "hint 1 of 3")
         lab(folder, "solution", status=2)
+        write_wrong(folder / "refinfer-labs", number)
+        wrong = json.loads(lab(folder, "check", "--json", status=1))
+        if wrong["problem"] or not wrong["first"] or wrong["passed"]:
+            sys.exit(f"a wrong solution is not named: {wrong}")
         require(lab(folder, "solution", "--give-up", "--apply"), "is ours now")
         checked = json.loads(lab(folder, "check", number, "--json"))
         if not checked["passed"]:

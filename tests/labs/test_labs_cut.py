@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lab_table
-from lab_trees import WrongSolution, after, tree, verdict_of, wrong_solutions
+from lab_trees import WrongSolution, after, failed_of, reach_of, tree, verdict_of, wrong_solutions
 from refinfer.labs.catalogue import PACKAGE, Lab, labs, places
 from refinfer.labs.check import sentence
 from refinfer.labs.regions import blank, regions_of, replaced
@@ -90,11 +90,12 @@ def test_a_solved_lab_passes_while_all_later_ones_are_blank(lab: Lab, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.spec("LAB-4")
 @each_lab
-def test_no_law_of_a_blank_lab_holds_and_the_first_names_the_lab(lab: Lab, tmp_path: Path) -> None:
+def test_no_law_of_a_blank_lab_holds_and_each_failure_names_the_lab(lab: Lab, tmp_path: Path) -> None:
     verdict = verdict_of(tmp_path, lab, blanks=[lab.number])
     assert (verdict.held, verdict.problem) == (0, None)
-    assert verdict.failure is not None
-    assert f"lab {lab.number}: " in verdict.failure.lines[0]
+    assert len(verdict.failures) == len(lab.tests)
+    for failure in verdict.failures:  # each has come to the region, and says which lab it is
+        assert f"lab {lab.number}: " in failure.lines[0], failure
 
 
 @pytest.mark.slow
@@ -133,3 +134,21 @@ def test_a_wrong_solution_is_named_by_its_law_in_a_line_that_people_can_read(
     first = verdict.failure.lines[0]
     assert len(first) <= 240
     assert not re.match(r"assert |\(|\[|Not equal|Arrays are not", first), first
+
+
+@pytest.mark.long
+@pytest.mark.spec("LAB-4")
+@each_lab
+def test_of_the_files_of_a_lab_only_tests_that_come_to_its_regions_fail_while_it_is_blank(
+    lab: Lab, tmp_path: Path
+) -> None:
+    files = list(dict.fromkeys(test.partition("::")[0] for test in lab.tests))
+    come_to: set[str] = set()
+    for place in lab.places:
+        region = place.region
+        lines = range(region.first + 1, region.end + 1)
+        folder = tmp_path / f"reach-{place.module.replace('/', '-')}-{place.order}"
+        come_to |= {test for test, (_, seen) in reach_of(folder, place.module, files).items() if set(lines) & set(seen)}
+    failed = failed_of(tmp_path / "blank", lab, files)
+    assert failed
+    assert failed <= come_to, sorted(failed - come_to)
