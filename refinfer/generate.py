@@ -2,7 +2,7 @@
 
 Turns prompts into text, and rebuilds a damaged cache once. Leaves to others: building a transformer from weights
 (`engine`), one user at a time (`one_user`), parsing options, terminals, JSON text.
-Read more: tutorial 00; clauses GEN-1 to GEN-11, GEN-16, GEN-17.
+Read more: tutorial 00; clauses GEN-1 to GEN-11, GEN-16, GEN-17, GEN-19 to GEN-24, CAL-11.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Measures fresh processes, with the page cache warm and cold, on a synthetic checkpoint of a gigabyte. Leaves to others:
 how a cache works.
-Read more: tutorial 06; clause BENCH-9.
+Read more: tutorial 06; clauses BENCH-9, BENCH-17.
 
 Every start is a process of its own, timed from inside: from the beginning of loading to the first token after a prompt
 of one token, with one BLAS thread. Python's own start and imports are not counted.

@@ -2,7 +2,7 @@
 
 Reads the entries of `calibration.json`, and derives costs from the start of a run that has none. Leaves to others:
 measuring and writing the file (`bench.calibrate`), plans.
-Read more: tutorial 11; clauses CAL-1 to CAL-6.
+Read more: tutorial 11; clauses CAL-1 to CAL-6, CAL-11.
 
     calibration.json, in the cache directory, written by `refinfer bench calibrate`:
 

@@ -2,7 +2,7 @@
 
 Leaves to others: the simulator and the bounds (`planning`), what reading and multiplying cost here (`calibration`), the
 run itself (`run`).
-Read more: tutorial 12; clauses GEN-18, CAL-4 to CAL-6.
+Read more: tutorial 12; clauses GEN-18, CAL-4 to CAL-10.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Chunks are read in the order of use into a ring: slots of memory for one chunk each, filled in turn. Leaves to others:
 what a chunk is, and how it is read.
-Read more: tutorial 10; clauses FETCH-1 to FETCH-12.
+Read more: tutorial 10; clauses FETCH-1 to FETCH-13.
 
 `order` has the n chunks that one token streams. Sequence numbers count them over all tokens: number k is chunk
 `order[k % n]`, read into slot `k % r` of a ring of r slots. Whoever multiplies takes a chunk, as a `Loan`, and releases

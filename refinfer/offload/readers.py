@@ -1,7 +1,7 @@
 """Readers give a source the chunks that stream: the interface, and two readers that prefetching is compared with.
 
 Leaves to others: reading ahead with threads (`prefetch`), files (`packed_file`).
-Read more: tutorials 08, 10; clauses OFFLOAD-7, READ-1 to READ-3.
+Read more: tutorials 08, 10; clauses OFFLOAD-7, READ-1 to READ-4.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Puts the pieces of this room together. Leaves to others: the cache file (`prepare`), which must exist already, and the
 transformer (`engine`).
-Read more: tutorial 12; clauses GEN-15, GEN-18, OFFLOAD-8, OPEN-7.
+Read more: tutorial 12; clauses GEN-15, GEN-18, OFFLOAD-8, OPEN-7, CAL-11.
 """
 
 from __future__ import annotations

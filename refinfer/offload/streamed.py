@@ -3,7 +3,7 @@
 Keeps the locked chunks, and lends each of the others for one product. Leaves to others: which chunks are locked
 (`planning.plan`), reading ahead (`prefetch`), where a chunk lies and how it is checked (`packed_file`), counting bytes
 (`budget`).
-Read more: tutorial 12; clauses OFFLOAD-7 to OFFLOAD-11, GEN-20.
+Read more: tutorial 12; clauses OFFLOAD-7 to OFFLOAD-11, OFFLOAD-14, OFFLOAD-15, GEN-20.
 
 The file is never mapped: a mapping brings pages into memory that no account counts. Here q 0 is chunk 0 of `q_proj`:
 

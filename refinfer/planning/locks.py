@@ -2,7 +2,7 @@
 
 Chooses by sizes and kinds of chunks alone. Leaves to others: budgets (`plan`), seconds (`cost`), the best answer
 (`optimal`).
-Read more: tutorial 09; clauses PLAN-2, PLAN-5 to PLAN-8.
+Read more: tutorial 09; clauses PLAN-2, PLAN-5 to PLAN-8, PLAN-23.
 
     none               nothing
     leading            the first chunks of the cycle: the unbalanced baseline of the paper, FlexInfer

@@ -5,7 +5,7 @@ bytes for locked chunks.
 
 Leaves to others: what each byte of a budget is spent on (`account`), the six simple plans (`locks`), the search for
 the best one (`optimal`), plans of a person's own (`own_plan`), files, threads, clocks.
-Read more: tutorial 09; clauses PLAN-1 to PLAN-4, PLAN-13, PLAN-19.
+Read more: tutorial 09; clauses PLAN-1 to PLAN-4, PLAN-13, PLAN-19, PLAN-22.
 """
 
 from __future__ import annotations
