@@ -242,12 +242,21 @@ def test_a_run_writes_a_text_at_any_time_and_names_the_students_parts(here: Path
 
 
 @pytest.mark.spec("LAB-8")
+def test_a_run_inside_the_workspace_takes_the_clean_copy_too(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("lab", "start")
+    monkeypatch.chdir(here / "refinfer-labs")  # a Python that begins here finds the student's package first
+    assert run("lab", "run", "JULIET:") == (0, "", "all of it is our code so far\n")
+
+
+@pytest.mark.spec("LAB-8")
 def test_an_error_of_the_students_code_in_a_run_is_one_line_with_its_place(here: Path) -> None:
     run("lab", "start")
     solve(here, "1")
     path = here / "refinfer-labs" / LAYERS
     path.write_text(path.read_text().replace("np.exp(scores, out=scores)", "np.exp(wrong)"))
     done = subprocess.run(program("lab", "run"), cwd=here, capture_output=True, text=True, check=False)
+    empty = "refinfer: the prompt is empty; give at least one token\n"
+    assert run("lab", "run", "") == (1, "", empty)
     assert done.returncode == 1
     assert done.stderr.startswith("refinfer: NameError: name 'wrong' is not defined (refinfer/model/layers.py, line ")
     assert done.stderr.count("\n") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -15,7 +16,7 @@ from refinfer.cli.planning import format_rate
 from refinfer.inventory import Inventory
 from refinfer.model.folder import DEFAULT_POSITIONS, open_folder
 from refinfer.planning.account import fixed_of
-from refinfer.planning.cost import DEVICES, PREFETCH_THREADS
+from refinfer.planning.cost import DEVICES, HERE, PREFETCH_THREADS, Calibration
 from refinfer.planning.plan import smallest_budget
 from refinfer.units import format_nbytes
 
@@ -30,6 +31,22 @@ both = pytest.mark.parametrize("command", ["plan", "simulate"])
 def test_a_rate_has_three_digits_or_if_it_is_large_one_after_the_point() -> None:
     rates = [None, 0.04384, 0.5, 9.996, 38.66, 1234.56]
     assert [format_rate(rate) for rate in rates] == ["", "0.0438", "0.500", "10.0", "38.7", "1,234.6"]
+
+
+@pytest.mark.spec("CLI-16", "CAL-4")
+@both
+def test_the_last_line_says_whether_the_figures_were_measured_here_and_by_what(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = replace(HERE.device, source="a bench in a file")
+    processor = replace(HERE.processor, source="a bench in a file")
+    for measured, line in (
+        (True, "disk and processor as measured here: a bench in a file"),
+        (False, "assuming: disk virtual-disk (a bench in a file); processor one core of the figures page (a bench"),
+    ):
+        calibration = Calibration(device, processor, measured)
+        monkeypatch.setattr(planning, "known_calibration", lambda *_, found=calibration: found)
+        assert line in " ".join(run(command, "--shape", SHAPE, "--budget", "60%")[1].split())
 
 
 @pytest.mark.spec("CLI-14", "CLI-15")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ import pytest
 
 from command_line import WATCHDOG_S, program
 from refinfer.cli import show
-from refinfer.cli.show import cache_line, format_seconds, listening
+from refinfer.cli.show import cache_line, format_seconds, listening, require_writable
+from refinfer.errors import InputError
 from refinfer.model.config import SHAPES
 from refinfer.model.synth import write_checkpoint
 from refinfer.weight_cache.load_or_build import CacheOutcome
@@ -104,3 +106,11 @@ def test_a_warning_about_a_model_reaches_standard_error_once(command: str, tmp_p
     )
     assert (done.returncode, done.stderr.count("warning: ")) == (0, 1), done.stderr
     assert "generation_config.json" in done.stderr
+
+
+@pytest.mark.spec("CLI-24")
+def test_a_folder_is_no_place_for_a_file_which_is_said_before_anything_is_computed(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))} cannot be written: Is a directory$"):
+        require_writable(str(tmp_path), "<svg")
+    require_writable(str(tmp_path / "x.svg"), "<svg")
+    assert not list(tmp_path.iterdir())

@@ -143,6 +143,7 @@ def test_the_gains_of_the_papers_experiment_stand_in_the_table_of_their_model(mo
     assert "┃ published " in small  # what was published is broken into lines before the table loses its frame
     assert (small.count("1.25 - 1.50"), small.count("7.00")) == (2 * len(PUBLISHED), 0)
     assert (large.count("7.00 - 7.00"), large.count("1.50")) == (2 * len(PUBLISHED), 0)
+    assert json_of("simulate", "--paper") == {"published": dict(PUBLISHED), "rows": rows}
 
 
 @pytest.mark.spec("CLI-15", "TRACE-3")

@@ -145,11 +145,13 @@ def test_if_everything_fits_everything_is_locked_and_there_is_no_ring(key: tuple
         plan = plan_of(name, inventory, fixed, budget)
         assert plan.locked == set(range(len(inventory.cycle)))
         assert (plan.ring_slots, plan.account.ring, plan.account.locked) == (0, 0, inventory.streamable_nbytes)
+        assert plan.streams is False
         assert plan.account.unused == budget - most
     if most - 1 >= smallest_budget(inventory, fixed):
         plan = plan_of(name, inventory, fixed, most - 1)
         assert len(plan.locked) < len(inventory.cycle)
         assert plan.ring_slots >= 2
+        assert plan.streams is True
 
 
 @pytest.mark.spec("PLAN-1", "ERR-1")

@@ -259,6 +259,14 @@ def test_windows_and_synchronous_reads_are_as_drawn_by_hand() -> None:
     ]
 
 
+@pytest.mark.spec("SIM-7")
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, None])
+@pytest.mark.parametrize("gate", [Ring(2), LayerDistance(1), Synchronous()], ids=str)
+def test_the_spans_of_the_last_two_tokens_are_kept(gate: Gate, tokens: int | None) -> None:
+    spans = simulate(TWO, gate, tokens=tokens, traced=True).trace.spans
+    assert sum(span.kind == "compute" for span in spans) == len(TWO) * (1 if tokens == 1 else 2)
+
+
 @pytest.mark.spec("SIM-1")
 def test_two_threads_read_two_units_at_once_on_lanes_of_their_own() -> None:
     units = [Unit(4, 1, 0, "a"), Unit(4, 1, 0, "b"), Unit(0, 2, 0, "locked")]
