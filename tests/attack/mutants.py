@@ -101,7 +101,7 @@ SHARED: Final = {
     "model/folder": ["test_generate", "test_prepare", "wild/test_wild_chat", "wild/test_wild_numbers"],
     "offload/streamed": ["sources/test_any_source"],
     "packing/layout": ["packing/test_formats"],
-    "packing/[bfi]*": ["packing/test_formats", "packing/test_matmul"],
+    "packing/[bfi]*": ["packing/test_formats", "packing/test_matmul", "planning/test_cost"],
     "sources/*": ["sources/test_*"],
     "weight_cache/file": ["weight_cache/test_provider"],
     "weight_cache/identity": ["weight_cache/test_side_file"],

@@ -256,7 +256,7 @@ def test_an_error_of_the_students_code_in_a_run_is_one_line_with_its_place(here:
     path.write_text(path.read_text().replace("np.exp(scores, out=scores)", "np.exp(wrong)"))
     done = subprocess.run(program("lab", "run"), cwd=here, capture_output=True, text=True, check=False)
     empty = "refinfer: the prompt is empty; give at least one token\n"
-    assert run("lab", "run", "") == (1, "", empty)
+    assert run("lab", "run", "") == (1, "\n", empty)
     assert done.returncode == 1
     assert done.stderr.startswith("refinfer: NameError: name 'wrong' is not defined (refinfer/model/layers.py, line ")
     assert done.stderr.count("\n") == 1

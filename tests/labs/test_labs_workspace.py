@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +137,30 @@ def test_passing_a_lab_opens_the_next_and_keeps_what_was_written(tmp_path: Path)
 
 
 @pytest.mark.spec("LAB-6")
-@pytest.mark.parametrize("loss", ["the file", "a comment"])
+@pytest.mark.parametrize("loss", ["the file", "its folder", "a comment"])
 def test_a_lab_can_be_reset_when_its_file_or_a_comment_is_gone(tmp_path: Path, loss: str) -> None:
     workspace = solved(tmp_path)
     if loss == "the file":
         (workspace.folder / LAYERS).unlink()
+    elif loss == "its folder":
+        shutil.rmtree((workspace.folder / LAYERS).parent)
     else:
         write(workspace, LAYERS, "    # end lab\n", "")
     workspace.open(lab_of("1"))
     assert all(is_blank(workspace.region(place)) for place in lab_of("1").places)
     workspace.solve(lab_of("1"))
     assert workspace.source(LAYERS) == (PACKAGE.parent / LAYERS).read_text()
+
+
+@pytest.mark.spec("LAB-9")
+def test_empty_lines_outside_a_lab_are_no_change_and_any_other_is_named(tmp_path: Path) -> None:
+    workspace, lab = solved(tmp_path), lab_of("1")
+    for old, new in (("\n\n\n", "\n"), ("import numpy as np\n", "import numpy as np\n\n\n\n")):
+        write(workspace, LAYERS, old, new)
+        assert workspace.strays(lab) == []
+    write(workspace, LAYERS, "import numpy as np\n", "import numpy\n")
+    (note,) = workspace.strays(lab)
+    assert LAYERS in note
 
 
 @pytest.mark.spec("LAB-7")
