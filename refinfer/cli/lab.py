@@ -164,7 +164,7 @@ def _next() -> None:
     if lab is None:
         _over(workspace)
         return
-    done = len(workspace.state.passed)
+    done = len({*workspace.state.passed} & {*workspace.state.course})
     say(f"{done} of {len(workspace.state.course)} labs passed")
     _show(lab, workspace)
     read = workspace.state.hints.get(lab.number, 0)
@@ -254,7 +254,8 @@ def _report(verdict: Verdict) -> None:
             _paragraph(line, "  ", "    ")
         if failure.printed:
             _paragraph(f"your code printed: {' | '.join(failure.printed)}", "  ", "    ")
-        _paragraph(_clauses_line(failure), "  ", "    ")
+        if failure.clauses:
+            _paragraph(_clauses_line(failure), "  ", "    ")
         for other in verdict.failures[1:]:
             _paragraph(f"nor does this: {other.sentence}", "", "  ")
     _paragraph(f"read: tutorial {lab.page}; for help: refinfer lab hint {lab.number}")
@@ -327,9 +328,13 @@ def _hint(args: argparse.Namespace) -> None:
 def _reset(args: argparse.Namespace) -> None:
     workspace = Workspace.find(args.dir)
     lab = lab_of(args.lab)
-    if (kept := workspace.open(lab)) is not None:
-        say(["what you had written is in", str(kept)])
+    _say_kept(workspace.open(lab))
     _show(lab, workspace)
+
+
+def _say_kept(kept: Sequence[Path]) -> None:
+    if kept:
+        say(["what you had written is in", *map(str, kept)])
 
 
 def _solution(args: argparse.Namespace) -> None:
@@ -346,7 +351,7 @@ def _solution(args: argparse.Namespace) -> None:
     if args.give_up and number_ not in workspace.state.passed:
         following = workspace.finish(lab, given_up=True)
     if args.apply:
-        workspace.solve(lab)
+        _say_kept(workspace.apply(lab))
         say(f"lab {number_} is ours now in {workspace.folder}")
     if following is not None:
         _go_on(workspace, following)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import SequenceMatcher, unified_diff
 from io import StringIO
+from itertools import count
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -192,10 +193,11 @@ class Workspace:
             LabError: the module is missing, or the comments around its regions have changed.
         """
         wanted = [each.region.lab for each in places() if each.module == place.module]
+        source = self.source(place.module)
         try:
-            found = regions_of(self.source(place.module))
+            found = regions_of(source)
         except LabError as error:
-            raise LabError(f"{place.module}: {error}" if "line " in str(error) else str(error)) from None
+            raise LabError(f"{place.module}: {error}") from None
         if [region.lab for region in found] != wanted:
             raise LabError(
                 f"{place.module}: the comments `# lab {place.region.lab}: ...` and `# end lab` have changed; put them "
@@ -262,7 +264,13 @@ class Workspace:
                 source = (PACKAGE.parent / module).read_text(encoding="utf-8")
             _write_whole(self.folder / module, replaced(source, wanted))
 
-    def open(self, lab: Lab) -> Path | None:
+    def apply(self, lab: Lab) -> list[Path]:
+        """Write our solution of a lab; return where the student's own is kept."""
+        kept = self._keep(lab)
+        self.solve(lab)
+        return kept
+
+    def open(self, lab: Lab) -> list[Path]:
         """Make a lab blank and the open one, as if it had not been passed; return where the student's own is kept."""
         kept = self._keep(lab)
         self.blank(lab)
@@ -276,13 +284,23 @@ class Workspace:
         self.save()
         return kept
 
-    def _keep(self, lab: Lab) -> Path | None:
-        """Write what a student has written of a lab into a file of its own."""
-        if not self.is_own(lab):
-            return None
-        path = next(p for n in range(1, 1000) if not (p := self.folder / "yours" / f"lab-{lab.number}-{n}.py").exists())
-        parts = [f"# {place.module}\n{self.region(place).lines}" for place in lab.places]
-        _write_whole(path, "\n".join(parts))
+    def _keep(self, lab: Lab) -> list[Path]:
+        """Write a student's own of a lab into a file of its own; a module without its markers is kept whole."""
+        texts: list[str] = []
+        try:
+            if self.is_own(lab):
+                texts = ["\n".join(f"# {place.module}\n{self.region(place).lines}" for place in lab.places)]
+            for place in lab.places:
+                self.region(place)
+        except LabError:
+            files = dict.fromkeys(self.folder / place.module for place in lab.places)
+            texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+        return [self._kept(lab, text) for text in texts]
+
+    def _kept(self, lab: Lab, text: str) -> Path:
+        names = (self.folder / "yours" / f"lab-{lab.number}-{n}.py" for n in count(1))
+        path = next(path for path in names if not path.exists())
+        _write_whole(path, text)
         return path
 
     def finish(self, lab: Lab, *, given_up: bool = False) -> Lab | None:

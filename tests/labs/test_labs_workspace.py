@@ -227,11 +227,29 @@ def test_a_run_uses_what_the_student_has_written_and_neither_blanks_nor_our_own(
 @pytest.mark.spec("LAB-6")
 def test_a_reset_keeps_what_was_written(tmp_path: Path) -> None:
     workspace = solved(tmp_path)
-    assert workspace.open(lab_of("1")) is None
+    assert workspace.open(lab_of("1")) == []
     for n in (1, 2):
         workspace.solve(lab_of("1"))
         write(workspace, LAYERS, "    np.exp(scores, out=scores)\n", "    scores[:] = np.exp(scores)\n")
-        kept = workspace.open(lab_of("1"))
+        (kept,) = workspace.open(lab_of("1"))
         assert kept == workspace.folder / "yours" / f"lab-01-{n}.py"
         assert "scores[:] = np.exp(scores)" in kept.read_text()
         assert workspace.is_blank(lab_of("1"))
+
+
+@pytest.mark.spec("LAB-6", "LAB-16")
+def test_our_solution_takes_the_place_of_the_students_only_after_that_was_kept(tmp_path: Path) -> None:
+    workspace = solved(tmp_path)
+    write(workspace, LAYERS, "    np.exp(scores, out=scores)\n", "    scores[:] = np.exp(scores)\n")
+    (kept,) = workspace.apply(lab_of("1"))
+    assert "scores[:] = np.exp(scores)" in kept.read_text()
+    assert workspace.source(LAYERS) == (PACKAGE.parent / LAYERS).read_text()
+
+
+@pytest.mark.spec("LAB-6")
+def test_a_reset_keeps_whole_files_whose_comments_are_gone(tmp_path: Path) -> None:
+    workspace = solved(tmp_path)
+    write(workspace, LAYERS, "    np.exp(scores, out=scores)\n", "    scores[:] = np.exp(scores)\n")
+    write(workspace, LAYERS, "    # end lab\n", "")
+    before = {workspace.source(module) for module in (LAYERS, KV_CACHE)}
+    assert {path.read_text() for path in workspace.open(lab_of("1"))} == before
