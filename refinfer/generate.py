@@ -309,7 +309,6 @@ class Session:
         for token_id in tokens.timed(self._token_ids(tokens, prompt_ids, n, sampling, rng)):
             if self._trial is not None and len(tokens.ids) > 1:
                 self._trial.took(tokens.last_s)
-                self.threads = self._trial.threads
             if token_id in self.model.config.eos_token_ids:
                 break
             if stream and (piece := stream.push(token_id)):
@@ -339,7 +338,10 @@ class Session:
             if self._latest is not tokens:
                 raise RequestError("this generation was ended by a later one of the same session")
             run = self._engine.now().run
-            with run.meter.token(first=not tokens.ids) if run else nullcontext():
+            # A prompt always has the session's own number of threads: its products might have other bits with another.
+            limit = blas_threads.limited(self._trial.threads) if self._trial and tokens.ids else nullcontext()
+            is_told = not tokens.ids or self._trial is None or self._trial.is_over  # by turns, a speed says little
+            with limit, run.meter.token(first=not tokens.ids) if run and is_told else nullcontext():
                 logits = self._next_logits(tokens.ids[-1:], prompt_ids)
             yield sample(logits, sampling, rng)
 

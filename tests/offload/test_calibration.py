@@ -459,7 +459,7 @@ def test_a_product_with_other_bits_is_noticed(weights: str, tmp_path: Path, monk
         assert not same_bits(inventory, source.locked, source.scratch, 2)
 
 
-@pytest.mark.spec("CAL-11")
+@pytest.mark.spec("CAL-11", "CAL-9", "GEN-2")
 @pytest.mark.parametrize(("io_bound", "asked", "tried"), [(False, None, True), (True, None, False), (False, 2, False)])
 def test_a_session_tries_blas_threads_if_products_are_the_limit_and_no_number_was_asked_for(
     io_bound: bool, asked: int | None, tried: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -467,7 +467,7 @@ def test_a_session_tries_blas_threads_if_products_are_the_limit_and_no_number_wa
     monkeypatch.setattr("refinfer.generate.default_threads", lambda _: 2)
     monkeypatch.setattr("refinfer.offload.run.predict", lambda *_, **__: Prediction(1.0, io_bound, HERE))
     write_checkpoint(tmp_path / "model", SHAPES["tiny"], dtype="f32", seed=1)
-    texts = []
+    texts, estimates = [], []
     with load(
         tmp_path / "model", weight_cache=tmp_path / "packed", budget="90%", threads=asked, max_positions=10
     ) as session:
@@ -476,10 +476,14 @@ def test_a_session_tries_blas_threads_if_products_are_the_limit_and_no_number_wa
                 pass
             assert session.stats is not None
             texts.append(session.stats.token_ids)
+            assert session.stats.offload is not None
+            estimates.append(session.stats.offload.estimated_tokens_per_s)
         assert (session._trial is not None) == tried
         assert session._trial is None or session._trial.is_over
-        assert session.threads in ({1, 2} if tried else {asked or 1})
+        assert session._trial is None or session._trial.threads in {1, 2}
+        assert session.threads == (2 if tried else asked or 1)  # that of every prompt
     assert texts[0] == texts[1]
+    assert [estimate is None for estimate in estimates] == [tried, False]  # turns do not count
 
 
 @pytest.mark.spec("CAL-5")
