@@ -9,8 +9,10 @@ times are looked at before and after every pass, which takes a microsecond: any 
 everything is checked again before the token is shown.
 
 A pass that finds chunks unchecked has threads check them in the order of use, ahead of the products. To check a chunk
-is to touch its pages, so this also brings the file into memory, several chunks at a time. The threads end with the
-pass: between passes a process may fork, and its child has no threads.
+is to touch its pages, so this also brings the file into memory. No core idles, and none is asked for twice: there is a
+core for each thread beside the one that multiplies, and whoever multiplies does not wait for a chunk that is under
+check, but checks one that the threads will come to later. The threads end with the pass: between passes a process may
+fork, and its child has no threads.
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Protocol, TypeAlias
 
 import numpy as np
 
 from refinfer.clock import Clock
-from refinfer.errors import GenerationError
+from refinfer.errors import DamagedWeightsError, GenerationError
 from refinfer.packing.formats import PackedMatrix
 from refinfer.packing.layout import Bytes, Tiles
+from refinfer.process import usable_cores
 from refinfer.sources.matrices import damaged
 from refinfer.weight_cache.format import Entry
 from refinfer.weight_cache.key import PackKey
@@ -35,7 +38,9 @@ from refinfer.whole_file import will_need
 
 __all__ = ["Ahead", "MakeAhead", "MappedChunks", "Watch"]
 
-_THREADS: Final = 2
+_MOST_THREADS: Final = 2
+"""How many threads check at most; more were never tried."""
+
 _SLOTS: Final = 8
 """How many chunks may be checked before they are used: enough that threads seldom wait, few enough for small memory."""
 
@@ -95,7 +100,9 @@ class Watch:
         self._checked_in = [-1] * len(self._chunks)
         self._make_ahead = ahead
         self._ahead: Ahead | None = None
-        self._awaited: set[int] = set()
+        self._awaited: set[int] = set()  # not yet used in this pass
+        self._unclaimed: set[int] = set()  # not yet begun to be checked
+        self._helped = 0  # whoever multiplies has claimed what it will of the chunks before this one
         self._process = os.getpid()
 
     @contextmanager
@@ -141,8 +148,10 @@ class Watch:
         order = [number for number, epoch in enumerate(self._checked_in) if epoch != self.epoch]
         if self._make_ahead is not None and order:
             slots = [np.empty(0, np.uint8)] * _SLOTS  # nothing is copied: a slot only stands for a chunk that is ahead
+            threads = max(1, min(usable_cores() - 1, _MOST_THREADS))
+            self._unclaimed, self._helped = set(order), 0
             try:
-                self._ahead = self._make_ahead(order, slots, self._bring, _THREADS)
+                self._ahead = self._make_ahead(order, slots, self._bring, threads)
             except GenerationError:  # no further thread can be started: each chunk is checked when it is used
                 return
             self._awaited = set(order)
@@ -152,7 +161,16 @@ class Watch:
         if number + _SLOTS < len(self._chunks):
             entry, index = self._chunks[number + _SLOTS]
             will_need(self._mapped.descriptor, entry.chunks[index].offset, entry.chunks[index].nbytes)
-        self.check(number)
+        if self._claim(number):
+            self.check(number)
+
+    def _claim(self, number: int) -> bool:
+        """Return whether nobody has begun to check a chunk; to the second who asks, somebody has."""
+        try:
+            self._unclaimed.remove(number)  # one step, in which no other thread can come
+        except KeyError:
+            return False
+        return True
 
     def require(self, number: int) -> None:
         """Return once a chunk has been checked.
@@ -162,9 +180,20 @@ class Watch:
         """
         if self._ahead is not None and number in self._awaited and os.getpid() == self._process:
             self._awaited.discard(number)
+            self._help(number)
             self._ahead.release(self._ahead.take(number))
-        else:
-            self.check(number)
+        self.check(number)
+
+    def _help(self, number: int) -> None:
+        """Check a few of the chunks that the threads will come to later, until `number` has been checked."""
+        first = max(self._helped, number + _SLOTS)
+        for later in range(first, min(first + _SLOTS, len(self._chunks))):
+            if self._checked_in[number] == self.epoch:
+                return
+            self._helped = later + 1
+            if self._claim(later):
+                with suppress(DamagedWeightsError):  # it is found again when the chunk is used, after those before it
+                    self.check(later)
 
     def check(self, number: int) -> None:
         """Check a chunk, unless that has been done since the last write.

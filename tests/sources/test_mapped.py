@@ -409,7 +409,7 @@ def test_every_chunk_is_checked_ahead_once_in_the_order_of_use_in_a_pass_that_ne
             clock.seconds += 10
         assert len(made) in (n, n + 1)  # twice, if the file was young
         assert made[-1].order == made[-1].taken == everything
-        assert (made[-1].slots, made[-1].threads, made[-1].closed) == (8, 2, 1)
+        assert (made[-1].slots, made[-1].closed) == (8, 1)
         del made[n:]
         os.utime(ahead.path)
 
@@ -461,7 +461,45 @@ def test_the_chunk_after_the_one_that_is_multiplied_is_under_check(
         for number, _ in enumerate(first._chunks.in_order()):
             assert offsets[number] in ended
             assert begun[offsets[number + 1]].wait(WATCHDOG_S)  # while this chunk is in use
-        assert by <= {"prefetch-0", "prefetch-1"}
+        assert by <= {"prefetch-0", "prefetch-1", "MainThread"}
+
+
+@pytest.mark.spec("OFFLOAD-13")
+def test_whoever_multiplies_checks_later_chunks_instead_of_waiting_for_one_that_is_under_check(
+    ahead: Mapped, made: list[Ahead], checked: list[int]
+) -> None:
+    """These threads have checked nothing yet when the first chunk is needed; of what they come to, nothing is left."""
+    transformer = ahead.again(StoppedClock(), Ahead)
+    transformer.decode([7])
+    offsets = [offset for _, _, offset, _ in ahead.chunks()]
+    beyond_the_ring = offsets[8:16]
+    first = checked.index(offsets[0])
+    assert checked[first - len(beyond_the_ring) : first] == beyond_the_ring
+    assert sorted(checked[: len(offsets) + 1]) == sorted([ahead.vectors.offset, *offsets])
+
+
+@pytest.mark.spec("OFFLOAD-13")
+@pytest.mark.parametrize("first", [3, 9, 12])
+def test_damage_that_whoever_multiplies_finds_early_is_named_when_its_chunk_is_used(
+    ahead: Mapped, made: list[Ahead], first: int
+) -> None:
+    places = list(ahead.chunks())
+    for _, _, offset, _ in (places[first], places[13]):
+        change(ahead.path, offset)
+    name, number = places[first][:2]
+    with pytest.raises(DamagedWeightsError, match=f"{re.escape(name)}, chunk {number},"):
+        ahead.again(StoppedClock(), Ahead).decode([7])
+    assert made[-1].taken == list(range(first + 1))
+
+
+@pytest.mark.spec("OFFLOAD-13")
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 1), (3, 2), (64, 2)])
+def test_the_products_keep_a_core_for_themselves(
+    ahead: Mapped, made: list[Ahead], monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
+) -> None:
+    monkeypatch.setattr("refinfer.sources.mapped.usable_cores", lambda: cores)
+    ahead.again(StoppedClock(), Ahead).decode([7])
+    assert [each.threads for each in made] == [threads] * len(made)
 
 
 @pytest.mark.spec("OFFLOAD-13", "FETCH-8")
