@@ -142,16 +142,13 @@ class _Round:
     def checked_ratio(self, page_cache: str) -> tuple[float, float]:
         """Return the time of a checked start divided by that of another way, and the least that this can be.
 
-        With a warm page cache the other way is an unchecked start; at best, checks and products share all cores evenly.
-        With a cold one it is an unchecked start or reading the file alone, the quicker one; at best, only products take
-        time.
+        With a warm page cache the other way is an unchecked start; with a cold one it is that or reading the file
+        alone, the quicker one. At best all cores share products and checks evenly, and nobody waits for the disk.
         """
         checked, unchecked = (self.starts[Start("load", page_cache, verify=verify)] for verify in (True, False))
-        products = self.starts[Start("load", "warm", verify=False)]
-        if page_cache == "warm":
-            return checked / unchecked, max(1.0, (products + self.check_s) / usable_cores() / products)
-        best = min(unchecked, self.read_s)
-        return checked / best, max(1.0, products / best)
+        other = unchecked if page_cache == "warm" else min(unchecked, self.read_s)
+        products_s = self.starts[Start("load", "warm", verify=False)]
+        return checked / other, (products_s + self.check_s) / usable_cores() / other
 
 
 def start_bench(
@@ -241,7 +238,7 @@ BENCH: Final = Bench(
         "own)",
         "times as soon": "the time to the first token of none, with the same page cache, divided by this row's",
         "checking": "this row's time to the first token, divided by that of the unchecked row or, cold, by the time to "
-        "read the file alone if that is less; in brackets the least there can be: warm, if products and checks share "
-        "all cores evenly, cold, if only the products took time",
+        "read the file alone if that is less; in brackets the least there can be, if all cores share products and "
+        "checks evenly",
     },
 )

@@ -40,14 +40,13 @@ def test_bench_start_measures_every_format_and_mode_in_fresh_processes(monkeypat
         numbers = [row[key] for key in ("checked_ratio", "least_checked_ratio", "read_alone_s", "check_alone_s")]
         if row["mode"] == "load" and row["verify"]:
             assert min(numbers) > 0
-            assert row["least_checked_ratio"] >= 1
         else:
             assert numbers == [None] * 4
     assert 0 < result["base_rss_bytes"] <= rows[0]["peak_rss_bytes"] * 1.2
 
 
 @pytest.mark.spec("BENCH-17")
-@pytest.mark.parametrize(("cores", "check_s", "least"), [(1, 3, 2.5), (2, 3, 1.25), (2, 1, 1), (4, 3, 1)])
+@pytest.mark.parametrize(("cores", "check_s", "least"), [(1, 3, 2.5), (2, 3, 1.25), (2, 1, 0.75), (4, 3, 0.625)])
 def test_warm_a_checked_start_is_compared_with_an_unchecked_one_and_with_cores_that_share_all_work(
     cores: int, check_s: float, least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,10 +56,11 @@ def test_warm_a_checked_start_is_compared_with_an_unchecked_one_and_with_cores_t
 
 
 @pytest.mark.spec("BENCH-17")
-@pytest.mark.parametrize(("unchecked", "read_s", "expected"), [(8, 5, (2, 1)), (5, 8, (2, 1)), (8, 2, (5, 1.5))])
+@pytest.mark.parametrize(("unchecked", "read_s", "expected"), [(8, 5, (2, 0.4)), (5, 8, (2, 0.4)), (8, 2, (5, 1))])
 def test_cold_a_checked_start_is_compared_with_the_better_of_an_unchecked_one_and_of_reading_alone(
-    unchecked: float, read_s: float, expected: tuple[float, float]
+    unchecked: float, read_s: float, expected: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(start, "usable_cores", lambda: 2)
     starts = {
         start.Start("load", "cold"): 10.0,
         start.Start("load", "cold", verify=False): unchecked,
