@@ -10,6 +10,7 @@ import errno
 import mmap
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,9 +46,14 @@ def describe_machine(folder: Path) -> dict[str, Any]:
         },
         "blas": _blas(),
         "numpy": np.__version__,
-        "python": platform.python_version(),
+        "python": platform.python_version() + ("" if _has_gil() else " without the GIL"),
         "system": f"{platform.system()} {platform.release()}",
     }
+
+
+def _has_gil() -> bool:
+    """Return whether one thread at a time runs Python code; free-threaded builds of Python 3.13 and later differ."""
+    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
 
 
 def _cpu_name() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import platform
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -104,3 +106,10 @@ def test_a_page_is_on_the_disk_before_the_page_cache_is_asked_to_drop_it(
     monkeypatch.setattr(os, "preadv", read)
     assert drops_pages(tmp_path) is dropped
     assert asked == [("sync", mmap.PAGESIZE), ("drop", mmap.PAGESIZE)]
+
+
+@pytest.mark.spec("BENCH-3")
+@pytest.mark.parametrize(("gil", "ending"), [(True, ""), (False, " without the GIL")])
+def test_a_python_whose_threads_run_at_once_is_named(monkeypatch: pytest.MonkeyPatch, gil: bool, ending: str) -> None:
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: gil, raising=False)
+    assert describe_machine(Path.cwd())["python"] == platform.python_version() + ending
