@@ -184,6 +184,7 @@ class World:
         self.order, self.n_slots, self.n_threads = tuple(order), slots, threads
         self.slots: list[Bytes] = [np.zeros(SLOT_BYTES, np.uint8) for _ in range(slots)]
         self.begun: list[Reading] = []
+        self._begins: list[Reading] = []  # as `begun`, since all threads rested
         self.under_way: list[Reading] = []
         self.reads: dict[int, Reading] = {}  # by number, since the last time the order was left
         self.to_read = self.taken = self.released = 0
@@ -241,13 +242,8 @@ class World:
     def _read(self, chunk: int, slot: Bytes, thread: int) -> Bytes:
         """What the prefetcher believes to be a disk."""
         with self._moved:
-            reading = Reading(len(self.begun), chunk, slot, thread)
-            if self._gated:
-                self._watch(reading)
-            self.begun.append(reading)
-            self.under_way.append(reading)
-            self.reads[self.to_read] = reading
-            self.to_read += 1
+            reading = Reading(len(self.begun) + len(self._begins), chunk, slot, thread)
+            self._begins.append(reading)
         slot[:] = POISON
         if self._gated:
             self.rest(threading.current_thread())
@@ -258,8 +254,23 @@ class World:
         slot[: content.size] = content
         return slot[: content.size]
 
+    def _note_reads(self) -> None:
+        """Write down the reads that have begun since all threads rested, in the order of use where they are in it.
+
+        Threads that were given their chunks in turn may begin to read them in another order.
+        """
+        while self._begins:
+            expected = self.order[self.to_read % len(self.order)]
+            reading = next((reading for reading in self._begins if reading.chunk == expected), self._begins[0])
+            self._begins.remove(reading)
+            self._watch(reading)
+            self.begun.append(reading)
+            self.under_way.append(reading)
+            self.reads[self.to_read] = reading
+            self.to_read += 1
+
     def _watch(self, reading: Reading) -> None:
-        """Write down what is wrong with a read that begins now."""
+        """Write down what is wrong with a read that has begun."""
         if self.seeking is not None:
             asked = self.order[self.seeking % len(self.order)]
             self.wrong.append(f"chunk {reading.chunk} is read, although chunk {asked} was asked for")
@@ -383,6 +394,7 @@ class World:
                 stop(thread)
             what = f"chunk {self.taking[0]} was never handed out: its take" if self.taking else "a thread"
             raise AssertionError(f"{what} never sleeps: it looks again and again, or keeps the lock from the others")
+        self._note_reads()
         assert not self.wrong, self.wrong[0]
         self._check_held()
         self._check_taking()
@@ -454,7 +466,7 @@ class World:
         """Let every read end, and check that every thread does."""
         if kind is not None:  # the test has failed already; only nothing must hang
             self._gated, self.wrong = False, []
-            for reading in self.begun:
+            for reading in (*self.begun, *self._begins):
                 reading.go.set()
             closer = threading.Thread(target=self.prefetcher.close, daemon=True)
             closer.start()
