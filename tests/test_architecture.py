@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors", "arrays", "units", "whole_file"},
     "inventory": {"arrays", "packing", "model"},
     "planning": {"errors", "arrays", "units", "trace", "packing", "model", "inventory"},
-    "sources": {"errors", "arrays", "clock", "whole_file", "packing", "weight_cache", "model", "inventory"},
+    "sources": {"errors", "arrays", "clock", "process", "whole_file", "packing", "weight_cache", "model", "inventory"},
     "offload": GROUND | ROOMS - {"offload"},
     "prepare": GROUND | {"packing", "weight_cache", "model", "inventory"},
     "engine": GROUND | ROOMS | {"prepare"},
