@@ -11,6 +11,7 @@ from files and from Python, and within limits on its steps, its memory and what 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
@@ -87,7 +88,7 @@ def _environment(strftime_now: Callable[[str], str]) -> ImmutableSandboxedEnviro
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise ChatTemplateError("--chat needs the jinja2 package: pip install 'refinfer[hf]'") from None
-    if tuple(int(part) for part in jinja2.__version__.split(".")[:3] if part.isdecimal()) < _LEAST_JINJA:
+    if tuple(map(int, re.findall("[0-9]+", jinja2.__version__)[:3])) < _LEAST_JINJA:
         least = ".".join(map(str, _LEAST_JINJA))
         raise ChatTemplateError(f"--chat needs jinja2 {least} or later, not {jinja2.__version__}")
 

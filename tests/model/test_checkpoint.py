@@ -7,6 +7,7 @@ import os
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from numpy.testing import assert_array_equal
 
 from refinfer.errors import SafetensorsError, WeightsError
 from refinfer.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
+from refinfer.model.config import ModelConfig
 from refinfer.model.safetensors import TensorSpec, write_safetensors
+from refinfer.model.synth import write_checkpoint
 
 ALL_BITS = np.arange(1 << 16, dtype=np.uint16)
 TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int32": "I32", "uint16": "BF16", "bool": "BOOL"}
@@ -161,7 +164,7 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path: Path) -> None:
 
 
 UNFIT = {
-    "missing": ("b", "has no tensor 'b'"),
+    "missing": ("b", "has no tensor 'b', which its config.json asks for"),
     "other shape": ("turned", "'turned' has the shape [3, 2], but config.json asks for [2, 3]"),
     "fewer dimensions": ("flat", "'flat' has the shape [6], but config.json asks for [2, 3]"),
     "integers": ("int32", "'int32' is stored as I32; supported are F32, F16, BF16"),
@@ -203,3 +206,24 @@ def test_only_a_part_of_the_long_names_of_an_index_is_repeated(tmp_path: Path) -
     index.write_text(json.dumps({"weight_map": {"x" * 70_000: "y" * 70_000}}))
     with pytest.raises(SafetensorsError, match=r"gives 'x+\.\.\.x+' the impossible file name 'y+\.\.\.y+'"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.spec("TENSOR-13")
+def test_layers_beyond_those_of_the_config_are_left_out(tmp_path: Path, tiny_config: ModelConfig) -> None:
+    write_checkpoint(tmp_path, tiny_config)
+    fewer = replace(tiny_config, num_hidden_layers=tiny_config.num_hidden_layers - 1)
+    assert set(open_checkpoint(tmp_path).of(fewer)) == set(fewer.tensor_shapes())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_the_first_tensor_that_holds_a_number_that_is_not_finite_is_found(
+    tmp_path: Path, stored: str, value: float
+) -> None:
+    wrong = ONES.copy()
+    wrong[1, 2] = value
+    bits = (wrong.view(np.uint32) >> 16).astype(np.uint16) if stored == "bfloat16" else wrong.astype(stored)
+    sound = {"whole": ONES.astype(np.int32), "finite": ONES}
+    (tmp_path / "sound").mkdir()
+    assert single(tmp_path / "sound", sound).first_non_finite() is None
+    assert single(tmp_path, sound | {"first": bits, "second": wrong}).first_non_finite() == "first"

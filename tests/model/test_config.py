@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from refinfer.model.checkpoint import open_checkpoint
 from refinfer.model.config import SHAPES, ModelConfig
-from refinfer.model.config_json import load_config
+from refinfer.model.config_json import load_config, parse_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = ModelConfig(
@@ -41,6 +42,58 @@ PUBLISHED_COUNTS = {
     "llama2-70b": 68_976_648_192,
 }
 OUR_OWN = {"tiny", "storyteller"}
+
+LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+LLAMA2 = LLAMA | {"vocab_size": 32000, "max_position_embeddings": 4096, "rope_scaling": None}
+LLAMA3 = LLAMA | {"vocab_size": 128256, "rope_theta": 500000.0, "attention_bias": False, "num_key_value_heads": 8}
+QWEN = {"vocab_size": 151936, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "use_sliding_window": False}
+
+
+def sizes(D: int, F: int, L: int, heads: int, kv_heads: int, **others: object) -> dict[str, Any]:
+    """Return keys of a `config.json`."""
+    return {
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_hidden_layers": L,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        **others,
+    }
+
+
+PUBLISHED = {
+    "stories15m": LLAMA2 | sizes(288, 768, 6, 6, 6, max_position_embeddings=256, tie_word_embeddings=True),
+    "smollm-135m": LLAMA
+    | sizes(576, 1536, 30, 9, 3, max_position_embeddings=2048, tie_word_embeddings=True)
+    | {"vocab_size": 49152, "rope_theta": 10000.0},
+    "qwen2-0.5b": QWEN
+    | sizes(896, 4864, 24, 14, 2, max_position_embeddings=131072, tie_word_embeddings=True)
+    | {"model_type": "qwen2", "sliding_window": 131072, "max_window_layers": 24},
+    "qwen3-0.6b": QWEN
+    | sizes(1024, 3072, 28, 16, 8, max_position_embeddings=40960, tie_word_embeddings=True)
+    | {"model_type": "qwen3", "head_dim": 128, "attention_bias": False, "sliding_window": None},
+    "tinyllama-1.1b": LLAMA2 | sizes(2048, 5632, 22, 32, 4, max_position_embeddings=2048),
+    "llama-1b": LLAMA3
+    | sizes(2048, 8192, 16, 32, 8, max_position_embeddings=131072, tie_word_embeddings=True, head_dim=64)
+    | {
+        "rope_scaling": {
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        }
+    },
+    "mistral-7b": LLAMA
+    | sizes(4096, 14336, 32, 32, 8, max_position_embeddings=32768)
+    | {"model_type": "mistral", "vocab_size": 32768, "rope_theta": 1000000.0, "sliding_window": None},
+    "llama2-7b": LLAMA2 | sizes(4096, 11008, 32, 32, 32),
+    "llama3-8b": LLAMA3 | sizes(4096, 14336, 32, 32, 8, max_position_embeddings=8192),
+    "llama2-13b": LLAMA2 | sizes(5120, 13824, 40, 40, 40),
+    "codellama-34b": LLAMA2 | sizes(8192, 22016, 48, 64, 8, max_position_embeddings=16384, rope_theta=1000000),
+    "llama2-70b": LLAMA2 | sizes(8192, 28672, 80, 64, 8),
+}
+"""What the published `config.json` says, without end-of-text ids and the type of the weights."""
 
 
 @pytest.mark.spec("CONFIG-1")
@@ -134,5 +187,18 @@ def test_a_named_shape_has_the_published_parameter_count(name: str, count: int) 
 
 
 @pytest.mark.spec("CONFIG-2")
+@pytest.mark.parametrize(("name", "raw"), PUBLISHED.items(), ids=PUBLISHED)
+def test_a_named_shape_is_what_its_published_config_says(name: str, raw: dict[str, Any]) -> None:
+    assert parse_config({**raw, "eos_token_id": None}) == SHAPES[name]
+
+
+@pytest.mark.spec("CONFIG-2")
 def test_no_named_shape_goes_uncounted() -> None:
     assert set(SHAPES) == set(PUBLISHED_COUNTS) | OUR_OWN
+    assert PUBLISHED.keys() == PUBLISHED_COUNTS.keys()
+
+
+@pytest.mark.spec("CONFIG-4")
+@pytest.mark.parametrize(("window", "longest"), [(None, 32), (7, 7), (32, 32), (100, 32)], ids=str)
+def test_a_request_fits_the_positions_and_the_window_if_there_is_one(window: int | None, longest: int) -> None:
+    assert replace(SMALL, sliding_window=window).longest_request == longest

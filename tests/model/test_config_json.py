@@ -103,6 +103,14 @@ def test_null_key_value_heads_mean_one_for_each_query_head(family: str) -> None:
 
 
 @pytest.mark.spec("CONFIG-4")
+@pytest.mark.parametrize(
+    ("family", "kv_heads"), [("llama", 64), ("mistral", 8), ("qwen2", 32), ("qwen3", 32)], ids=FAMILIES
+)
+def test_absent_key_value_heads_follow_the_query_heads_in_a_llama_only(family: str, kv_heads: int) -> None:
+    assert parse_config(raw_config(family, num_attention_heads=64)).num_key_value_heads == kv_heads
+
+
+@pytest.mark.spec("CONFIG-4")
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_a_qwen_window_needs_its_switch_and_a_layer_that_slides(family: str) -> None:
     slides = {"use_sliding_window": True, "max_window_layers": 1}
@@ -111,6 +119,9 @@ def test_a_qwen_window_needs_its_switch_and_a_layer_that_slides(family: str) -> 
     assert parse_config(raw_config(family, **slides)).sliding_window == 4096
     all_layers_see_everything = slides | {"max_window_layers": SIZES["num_hidden_layers"]}
     assert parse_config(raw_config(family, sliding_window=512, **all_layers_see_everything)).sliding_window is None
+    for n_layers, window in ((28, None), (29, 4096)):  # 28 is the default of `max_window_layers`
+        deep = raw_config(family, num_hidden_layers=n_layers, use_sliding_window=True)
+        assert parse_config(deep).sliding_window == window
 
 
 @pytest.mark.spec("CONFIG-4")

@@ -112,6 +112,17 @@ def test_an_impossible_rewind_is_refused_and_changes_nothing(length: int) -> Non
     assert cache.length == 2
 
 
+@pytest.mark.spec("MODEL-12")
+def test_more_positions_than_are_reserved_are_refused_and_change_nothing() -> None:
+    cache = KVCache(TINY, ROOM)
+    cache.advance(2)
+    with pytest.raises(RequestError, match="do not fit: 2 of 12 reserved positions are in use"):
+        cache.advance(ROOM - 1)
+    assert cache.length == 2
+    cache.advance(ROOM - 2)
+    assert cache.length == ROOM
+
+
 def random_ids(n: int, seed: int = 0) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).integers(261, size=n)]
 

@@ -24,7 +24,7 @@ from hypothesis.extra.numpy import array_shapes
 from numpy.testing import assert_array_equal
 
 from refinfer.errors import SafetensorsError
-from refinfer.model.safetensors import DTYPES, SafetensorsFile, TensorSpec, parse_header, write_safetensors
+from refinfer.model.safetensors import BITS, DTYPES, SafetensorsFile, TensorSpec, parse_header, write_safetensors
 
 HUGE = 1 << 62
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # what UTF-8 can express
@@ -242,6 +242,12 @@ BAD_TENSORS = {
 def test_an_impossible_tensor_is_refused_by_name(tmp_path: Path, tensor: object, why: str) -> None:
     with pytest.raises(SafetensorsError, match=f"'odd' .*{re.escape(why)}"):
         open_bytes(tmp_path, file_bytes({"odd": tensor}, b"abc"))
+
+
+@pytest.mark.spec("TENSOR-3")
+@pytest.mark.parametrize("name", sorted(set(BITS) - {"BOOL"}))
+def test_a_type_has_as_many_bits_as_its_name_says(name: str) -> None:
+    assert re.findall("[0-9]+", name)[0] == str(BITS[name])
 
 
 BAD_LAYOUTS = {

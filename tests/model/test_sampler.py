@@ -96,6 +96,22 @@ def test_among_equal_logits_top_k_keeps_the_lowest_ids() -> None:
     assert np.flatnonzero(probabilities(logits, Sampling(1.0, top_k=4))).tolist() == [1, 2, 3, 4]
 
 
+@pytest.mark.spec("SAMPLE-4")
+@pytest.mark.parametrize("V", [40, 400])
+def test_among_equal_logits_top_p_keeps_the_lowest_ids(V: int) -> None:
+    likely = np.random.default_rng(0).random(V) < 0.5
+    kept = probabilities(likely.astype(np.float32) * 9, Sampling(1.0, top_k=V, top_p=0.5)) > 0
+    ids = np.flatnonzero(likely)
+    assert np.flatnonzero(kept).tolist() == ids[: kept.sum()].tolist()
+    assert 0 < kept.sum() < len(ids)
+
+
+@pytest.mark.spec("SAMPLE-4", "SAMPLE-5")
+def test_a_top_p_of_1_keeps_every_token() -> None:
+    logits = np.array([3, 1, 2], np.float32)
+    np.testing.assert_array_equal(probabilities(logits, Sampling(1.0, top_p=1.0)), softmax(logits, 1.0))
+
+
 @pytest.mark.spec("SAMPLE-3", "SAMPLE-4")
 @given(LOGITS, st.integers(1, 10), st.floats(0.05, 1))
 def test_top_p_counts_among_what_top_k_left(logits: Float32Array, k: int, p: float) -> None:

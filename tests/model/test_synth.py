@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tracemalloc
@@ -14,9 +15,10 @@ import refinfer
 from refinfer.errors import RequestError
 from refinfer.model.checkpoint import INDEX_NAME, open_checkpoint
 from refinfer.model.config import SHAPES
-from refinfer.model.config_json import load_config
+from refinfer.model.config_json import load_config, to_json
 from refinfer.model.safetensors import SafetensorsFile
-from refinfer.model.synth import DTYPES, checkpoint_nbytes, write_checkpoint
+from refinfer.model.synth import DTYPES, checkpoint_nbytes, has_random_weights, write_checkpoint
+from refinfer.model.tokenizer import load_tokenizer
 
 SMALL = replace(SHAPES["tiny"], vocab_size=300, num_hidden_layers=2)
 SIXTEEN_MIB = 16 << 20
@@ -107,6 +109,16 @@ def test_at_most_16_mib_of_weights_are_in_memory_at_a_time(tmp_path: Path, dtype
     assert sum(made) == checkpoint_nbytes(config, dtype)
 
 
+@pytest.mark.spec("SYNTH-3")
+def test_a_row_may_be_longer_than_what_is_made_at_a_time(tmp_path: Path) -> None:
+    wide = replace(SMALL, vocab_size=3, hidden_size=600_000, intermediate_size=1, num_hidden_layers=1, head_dim=2)
+    config = replace(wide, num_attention_heads=1, num_key_value_heads=1)
+    made: list[int] = []
+    write_checkpoint(tmp_path, config, progress=made.append)
+    assert {name: tensor.shape for name, tensor in open_checkpoint(tmp_path).items()} == config.tensor_shapes()
+    assert sum(made) == checkpoint_nbytes(config, "bf16")
+
+
 @pytest.mark.spec("SYNTH-4")
 def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("precious", encoding="utf-8")
@@ -122,37 +134,63 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
 
 
+@pytest.mark.spec("SYNTH-1")
+@pytest.mark.parametrize("vocab_size", [255, 256])
+def test_a_byte_tokenizer_is_there_if_the_vocabulary_has_an_id_for_each_byte(tmp_path: Path, vocab_size: int) -> None:
+    write_checkpoint(tmp_path, replace(SMALL, vocab_size=vocab_size))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer is not None) == (vocab_size == 256)
+    assert tokenizer is None or max(tokenizer.encode("".join(map(chr, range(0x800))))) < vocab_size
+
+
+@pytest.mark.spec("SYNTH-5")
+def test_only_a_config_that_says_so_is_that_of_random_weights(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, SMALL)
+    assert has_random_weights(tmp_path)
+    for other in (json.dumps(to_json(SMALL)), "[]", "{"):
+        (tmp_path / "config.json").write_text(other, encoding="utf-8")
+        assert not has_random_weights(tmp_path)
+    assert not has_random_weights(tmp_path / "nowhere")
+
+
 # Python ignores the signal about a file beyond its limit: writing fails as it does on a full disk.
 WRITE_WITH_LITTLE_ROOM = """
 import resource, sys
+from dataclasses import replace
 from pathlib import Path
 from refinfer.errors import InputError
 from refinfer.model.config import SHAPES
 from refinfer.model.synth import write_checkpoint
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+folder, hidden_size, room = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 try:
-    write_checkpoint(Path(sys.argv[1]), SHAPES["tiny"])
+    config = replace(SHAPES["tiny"], vocab_size=256, num_hidden_layers=1, intermediate_size=4, head_dim=2)
+    write_checkpoint(folder, replace(config, hidden_size=hidden_size))
 except InputError as error:
     print(error)
 """
+FULL = {"while weights are written": (512, 100_000), "while the tokenizer is written": (2, 3000)}
+"""The hidden size of a model, and the largest size that a file may have, in bytes."""
 
 
-def write_with_little_room(folder: Path) -> str:
-    """Try to write a checkpoint of 430 kB where no file may grow beyond 100 kB; return what is said about it."""
-    command = [sys.executable, "-c", WRITE_WITH_LITTLE_ROOM, str(folder)]
+def write_with_little_room(folder: Path, hidden_size: int, room: int) -> str:
+    """Try to write a checkpoint where no file may grow beyond `room` bytes; return what is said about it."""
+    command = [sys.executable, "-c", WRITE_WITH_LITTLE_ROOM, str(folder), str(hidden_size), str(room)]
     root = Path(refinfer.__file__).parents[1]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.spec("SYNTH-4", "TENSOR-7")
-def test_a_full_disk_is_reported_and_leaves_no_folder_behind(tmp_path: Path) -> None:
-    assert "cannot be written: File too large" in write_with_little_room(tmp_path / "new")
+@pytest.mark.parametrize(("hidden_size", "room"), FULL.values(), ids=FULL)
+def test_a_full_disk_is_reported_and_leaves_no_folder_behind(tmp_path: Path, hidden_size: int, room: int) -> None:
+    assert "cannot be written: File too large" in write_with_little_room(tmp_path / "new", hidden_size, room)
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.spec("SYNTH-4", "TENSOR-7")
-def test_a_full_disk_is_reported_and_leaves_an_empty_folder_empty(tmp_path: Path) -> None:
-    assert "cannot be written: File too large" in write_with_little_room(tmp_path)
+@pytest.mark.parametrize(("hidden_size", "room"), FULL.values(), ids=FULL)
+def test_a_full_disk_is_reported_and_leaves_an_empty_folder_empty(tmp_path: Path, hidden_size: int, room: int) -> None:
+    assert "cannot be written: File too large" in write_with_little_room(tmp_path, hidden_size, room)
     assert tmp_path.is_dir()
     assert not any(tmp_path.iterdir())
 

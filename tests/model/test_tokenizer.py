@@ -36,9 +36,12 @@ FEW = character_tokenizer_json("ab c")
 BYTES = byte_tokenizer_json()
 
 
-def load(raw: dict[str, Any]) -> Tokenizer:
+def load(raw: dict[str, Any], config: object = None) -> Tokenizer:
+    """Return the tokenizer of a folder with these files; without a `tokenizer_config.json` if `config` is None."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+        if config is not None:
+            (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         tokenizer = load_tokenizer(Path(folder))
     assert tokenizer is not None
     return tokenizer
@@ -175,6 +178,35 @@ def test_merges_are_applied() -> None:
     assert MERGING_TOKENIZER.encode("hello é") == [258, ord("o"), ord(" "), 259]
 
 
+ADDS_A_TOKEN = {
+    "of a role": {"eos_token": "</s>"},
+    "with an id": {"added_tokens_decoder": {"4": {"content": "</s>", "special": True}}},
+    "both": {"eos_token": "</s>", "added_tokens_decoder": {"4": {"content": "</s>", "special": True}}},
+}
+
+
+@pytest.mark.spec("TOKEN-2", "TOKEN-7")
+@pytest.mark.parametrize("config", ADDS_A_TOKEN.values(), ids=ADDS_A_TOKEN)
+def test_a_file_without_merges_may_get_a_token_from_the_config(config: dict[str, Any]) -> None:
+    assert load(FEW, config).encode("a</s>b") == [0, 4, 1]
+
+
+@pytest.mark.spec("TOKEN-7")
+def test_added_tokens_come_in_the_order_of_their_ids() -> None:
+    nine = character_tokenizer_json("abcdefghi")
+    added = {"10": {"content": "<11th>"}, "9": {"content": "<10th>"}}
+    assert load(nine, {"added_tokens_decoder": added}).encode("i<10th><11th>") == [8, 9, 10]
+
+
+@pytest.mark.spec("TOKEN-7")
+@pytest.mark.parametrize("value", ["ab", 5, True, None], ids=repr)
+@pytest.mark.parametrize("key", ["extra_special_tokens", "additional_special_tokens"])
+def test_extra_tokens_that_are_no_list_are_none(key: str, value: object) -> None:
+    tokenizer = load(FEW, {key: value})
+    assert tokenizer.encode("ab c") == [0, 1, 2, 3]
+    assert tokenizer.decode([0, 1, 2, 3]) == "ab c"
+
+
 WITHOUT_THE_PACKAGE = """
 import sys
 sys.modules["tokenizers"] = None  # an import now fails as if it were not installed
@@ -265,6 +297,23 @@ def test_a_stream_adds_what_comes_after_its_context(before: str, after: str) -> 
 
 
 @pytest.mark.spec("TOKEN-5")
+@pytest.mark.parametrize("byte", [0x80, 0xC3, 0xFF], ids=hex)
+def test_bytes_of_no_text_are_shown_at_most_three_late(byte: int) -> None:
+    stream, shown = TextStream(BYTE_TOKENIZER, BYTE_TOKENIZER.encode("a")), ""
+    for n in range(1, 30):
+        shown += stream.push(byte)
+        assert n - 3 <= len(shown) <= n
+    assert shown + stream.finish() == "\ufffd" * n
+
+
+@pytest.mark.spec("TOKEN-5")
+def test_half_a_character_before_ids_that_mean_nothing_is_shown_once_however_many_they_are() -> None:
+    for n in range(80):
+        ids = [*MERGING_TOKENIZER.encode("a"), 0x80, *[9999] * n]
+        assert "".join(stream_pieces(MERGING_TOKENIZER, ids)) == MERGING_TOKENIZER.decode(ids) == "a\ufffd"
+
+
+@pytest.mark.spec("TOKEN-5")
 def test_a_word_is_streamed_as_it_is_written_after_its_context() -> None:
     words = load(word_json())
     assert stream_pieces(words, [0, 1]) == ["once", " upon", ""]
@@ -349,8 +398,9 @@ def test_the_package_raises_what_ctrl_c_raises(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.spec("TOKEN-2", "TOKEN-6")
-def test_half_of_a_surrogate_pair_in_the_alphabet_is_refused_as_the_package_does(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps(character_tokenizer_json("ab\udc80")))
+@pytest.mark.parametrize("half", [0xD800, 0xDC80, 0xDFFF], ids=hex)
+def test_half_of_a_surrogate_pair_in_the_alphabet_is_refused_as_the_package_does(tmp_path: Path, half: int) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(character_tokenizer_json("ab" + chr(half))))
     with pytest.raises(TokenizerError, match="is not a usable tokenizer"):
         load_tokenizer(tmp_path)
 

@@ -124,6 +124,15 @@ def test_published_shapes_have_these_prefill_blocks() -> None:
     assert blocks == {"storyteller": 32, "smollm-135m": 128, "llama-1b": 256, "llama2-7b": 256}
 
 
+@pytest.mark.spec("KV-1")
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_a_prompt_may_end_with_a_block_or_next_to_its_end(tiny_source: RowMajorSource, blocks: int, more: int) -> None:
+    prompt, whole = Transformer(tiny_source, 96), Transformer(tiny_source, 96)
+    ids = [(7 * i + 3) % 261 for i in range(blocks * prompt.block + more)]
+    np.testing.assert_allclose(prompt.prefill(ids), whole.decode(ids)[-1], atol=2e-5)
+
+
 @pytest.mark.spec("KV-4", "MODEL-11")
 def test_a_transformer_reserves_the_scratch_that_it_reports(tiny_source: RowMajorSource) -> None:
     transformer = Transformer(tiny_source, 96)

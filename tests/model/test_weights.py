@@ -156,6 +156,46 @@ def test_a_config_that_lies_about_its_layers_is_refused_before_anything_is_made(
     assert peak < 1_000_000
 
 
+@pytest.mark.spec("TENSOR-11")
+def test_a_checkpoint_of_fewer_layers_is_refused_by_their_number(tiny_config: ModelConfig, tiny_folder: Path) -> None:
+    checkpoint, n_layers = open_checkpoint(tiny_folder), 2 * tiny_config.num_hidden_layers
+    with pytest.raises(WeightsError, match=f"has {len(checkpoint)} tensors, but .* asks for {n_layers} layers"):
+        RowMajorSource(replace(tiny_config, num_hidden_layers=n_layers), checkpoint)
+
+
+@pytest.mark.spec("TENSOR-11")
+def test_a_checkpoint_of_nothing_but_layers_is_refused_by_what_is_missing(
+    tiny_config: ModelConfig, tiny_folder: Path, tmp_path: Path
+) -> None:
+    file = SafetensorsFile(tiny_folder / "model.safetensors")
+    in_layers = [name for name in file if ".layers." in name]
+    specs = [TensorSpec(name, file[name].dtype, file[name].shape, [file.view(name)]) for name in in_layers]
+    write_safetensors(tmp_path / "model.safetensors", specs)
+    with pytest.raises(WeightsError, match=r"has no tensor 'model\.embed_tokens\.weight'"):
+        RowMajorSource(tiny_config, open_checkpoint(tmp_path))
+
+
+@pytest.mark.spec("CONFIG-1")
+@pytest.mark.parametrize("switches", [(), ("qk_norm",), ("qkv_bias", "o_bias", "mlp_bias")], ids=str)
+def test_a_layer_has_the_tensors_of_its_config_in_their_places(
+    tiny_config: ModelConfig, tmp_path: Path, switches: tuple[str, ...]
+) -> None:
+    config = replace(tiny_config, **cast("Any", dict.fromkeys(switches, True)))
+    write_checkpoint(tmp_path, config, dtype="f32")
+    checkpoint = open_checkpoint(tmp_path)
+    with RowMajorSource(config, checkpoint).forward_pass() as weights:
+        layers = list(weights.layers)
+    assert len(layers) == config.num_hidden_layers
+    for i, layer in enumerate(layers):
+        for name, shape in config.layer_shapes().items():
+            part, kind = name.split(".")[-2:]
+            held = getattr(layer, part)
+            array = getattr(held, kind) if isinstance(held, RowMajorMatrix) else held
+            np.testing.assert_array_equal(array, checkpoint.float32(f"model.layers.{i}.{name}", shape))
+        parts = {name.split(".")[-2] for name in config.layer_shapes()}
+        assert {field.name for field in fields(LayerWeights) if getattr(layer, field.name) is not None} == parts
+
+
 @pytest.mark.spec("SOURCE-2")
 @pytest.mark.parametrize("n_tokens", [1, 5], ids=["one token", "five tokens"])
 def test_a_pass_begins_uses_every_matrix_once_in_execution_order_and_ends(

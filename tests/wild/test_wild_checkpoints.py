@@ -285,16 +285,16 @@ OTHER_FORMS = {
         "pickled PyTorch weights (pytorch_model-00001-of-00002.bin)",
         "",
     ),
-    "GGUF": (["config.json", "model-q4_0.gguf"], "GGUF, the form of llama.cpp (model-q4_0.gguf)", ", gguf_file="),
-    "GGUF alone": (["a.gguf", "b.gguf"], "GGUF, the form of llama.cpp (a.gguf)", ", gguf_file="),
+    "GGUF": (["config.json", "model-q4_0.gguf"], "GGUF, the form of llama.cpp (model-q4_0.gguf)", "model-q4_0.gguf"),
+    "GGUF alone": (["a.gguf", "b.gguf"], "GGUF, the form of llama.cpp (a.gguf)", "a.gguf"),
 }
 
 
 @pytest.mark.spec("HUB-4")
 @pytest.mark.parametrize("name", ["model", "it's a model"])
-@pytest.mark.parametrize(("names", "what", "how"), OTHER_FORMS.values(), ids=OTHER_FORMS)
+@pytest.mark.parametrize(("names", "what", "gguf"), OTHER_FORMS.values(), ids=OTHER_FORMS)
 def test_a_folder_in_the_form_of_another_program_is_named_with_its_conversion(
-    tmp_path: Path, names: list[str], what: str, how: str, name: str
+    tmp_path: Path, names: list[str], what: str, gguf: str, name: str
 ) -> None:
     folder = copied(TIED, tmp_path / name)
     config = (folder / "config.json").read_bytes()
@@ -305,10 +305,13 @@ def test_a_folder_in_the_form_of_another_program_is_named_with_its_conversion(
     status, _, err = run("generate", "--model", folder, "--token-ids", "1")
     assert (status, err.count("\n")) == (2, 1)
     assert what in err
-    command = err.partition("convert it with ")[2].partition(" (needs ")[0]
+    command, _, needs = err.partition("convert it with ")[2].partition(" (needs ")
     python, option, code = shlex.split(command)
     assert (python, option) == ("python", "-c")
-    assert f"from_pretrained({str(folder)!r}{how}" in code
+    assert command.startswith('python -c "') == (name == "model")  # quotes that any system takes, if they are enough
+    options = f", gguf_file={gguf!r}" if gguf else ""
+    assert f"from_pretrained({str(folder)!r}{options}).save_pretrained({str(folder)!r})" in code
+    assert ("gguf" in needs) == bool(gguf)
     compile(code, "the command", "exec")
 
 
@@ -317,6 +320,14 @@ def test_a_gguf_file_in_place_of_a_folder_is_named_with_its_conversion(tmp_path:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError, match=r"m\.gguf is GGUF, the form of llama\.cpp; convert it with python -c "):
         open_folder(tmp_path / "m.gguf")
+
+
+@pytest.mark.spec("HUB-4")
+def test_only_a_file_of_that_name_is_called_gguf(tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(b"x")
+    for name in ("m.safetensors", "nowhere.gguf"):
+        with pytest.raises(ConfigError, match=f"{name} is not a folder; --model takes a folder with config.json"):
+            open_folder(tmp_path / name)
 
 
 @pytest.mark.spec("HUB-4")

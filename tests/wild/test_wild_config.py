@@ -137,8 +137,9 @@ def test_a_factor_changes_nothing_if_it_is_1_and_any_other_key_if_it_is_0_or_fal
         if bool(value) == (key in FACTORS):
             assert parse_config(raw) == parse_config(raw_config())
         else:
-            with pytest.raises(ConfigError, match=rf"config\.json: {key} is "):
+            with pytest.raises(ConfigError, match=rf"config\.json: {key} is ") as refused:
                 parse_config(raw)
+            assert ("only 1 is implemented" in str(refused.value)) == (key == "partial_rotary_factor")
 
 
 @pytest.mark.spec("CONFIG-6")

@@ -106,6 +106,16 @@ def test_what_is_no_name_of_a_repository_is_a_folder(hub: Path, name: str) -> No
 
 
 @pytest.mark.spec("HUB-1")
+@pytest.mark.parametrize("name", ["gpt2", "org/name"])
+def test_a_name_that_the_cache_lacks_is_a_path_if_it_can_only_be_one(hub: Path, name: str) -> None:
+    Path("org").mkdir()
+    Path("org/name").touch()
+    assert find_model(name) == Path(name)
+    with pytest.raises(ConfigError, match=f"^{name} is not a folder"):
+        open_folder(name)
+
+
+@pytest.mark.spec("HUB-1")
 @pytest.mark.parametrize("reference", ["../../..", "/", "", ".", "a/b", "\0", "x" * 2000, "nowhere"], ids=ascii)
 def test_a_reference_never_leads_out_of_its_folder(hub: Path, reference: str) -> None:
     download(hub)
