@@ -148,6 +148,22 @@ def test_the_chunks_of_a_large_matrix_lie_on_pages_and_hold_its_rows(name: str) 
     assert_array_equal(alone, packed.buffers[-1])
 
 
+@pytest.mark.spec("PACK-16")
+@pytest.mark.parametrize("name", ["f32", "bf16", "int8"])
+@every_shape
+def test_the_shape_of_a_tile_says_how_many_columns_of_each_row_lie_together(name: str, shape: tuple[int, int]) -> None:
+    w = normal(*shape)
+    packed = pack_matrix(w, name)
+    nr, kr = packed.layout.tile.nr, packed.layout.tile.kr
+    as_stored: dict[str, Stored] = {"f32": w, "bf16": f32_to_bf16(w), "int8": int8.quantize(w)[0]}
+    stored = as_stored[name]
+    columns = -(-shape[1] // kr) * kr
+    raw = np.concatenate(packed.buffers).reshape(-1, packed.layout.format.tile_nbytes(nr, shape[1]))
+    weights = np.ascontiguousarray(raw[:, : nr * columns * stored.itemsize]).view(stored.dtype)  # then scales, if any
+    rows = weights.reshape(len(raw), columns // kr, nr, kr).transpose(0, 2, 1, 3).reshape(-1, columns)
+    assert_array_equal(rows[: shape[0], : shape[1]], stored, strict=True)
+
+
 BYTES_A_WEIGHT = {"f32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.57}
 
 

@@ -104,6 +104,16 @@ def test_a_product_of_very_long_or_very_many_rows_is_right(name: str, shape: tup
         assert_product(matmul(x, packed), x, w, name)
 
 
+@pytest.mark.spec("PACK-23")
+@pytest.mark.parametrize("M", [1, 3, 17, 128])
+@every_format
+def test_inputs_of_which_one_number_is_one_and_all_others_zero_give_the_weights_themselves(name: str, M: int) -> None:
+    packed = pack_matrix(normal(0, 40, 131), name)
+    w, ones = packed.unpack(), np.eye(131, dtype=np.float32)
+    for first in range(0, 131 - M + 1, M):
+        assert_array_equal(matmul(ones[first : first + M], packed), w[:, first : first + M].T, strict=True)
+
+
 @pytest.mark.spec("PACK-12", "PACK-23")
 @pytest.mark.parametrize("M", [1, 3, 17, 128])
 @every_format
@@ -415,6 +425,12 @@ def test_a_product_of_an_extreme_shape_takes_exactly_the_scratch_that_its_format
 ) -> None:
     for M in (1, 2, 8, 16, 17, 64, 127, 128, 300):
         assert_takes_what_it_reserves(large(name, *shape), M)
+
+
+@pytest.mark.spec("PACK-26")
+@every_format
+def test_a_product_of_rows_too_long_for_tiles_takes_exactly_the_scratch_that_its_format_reserves(name: str) -> None:
+    assert_takes_what_it_reserves(large(name, 3, 31_249), 16)
 
 
 @pytest.mark.spec("PACK-26")

@@ -111,6 +111,33 @@ def test_every_call_multiplies_any_number_of_rows_in_the_scratch_it_asks_for(M: 
     assert (memory[:, [0, -1]] == 7).all()
 
 
+class MeasuredScratch(GemmScratch):
+    """Scratch memory that records the most that was handed out at any time."""
+
+    most = 0
+
+    def take(self, *shape: int) -> Float32Array:
+        taken = super().take(*shape)
+        self.most = max(self.most, self.used)
+        return taken
+
+
+@pytest.mark.spec("PACK-26")
+@pytest.mark.parametrize("R", [1, 16, 35])
+@pytest.mark.parametrize(("M", "K"), [(1, 60), (3, 60), (16, 5000), (16, 20_000), (40, 60), (200, 60)], ids=str)
+def test_a_product_takes_exactly_the_scratch_it_asks_for(M: int, K: int, R: int) -> None:
+    scratch = MeasuredScratch(1 << 20)
+    Product(normal(1, M, K), scratch).rows(normal(0, R, K), np.empty((M, R), np.float32))
+    assert scratch.most == Product.scratch_floats(M, K, R)
+
+
+@pytest.mark.spec("PACK-26")
+@given(nr=st.integers(1, 600), K=st.integers(1, 1 << 17))
+def test_for_many_rows_of_x_more_weights_are_widened_at_a_time_than_for_few(nr: int, K: int) -> None:
+    few, many = (rows_at_once(M, nr, K) for M in (FEW_ROWS, FEW_ROWS + 1))
+    assert many > few or many * K > CACHED_FLOATS
+
+
 @pytest.mark.spec("PACK-26")
 @given(M=st.integers(1, 300), nr=st.integers(1, 600), K=st.integers(1, 1 << 17))
 def test_whole_tiles_are_widened_at_a_time_as_many_as_fit_and_at_least_one(M: int, nr: int, K: int) -> None:

@@ -51,6 +51,16 @@ def test_the_parts_and_what_is_left_are_the_budget(account: Account) -> None:
     assert sum(account.parts.values()) == fixed.total + account.ring + account.locked
 
 
+@pytest.mark.spec("PLAN-1")
+@given(resident=nbytes, kv_cache=nbytes, scratch=nbytes)
+def test_a_run_of_which_no_threads_and_no_packing_are_named_needs_nothing_for_them(
+    resident: int, kv_cache: int, scratch: int
+) -> None:
+    fixed = Fixed(resident, kv_cache, scratch)
+    assert fixed.total == resident + kv_cache + scratch
+    assert fixed.packing == 0
+
+
 @pytest.mark.spec("PLAN-1", "PLAN-21", "GEN-18")
 def test_people_and_programs_see_the_same_parts_under_the_same_names() -> None:
     account = Account(budget=1000, fixed=Fixed(1, 20, 300, 60, 999), ring=4, locked=500)

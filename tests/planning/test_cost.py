@@ -21,6 +21,7 @@ from refinfer.planning.account import Fixed, fixed_of
 from refinfer.planning.cost import (
     DEVICES,
     HERE,
+    PREFETCH_THREADS,
     Calibration,
     Costs,
     Device,
@@ -108,7 +109,9 @@ def test_every_device_and_processor_names_where_its_figures_come_from() -> None:
         assert min(device.bandwidth) == 1
         assert 0 < device.latency_s < 1e-3
     assert "matmul.json" in HERE.processor.source
+    assert 0 < HERE.processor.call_s < 1e-3
     assert (HERE.device, HERE.measured) == (DEVICES["virtual-disk"], False)
+    assert PREFETCH_THREADS in HERE.device.bandwidth  # as many reads as there usually are have a figure of their own
     assert not hasattr(DEVICES, "__setitem__")
 
 

@@ -150,6 +150,16 @@ def test_none_locks_nothing_however_much_room_there_is(inventory: Inventory, sha
     assert not LOCKS["none"](inventory, int(share * inventory.streamable_nbytes)).any()
 
 
+@pytest.mark.spec("PLAN-2")
+@given(inventory=inventories())
+def test_leading_locks_a_chunk_as_soon_as_it_fits_to_the_byte(inventory: Inventory) -> None:
+    room = 0
+    for number, chunk in enumerate(inventory.cycle):
+        room += chunk.padded_nbytes
+        assert numbers_of(LOCKS["leading"](inventory, room - 1)) == set(range(number))
+        assert numbers_of(LOCKS["leading"](inventory, room)) == set(range(number + 1))
+
+
 def check_balance(inventory: Inventory, share: float) -> None:
     room = int(share * inventory.streamable_nbytes)
     locked = LOCKS["balanced"](inventory, room)

@@ -157,6 +157,7 @@ def test_members_are_tried_in_any_order_and_the_best_is_found() -> None:
 )
 @example(seed=69, layers=4, share=0.5, threads=3, rounds=100)  # of equal members, one that reads more is over first
 @example(seed=1965, layers=4, share=0.5, threads=3, rounds=100)
+@example(seed=4884, layers=1, share=0.7, threads=4, rounds=100)  # one that reads less comes after one that cannot win
 def test_the_search_finds_the_member_that_trying_every_member_finds(
     seed: int, layers: int, share: float, threads: int, rounds: int
 ) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ from refinfer.inventory import Inventory
 from refinfer.model.config import SHAPES
 from refinfer.planning.locks import LOCKS
 from refinfer.planning.paper import PAPER_MODELS, PUBLISHED, paper_rows
+
+FIGURES = Path(__file__).parents[2] / "docs" / "figures" / "paper.json"
 
 Tensors = list[tuple[int, str, float]]  # layer, kind, its share of the bytes of all layers
 
@@ -182,6 +187,13 @@ def test_balanced_locks_gain_most_with_ample_memory(rows: list[dict[str, Any]]) 
         assert found[0] == pytest.approx(1)
         assert 1.5 <= max(found) <= 1.83  # published with ample memory: 1.57 to 1.83
         assert found.index(max(found)) >= len(found) // 2
+
+
+@pytest.mark.spec("PAPER-2", "BENCH-8")
+def test_unless_told_otherwise_products_take_the_shares_that_the_committed_figures_have() -> None:
+    committed = [row for row in json.loads(FIGURES.read_text())["rows"] if row["shape"] == PAPER_MODELS[0]]
+    again = list(itertools.takewhile(lambda row: row["shape"] == PAPER_MODELS[0], paper_rows()))
+    assert again == committed
 
 
 @pytest.mark.spec("PAPER-3")

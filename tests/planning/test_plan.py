@@ -247,3 +247,13 @@ def test_a_budget_that_is_enough_for_fewer_positions_says_for_how_many(positions
     )
     assert str(refused.value).endswith(ending) == (asked is not None)
     assert ("positions" in str(refused.value)) == (asked is not None)
+
+
+@pytest.mark.spec("PLAN-3")
+def test_a_budget_that_is_one_position_short_of_the_longest_request_says_so() -> None:
+    inventory = INVENTORIES["equal chunks", "f32"]
+    longest = inventory.config.longest_request
+    short, enough = (smallest_budget(inventory, fixed_of(inventory, n)) for n in (longest - 1, longest))
+    for budget in (short, enough - 1):
+        with pytest.raises(BudgetError, match=f"or ask for at most {longest - 1} positions"):
+            plan_of("none", inventory, fixed_of(inventory, longest), budget)

@@ -16,6 +16,7 @@ from refinfer.packing.formats import FORMATS
 from refinfer.planning import report
 from refinfer.planning.account import Fixed
 from refinfer.planning.cost import DEVICES, HERE, PREFETCH_THREADS, Calibration, calibration_of, costs_of
+from refinfer.planning.page_cache import belady_misses
 from refinfer.planning.plan import PLANS, Plan, Prefetch, make_plan, smallest_budget
 from refinfer.planning.report import MMAP_SHARE, layer_rows, plan_row, simulate_plan, sweep_rows
 
@@ -161,6 +162,8 @@ def test_a_sweep_reports_every_plan_synchronous_mmap_and_the_bound_for_each_budg
         everything = sum(calibration.device.read_s(chunk.padded_nbytes, 1) for chunk in STORYTELLER.cycle)
         faults = everything / MMAP_SHARE if budget < MOST else 0
         assert rates["mmap"] == pytest.approx(1 / (computing + faults), rel=1e-6)
+        missed = belady_misses(STORYTELLER.sizes.tolist(), budget - FIXED.total) / STORYTELLER.streamable_nbytes
+        assert rates["belady"] == pytest.approx(1 / (computing + missed * everything))
         assert rates["mmap"] <= rates["belady"] * (1 + 1e-9)
 
 
