@@ -28,7 +28,7 @@ __all__ = ["PackedFile", "pages"]
 
 def pages(nbytes: int) -> Bytes:
     """Return `nbytes` uninitialised bytes, a multiple of 4, of which the first lies on a page boundary."""
-    return aligned_empty((nbytes // 4,), PAGE_BYTES).reshape(-1).view(np.uint8)
+    return aligned_empty((nbytes // 4,), PAGE_BYTES).view(np.uint8)
 
 
 class PackedFile:

@@ -105,15 +105,16 @@ SHARED: Final = {
         "wild/test_wild_numbers",
         "wild/test_wild_checkpoints",
     ],
-    "offload/streamed": ["sources/test_any_source"],
+    "offload/store": ["offload/test_readers"],
+    "offload/streamed": ["sources/test_any_source", "engine/test_users"],
     "packing/layout": ["packing/test_formats"],
     "packing/[bfi]*": ["packing/test_formats", "packing/test_matmul", "planning/test_cost"],
     "sources/*": ["sources/test_*"],
     "weight_cache/file": ["weight_cache/test_provider"],
     "weight_cache/identity": ["weight_cache/test_side_file"],
-    "weight_cache/load_or_build": ["weight_cache/test_ownership"],
+    "weight_cache/load_or_build": ["weight_cache/test_ownership", "weight_cache/test_publish", "test_prepare"],
     "weight_cache/memory": ["weight_cache/test_provider"],
-    "weight_cache/publish": ["weight_cache/test_ownership"],
+    "weight_cache/publish": ["weight_cache/test_ownership", "weight_cache/test_load_or_build_trouble"],
 }
 """Tests that several modules share, or that have another name than their module."""
 

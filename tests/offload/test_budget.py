@@ -212,6 +212,15 @@ def test_anything_else_is_refused_by_its_name(text: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.spec("BUDGET-5", "ERR-1")
+@pytest.mark.parametrize(("written", "nbytes"), [("0.4", 400_000), (0.05, 50_000), (" 0.125 ", 125_000)])
+def test_a_number_below_one_is_answered_with_the_share_that_it_means(written: float | str, nbytes: int) -> None:
+    with pytest.raises(BudgetError) as refused:
+        parse_budget(written, 1_000_000)
+    share = str(refused.value).rpartition("; for a share of the weights write ")[2]
+    assert parse_budget(share, 1_000_000) == nbytes
+
+
 @pytest.mark.spec("BUDGET-3", "ERR-1", "UNIT-3")
 @given(st.text(max_size=12) | st.from_regex(r"\s*[0-9.]{0,6}\s*[%A-Za-z]{0,4}\s*", fullmatch=True))
 def test_whatever_is_written_is_a_number_of_bytes_or_one_named_error(text: str) -> None:

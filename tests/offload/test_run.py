@@ -33,8 +33,9 @@ from refinfer.packing.formats import FORMATS
 from refinfer.packing.layout import Bytes
 from refinfer.packing.product import GemmScratch
 from refinfer.planning.account import THREAD_BYTES, staged_chunk_nbytes
-from refinfer.planning.cost import costs_of
+from refinfer.planning.cost import HERE, Calibration, costs_of
 from refinfer.planning.plan import Prefetch
+from refinfer.trace import KINDS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from packed_model import PackedModel, change, threads_and_descriptors
@@ -316,8 +317,9 @@ def test_a_budget_is_a_number_of_bytes_a_size_or_a_share(model: PackedModel) -> 
         assert abs(run.budget.limit - nbytes) <= 1
         assert run.plan.account.budget == run.budget.limit
         assert run.budget.in_use == 0
-    with pytest.raises(BudgetError, match="the smallest that works"):
-        plan_run(Within(model.smallest - 1, prefetch=Prefetch(0)), model.inventory, POSITIONS, model.built)
+    for too_small in (model.smallest - 1, 1, 0, -1):
+        with pytest.raises(BudgetError, match="the smallest that works"):
+            plan_run(Within(too_small, prefetch=Prefetch(0)), model.inventory, POSITIONS, model.built)
     with pytest.raises(BudgetError, match="a budget is a size"):
         plan_run(Within("much"), model.inventory, POSITIONS, model.built)
     with pytest.raises(RequestError, match="the plan must be one of"):
@@ -330,6 +332,28 @@ def test_a_run_with_a_limited_disk_is_planned_for_that_disk(model: PackedModel) 
     run = planned(model, disk_bandwidth=rate)
     assert set(run.calibration.device.bandwidth.values()) == {rate}
     assert run.plan.token_s > planned(model).plan.token_s
+
+
+@pytest.mark.spec("CAL-5")
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_run_learns_from_its_locked_chunks_what_products_cost_unless_that_was_measured(
+    measured: bool, model: PackedModel
+) -> None:
+    known = Calibration(HERE.device, HERE.processor, measured=measured)
+    run = opened(model, replace(planned(model), calibration=known))
+    run.source.close()
+    assert run.source.lock_s > 0
+    assert ("processor" in run.stats(1.0, 0.0).assumed) == measured
+    assert (run.prediction.calibration == known) == measured
+
+
+@pytest.mark.spec("TRACE-5")
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_run_keeps_its_reads_and_products_if_it_is_traced(traced: bool, model: PackedModel) -> None:
+    run = opened(model, planned(model, traced=traced))
+    Transformer(run.source, POSITIONS).decode([9])
+    run.source.close()
+    assert {span.kind for span in run.recorder.trace.spans} == (set(KINDS) if traced else set())
 
 
 @pytest.mark.spec("GEN-18", "OFFLOAD-7")

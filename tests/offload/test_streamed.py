@@ -227,6 +227,44 @@ def test_looking_up_rows_of_a_tied_table_reads_each_chunk_that_holds_one_once(go
     np.testing.assert_array_equal(rows, everything[[50, 3, 50, 20, 3]])
 
 
+@pytest.mark.spec("OFFLOAD-7", "OFFLOAD-14")
+def test_rows_of_a_locked_chunk_are_looked_up_without_reading(golden_tied: PackedModel) -> None:
+    store = Recording(golden_tied.built)
+    source = streamed(golden_tied, golden_tied.most, store)
+    store.taken()
+    rows = embedded(source, [50, 3])
+    assert store.taken() == []
+    np.testing.assert_array_equal(rows, embedded(golden_tied.in_memory(), [50, 3]))
+
+
+@pytest.mark.spec("OFFLOAD-7")
+def test_threads_that_read_ahead_read_no_locked_chunk_again(case: PackedModel) -> None:
+    budget, store = (case.smallest + case.most) // 2, Recording(case.built)
+    source = streamed(case, budget, store, threads=2)
+    for _ in range(3):
+        within(lambda: list(source.chunks(0, len(case.chunks))))
+    source.close()
+    locked = places(case, sorted(case.plan("leading", budget, prefetch_threads=2).locked))
+    assert locked
+    assert [store.reads.count(place) for place in locked] == [1] * len(locked)
+
+
+@pytest.mark.spec("READ-2")
+def test_a_page_cache_has_the_room_that_locked_chunks_and_ring_would_take(case: PackedModel) -> None:
+    plan, store = case.plan("leading", (case.smallest + case.most) // 2), Recording(case.built)
+    room = (plan.account.locked + plan.account.ring) // plan.slot_nbytes
+    assert 1 < room < len(case.chunks)
+    source = case.streamed(plan, store, paged=True)
+    store.taken()
+    for _ in range(2):
+        list(source.chunks(0, room))
+    assert store.taken() == places(case, list(range(room)))
+    for _ in range(2):
+        list(source.chunks(0, room + 1))
+    assert len(store.taken()) == 1 + (room + 1)  # the next one, for which the first is dropped, and then each again
+    source.close()
+
+
 def parts_of(tiles: Any) -> list[npt.NDArray[Any]]:
     """Return the arrays of a chunk's tiles, whatever its format."""
     return list(tiles) if isinstance(tiles, tuple) else [tiles]

@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -213,7 +214,9 @@ def noted(*paths: Path) -> SideFile:
     return SideFile(identify(paths, SideFile(()), FAR_FUTURE_NS, nothing))
 
 
-# What is read, on Linux.
+# What is read and held, on Linux.
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process has read and holds")
 
 
 def bytes_read() -> int:
@@ -231,6 +234,13 @@ def resident_bytes(path: Path) -> int:
         assert not libc.mincore(address, size, ctypes.c_void_p(pages.ctypes.data)), os.strerror(ctypes.get_errno())
         del view
     return int((pages & 1).sum()) * PAGE_BYTES
+
+
+def resident_bytes_of_mapping(path: Path) -> int:
+    """Return how much of its mappings of a file this process holds."""
+    regions = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    of_file = [region for region in regions if region.partition("\n")[0].endswith(str(path))]
+    return 1024 * sum(int(re.findall(r"^Rss:\s*(\d+)", region, flags=re.MULTILINE)[0]) for region in of_file)
 
 
 def drop_from_memory(path: Path) -> None:

@@ -345,7 +345,11 @@ def test_removing_leaves_files_that_only_have_the_names_of_a_side_file_or_a_draf
 
 @pytest.mark.spec("DIR-4")
 @pytest.mark.parametrize("left", ["nothing", "side file", "draft"])
-def test_removing_what_is_left_of_a_file_is_allowed(packed: Path, left: str) -> None:
+@pytest.mark.parametrize("usual", [True, False], ids=["in the cache directory", "elsewhere"])
+def test_removing_what_is_left_of_a_file_is_allowed(
+    packed: Path, left: str, usual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFINFER_CACHE_DIR", str(packed.parent if usual else packed.parent.parent))
     packed.unlink()
     if left != "side file":
         side_path(packed).unlink()

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+from build_site import on_linux, resident_bytes_of_mapping
 from file_contents import ABOUT, SOURCE, fill, flip, floats, gaps, packed, tensors, write
 from provider_kinds import A, B, C, D, contents, finalized, insert, loaded, noise
 from refinfer.arrays import PAGE_BYTES
@@ -492,6 +493,21 @@ def test_deleting_a_provider_in_a_file_releases_the_mapping_but_not_the_file(
     assert not is_open(path)
     assert path.read_bytes() == before
     assert contents(FileWeightCacheProvider.load(path)) == {A: noise(A).tobytes()}
+
+
+@pytest.mark.spec("OPEN-8")
+@on_linux
+def test_what_was_packed_stays_in_the_file_when_its_pages_are_dropped(tmp_path: Path) -> None:
+    path, nbytes = tmp_path / "cache", 1 << 20
+    provider = FileWeightCacheProvider.build(path)
+    provider.drop_pages()  # nothing has been reserved yet
+    space = provider.reserve_space(nbytes)
+    space[:] = 7
+    assert resident_bytes_of_mapping(draft_path(path)) >= nbytes
+    provider.drop_pages()
+    assert resident_bytes_of_mapping(draft_path(path)) == 0
+    assert (space == 7).all()
+    provider.delete_cache()
 
 
 @pytest.mark.spec("OPEN-9")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from build_site import (
     drop_from_memory,
     entries_of,
     mapped_of,
+    on_linux,
     resident_bytes,
+    resident_bytes_of_mapping,
 )
 from file_contents import flip, make_version
 from refinfer.arrays import PAGE_BYTES, Float32Array
@@ -34,7 +36,7 @@ from refinfer.packing.layout import Bytes
 from refinfer.weight_cache.format import Provenance, SourceFile
 from refinfer.weight_cache.identity import side_path
 from refinfer.weight_cache.key import PackKey, WeightId
-from refinfer.weight_cache.load_or_build import Contents, Listener, load_or_build
+from refinfer.weight_cache.load_or_build import CacheOutcome, Contents, Listener, load_or_build
 from refinfer.weight_cache.mapped_file import NO_FILE
 from refinfer.weight_cache.packers import chunks_of, matrix_key, pack_into, packer_fingerprint
 from refinfer.weight_cache.publish import draft_path
@@ -42,8 +44,6 @@ from refinfer.weight_cache.publish import draft_path
 N, K = 300, 96
 NBYTES = 4 * N * K
 OTHER_WEIGHTS = "the model's weights changed"
-
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process has read and holds")
 
 
 @pytest.fixture
@@ -173,6 +173,34 @@ def test_a_persons_file_that_appears_while_ours_is_built_stays_as_it_is(site: Si
     assert site.files == {place.name: b"a thesis"}
 
 
+@pytest.mark.spec("OPEN-9")
+def test_a_link_at_the_name_of_the_side_file_stays_where_a_person_named_the_place(built: Site) -> None:
+    built.named = True
+    thesis, side = built.source.with_name("thesis"), side_path(built.cache)
+    thesis.write_bytes(b"dear")
+    side.unlink()
+    side.symlink_to(thesis)
+    assert built.open_checked().outcome.reason is None
+    assert side.is_symlink()
+    assert thesis.read_bytes() == b"dear"
+
+
+@pytest.mark.spec("OPEN-9", "IDENT-6")
+def test_a_malformed_side_file_next_to_a_cache_file_of_ours_is_replaced_wherever_that_lies(built: Site) -> None:
+    built.named = True
+    come_to_rest(built.source)
+    side_path(built.cache).write_bytes(b"nonsense")
+    assert built.open_checked().outcome.reason is None
+    assert built.hashed == NBYTES
+    assert built.open_checked().outcome.reason is None
+    assert built.hashed == 0
+
+
+@pytest.mark.spec("OPEN-1")
+def test_what_packs_nothing_counts_nothing() -> None:
+    assert {name for name, value in asdict(CacheOutcome("off")).items() if value} == {"state"}
+
+
 @pytest.mark.spec("OPEN-1")
 def test_folders_are_made_where_the_cache_belongs(site: Site) -> None:
     site.cache = site.cache.parent / "far" / "away" / "model.rwc"
@@ -285,10 +313,14 @@ def test_the_same_bytes_in_another_shape_are_other_buffers(built: Site) -> None:
 # Incomplete.
 
 
+several_chunks = pytest.mark.parametrize("chunk_nbytes", [None, 4000], ids=["one chunk", "several chunks"])
+
+
 @pytest.mark.spec("OPEN-4")
 @pytest.mark.parametrize("there", [("a",), ("b", "norm"), ("table", "b", "a")])
-def test_a_file_that_lacks_buffers_is_completed(site: Site, there: tuple[str, ...]) -> None:
-    site.names = there
+@several_chunks
+def test_a_file_that_lacks_buffers_is_completed(site: Site, there: tuple[str, ...], chunk_nbytes: int | None) -> None:
+    site.names, site.chunk_nbytes = there, chunk_nbytes
     first = site.open()
     site.names = NAMES
     prepared = site.open()
@@ -318,8 +350,9 @@ def test_buffers_that_are_not_asked_for_are_kept(site: Site) -> None:
 
 @pytest.mark.spec("OPEN-4")
 @pytest.mark.parametrize("damaged", ["a", "b", "table"])
-def test_a_damaged_buffer_is_not_copied_but_packed_again(site: Site, damaged: str) -> None:
-    site.names = ("a", "b", "table")
+@several_chunks
+def test_a_damaged_buffer_is_not_copied_but_packed_again(site: Site, damaged: str, chunk_nbytes: int | None) -> None:
+    site.names, site.chunk_nbytes = ("a", "b", "table"), chunk_nbytes
     first = site.open()
     (entry,) = (entry for entry in entries_of(first) if entry.key.name == damaged)
     flip(site.cache, entry.chunks[-1].offset + 5)
@@ -384,13 +417,6 @@ def test_nothing_outdated_is_copied(site: Site, change: str) -> None:
 def anonymous_bytes() -> int:
     """Return the private memory of this process, files aside."""
     return 1024 * int(re.findall(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[0])
-
-
-def resident_bytes_of_mapping(path: Path) -> int:
-    """Return how much of its mappings of a file this process holds."""
-    regions = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
-    of_file = [region for region in regions if region.partition("\n")[0].endswith(str(path))]
-    return 1024 * sum(int(re.findall(r"^Rss:\s*(\d+)", region, flags=re.MULTILINE)[0]) for region in of_file)
 
 
 @pytest.mark.spec("OPEN-8")

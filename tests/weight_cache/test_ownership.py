@@ -21,7 +21,15 @@ from refinfer.errors import RequestError, WeightCacheError
 from refinfer.weight_cache.format import MAGIC
 from refinfer.weight_cache.identity import SIDE_FILE_BEGINS, side_path
 from refinfer.weight_cache.mapped_file import NO_FILE
-from refinfer.weight_cache.ownership import make_folder, require_replaceable, write_to_device
+from refinfer.weight_cache.ownership import (
+    READ_ONLY,
+    is_ours,
+    make_folder,
+    mode_like,
+    open_draft,
+    require_replaceable,
+    write_to_device,
+)
 from refinfer.weight_cache.publish import Draft, Patience, draft_path, write_small_file
 from starts import make_small
 
@@ -125,6 +133,30 @@ def test_what_is_planted_at_the_name_of_a_draft_is_refused_by_name_and_stays(sit
     ):
         site.open()
     assert (looked_at(site.cache.parent), looked_at(thesis.parent)) == before
+
+
+@pytest.mark.spec("PUBLISH-8")
+def test_a_draft_with_a_second_name_is_refused_although_it_may_be_ours(site: Site) -> None:
+    kept = site.source.with_name("kept")
+    kept.write_bytes(MAGIC + b"half")
+    kept.chmod(0o600)
+    os.link(kept, draft_path(site.cache))
+    with pytest.raises(
+        WeightCacheError, match=r"cannot be written: .* is a link or a special file, and stays as it is"
+    ):
+        site.open()
+    assert kept.read_bytes() == draft_path(site.cache).read_bytes() == MAGIC + b"half"
+
+
+@pytest.mark.spec("PUBLISH-8")
+@pytest.mark.parametrize(("content", "ours"), [(MAGIC, True), (MAGIC + b"half", True), (b"notes", False)])
+def test_a_draft_is_ours_by_how_it_begins_even_if_it_was_read_to_its_end(
+    tmp_path: Path, content: bytes, ours: bool
+) -> None:
+    (tmp_path / "draft").write_bytes(content)
+    with open_draft(tmp_path / "draft") as draft:
+        assert draft.read() == content
+        assert is_ours(draft, MAGIC) == ours
 
 
 @pytest.mark.spec("PUBLISH-8", "OPEN-5")
@@ -239,6 +271,24 @@ def test_root_takes_over_no_draft_of_another_user_but_removes_it(open_site: Site
     assert open_site.cache.stat().st_uid == 0
 
 
+@pytest.mark.spec("PUBLISH-9", "PUBLISH-3")
+@needs_root
+def test_a_draft_of_another_user_that_is_being_written_is_waited_for(open_site: Site) -> None:
+    draft = draft_path(open_site.cache)
+    draft.write_bytes(MAGIC + b"half")
+    os.chown(draft, NOBODY, NOBODY)
+    there: list[bool] = []
+    with draft.open("rb") as written:
+        fcntl.flock(written, fcntl.LOCK_EX)
+
+        def on_wait() -> None:
+            there.append(draft.exists())
+            fcntl.flock(written, fcntl.LOCK_UN)
+
+        assert open_site.open(on_wait).outcome.reason == NO_FILE
+    assert there == [True]
+
+
 # What a file of ours may replace.
 
 
@@ -348,6 +398,20 @@ def test_a_group_that_may_not_read_the_source_is_not_let_in_among_the_others(ope
     open_site.source.chmod(0o604)
     open_site.open()
     assert mode_of(open_site.cache) == 0o400
+
+
+@pytest.mark.spec("PUBLISH-10")
+@pytest.mark.parametrize(("mode", "expected"), [(0o644, 0o404), (0o640, 0o400), (0o604, 0o400), (0o600, 0o400)])
+def test_in_another_group_others_may_read_it_only_if_the_group_of_the_source_may_too(
+    tmp_path: Path, mode: int, expected: int
+) -> None:
+    source, before = tmp_path / "source", os.umask(0)
+    try:
+        source.touch()
+        source.chmod(mode)
+        assert mode_like([source], READ_ONLY, source.stat().st_gid + 1) == expected
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.spec("PUBLISH-10")

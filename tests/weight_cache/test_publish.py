@@ -466,6 +466,39 @@ def test_a_persons_file_that_appears_while_its_place_is_built_is_not_replaced(tm
     assert taken(tmp_path) == {"thesis": b"dear"}
 
 
+@pytest.mark.spec("OPEN-9")
+def test_at_a_persons_file_no_draft_is_begun(tmp_path: Path) -> None:
+    path = tmp_path / "thesis"
+    path.write_bytes(b"dear")
+    with pytest.raises(RequestError, match="is not a weight cache, and stays as it is"):
+        named_draft(path)
+    assert taken(tmp_path) == {"thesis": b"dear"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc, as Linux has it")
+@pytest.mark.spec("PUBLISH-15")
+def test_a_draft_that_was_published_or_abandoned_leaves_no_descriptor(tmp_path: Path) -> None:
+    def descriptors() -> set[str]:
+        return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+    before = descriptors()
+    settled(tmp_path / "file").publish()
+    settled(tmp_path / "file").abandon()
+    assert descriptors() == before
+
+
+@pytest.mark.spec("PUBLISH-13", "PUBLISH-3")
+def test_a_disk_that_fails_while_a_draft_is_locked_is_not_one_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        Draft(tmp_path / "file")
+
+
 @pytest.mark.spec("PUBLISH-13")
 def test_without_locks_a_draft_that_another_removes_meanwhile_hinders_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

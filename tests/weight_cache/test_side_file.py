@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from build_site import Site, come_to_rest, noted
 from refinfer.weight_cache.format import Provenance, SourceFile
-from refinfer.weight_cache.identity import Record, SideFile, Stat, believed, side_path
+from refinfer.weight_cache.identity import SIDE_FILE_BEGINS, Record, SideFile, Stat, believed, side_path
+from refinfer.weight_cache.ownership import require_replaceable
 
 SHAPE = (257, 192)  # reaches beyond the first 64 KiB
 NBYTES = 4 * SHAPE[0] * SHAPE[1]
@@ -180,12 +181,15 @@ def side_files(draw: st.DrawFn) -> SideFile:
     return SideFile(tuple(record() for _ in range(draw(st.integers(0, 3)))), packing_s)
 
 
-@pytest.mark.spec("IDENT-6")
+@pytest.mark.spec("IDENT-6", "OPEN-9")
 @given(side=side_files())
-def test_a_side_file_is_read_as_it_was_written(side: SideFile, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_side_file_is_read_as_it_was_written_and_known_by_how_it_begins(
+    side: SideFile, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.getbasetemp() / "side.json"
     path.write_bytes(side.encode())
     assert SideFile.read(path) == side
+    require_replaceable(path, SIDE_FILE_BEGINS, "a side file")
 
 
 json_values = st.recursive(
