@@ -128,7 +128,8 @@ def _enter(folders: Sequence[Path], out: int, err: int, memory: int | None) -> N
 def guard(*folders: Path) -> Callable[[str, tuple[Any, ...]], None]:
     """Return an audit hook that ends the process when it writes to a path outside all of `folders`.
 
-    A device is no file, nor is a pipe, which may be opened by the number of its descriptor.
+    A device such as /dev/null may be written to, but not removed, and so may a pipe, which may be opened by the number
+    of its descriptor.
     """
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -143,8 +144,9 @@ def guard(*folders: Path) -> Callable[[str, tuple[Any, ...]], None]:
             if isinstance(path, (str, bytes, os.PathLike)):
                 whole = Path(os.fsdecode(path))
                 where = whole.parent.resolve()
-                inside = where == Path("/dev") or any(map(where.is_relative_to, folders))
-                if where.is_dir() and not inside and not (event == "open" and whole.is_fifo()):
+                inside = any(map(where.is_relative_to, folders))
+                no_file = event == "open" and (whole.is_char_device() or whole.is_fifo())
+                if where.is_dir() and not inside and not no_file:
                     os.write(2, f"{event} {path!r}\n".encode())
                     os._exit(ESCAPED)
 

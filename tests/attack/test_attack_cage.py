@@ -46,6 +46,11 @@ def test_a_process_may_write_to_a_device_and_to_a_pipe_that_it_opens_by_its_numb
     assert caged(tmp_path, write).status == 0
 
 
+def test_a_process_may_not_change_the_name_of_a_device(tmp_path: Path) -> None:
+    """Here only its times, so that nothing is lost if the cage has a hole."""
+    assert caged(tmp_path, lambda: int(bool(os.utime("/dev/null")))).status == ESCAPED
+
+
 def test_a_process_that_takes_too_much_time_or_memory_is_ended(tmp_path: Path) -> None:
     assert caged(tmp_path, lambda: int(signal.sigwait([signal.SIGUSR1])), seconds=1).status == -signal.SIGALRM
     ran = caged(tmp_path, lambda: len(bytes(1 << 30)) and 0, memory=64 << 20)
