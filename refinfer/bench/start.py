@@ -87,7 +87,8 @@ def run_start(model: Path, weights: str, weight_cache: str, *, verify: bool = Tr
         command = [sys.executable, "-c", _CHILD, str(model), weights, weight_cache, str(verify), str(report)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (this very program)
         if done.returncode:
-            raise GenerationError(f"a start failed: {done.stderr.strip().splitlines()[-1:]}")
+            why = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+            raise GenerationError(f"a start failed: {why[0]}")
         stats: dict[str, Any] = json.loads(report.read_text())
         return stats
 

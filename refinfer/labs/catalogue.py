@@ -63,11 +63,6 @@ class Lab:
         """Where its regions are."""
         return tuple(place for place in places() if place.region.lab == self.number)
 
-    @property
-    def task(self) -> str:
-        """What to do, in the words of its regions."""
-        return "; ".join(place.region.task for place in self.places)
-
 
 @cache
 def labs() -> tuple[Lab, ...]:

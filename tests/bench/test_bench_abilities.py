@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +55,49 @@ def test_direct_reads_are_tried_in_what_there_is_of_the_cache_directory(
     assert (tried, verdict.works) == ([tmp_path], works is True)
     assert why in verdict.why
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.spec("CLI-22")
+@pytest.mark.parametrize(("kind", "named"), [("ext9", "ext9"), (None, "the file system")])
+@pytest.mark.parametrize("works", [True, False])
+def test_a_verdict_on_direct_reads_names_the_file_system_if_the_system_reports_it(
+    kind: str | None, named: str, works: bool, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_abilities, "direct_io_works", lambda _: works)
+    monkeypatch.setattr(bench_abilities, "file_system", lambda _: kind)
+    verdict = verdicts(machine)["direct reads in the cache directory"]
+    assert verdict.why.startswith(f"{named} {'supports' if works else 'does not support'} O_DIRECT")
+
+
+@pytest.mark.spec("CLI-22")
+@pytest.mark.parametrize(("locked", "why"), [(True, "flock works"), (False, "lies on a file system without flock")])
+def test_locks_are_tried_in_the_cache_directory_and_leave_nothing_there(
+    locked: bool, why: str, machine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Path] = []
+
+    def draft(path: Path) -> SimpleNamespace:
+        tried.append(path)
+        return SimpleNamespace(locked=locked, abandon=lambda: None)
+
+    monkeypatch.setattr(bench_abilities, "Draft", draft)
+    monkeypatch.setenv("REFINFER_CACHE_DIR", str(tmp_path))
+    verdict = verdicts(machine)["file locks in the cache directory"]
+    assert (verdict.works, why in verdict.why) == (locked, True)
+    assert [tmp_path in path.parents for path in tried] == [True]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.spec("CLI-22")
+@pytest.mark.parametrize(
+    ("left", "why"), [(5_000_000_000, "5.0 GB, by the system's count"), (None, "this system does not report it")]
+)
+def test_the_memory_that_is_left_is_named_if_the_system_reports_it(
+    left: int | None, why: str, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_abilities, "available_bytes", lambda: left)
+    verdict = verdicts(machine)["the memory that is left"]
+    assert (verdict.works, verdict.why) == (left is not None, why)
 
 
 @pytest.mark.spec("CLI-22")
@@ -110,6 +155,18 @@ def test_locked_memory_is_reported_with_its_limit(
 
 
 @pytest.mark.spec("CLI-22")
+@pytest.mark.parametrize(("numbers", "privileged"), [({14}, True), (set(range(41)) - {14}, False)])
+def test_of_all_capabilities_number_14_lifts_the_limit_on_locked_memory(
+    numbers: set[int], privileged: bool, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux shows the capabilities of a process as bits; CAP_IPC_LOCK has the number 14."""
+    mask = sum(1 << number for number in numbers)
+    monkeypatch.setattr(bench_abilities, "lines_of", lambda _: ["CapPrm:\t0", f"CapEff:\t{mask:016x}"])
+    verdict = verdicts(machine | {"memlock_limit_bytes": 64_000})["packed weights locked in memory"]
+    assert ("CAP_IPC_LOCK" in verdict.why) == privileged
+
+
+@pytest.mark.spec("CLI-22")
 def test_no_limit_at_all_is_not_no_locked_memory_at_all(
     machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +221,25 @@ def test_speeds_are_measured_once_the_calibration_has_this_disk_and_processor(
     (tmp_path / "refinfer").mkdir()
     (tmp_path / "refinfer" / CALIBRATION_FILE).write_text("{}")
     assert not verdicts(machine)[ability].works
+
+
+@pytest.mark.spec("CLI-22")
+@pytest.mark.parametrize("known", [True, False])
+def test_a_tokenizers_package_that_is_there_is_named_with_its_version(
+    known: bool, machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package may lie in a folder of modules without having been installed: then nobody knows its version."""
+
+    def version(name: str) -> str:
+        if not known:
+            raise PackageNotFoundError(name)
+        return "9.8.7"
+
+    monkeypatch.setattr(bench_abilities, "version", version)
+    monkeypatch.setattr(bench_abilities, "find_spec", lambda _: object())
+    verdict = verdicts(machine)["the tokenizers package, for other tokenizers than refinfer's own"]
+    assert verdict.works
+    assert verdict.why == f"version {'9.8.7' if known else '(unknown)'} is installed"
 
 
 @pytest.mark.spec("CLI-22")

@@ -28,6 +28,7 @@ from refinfer.inventory import Inventory
 from refinfer.model.folder import open_folder
 from refinfer.model.synth import write_checkpoint
 from refinfer.offload.store import FileStore
+from refinfer.packing.formats import FORMATS
 from refinfer.planning.account import fixed_of
 from refinfer.planning.plan import smallest_budget
 
@@ -66,10 +67,11 @@ def test_the_bytes_a_token_reads_from_the_disk_are_the_plans(tmp_path: Path) -> 
 def test_a_chunk_multiplied_many_times_gives_the_same_tokens() -> None:
     code = (
         "import sys; from refinfer.bench.arm import _multiply_often; _multiply_often(int(sys.argv[1]));"
-        "from refinfer import load\n"
-        "for weight_cache, budget in ((':memory', None), (sys.argv[2], '90%')):\n"
-        "    with load(weight_cache=weight_cache, budget=budget, threads=1, max_positions=32) as s:\n"
-        "        print(repr(''.join(s.generate('ROMEO:', max_tokens=12))))"
+        "from refinfer import load; from refinfer.packing.formats import FORMATS\n"
+        "for weights in FORMATS:\n"
+        "    for place, budget in ((':memory', None), (sys.argv[2] + weights, '90%')):\n"
+        "        with load(weights=weights, weight_cache=place, budget=budget, threads=1, max_positions=20) as s:\n"
+        "            print(repr(''.join(s.generate('ROMEO:', max_tokens=12))))"
     )
     with tempfile.TemporaryDirectory() as folder:
         printed = [
@@ -79,7 +81,7 @@ def test_a_chunk_multiplied_many_times_gives_the_same_tokens() -> None:
             for n in (1, 5)
         ]
     assert printed[0] == printed[1]
-    assert printed[0].count("\n") == 2
+    assert printed[0].count("\n") == 2 * len(FORMATS)
 
 
 @pytest.mark.spec("BENCH-12")
@@ -171,7 +173,7 @@ def test_a_process_loads_the_model_as_its_arm_says(
     products: list[int] = []
 
     def load(model: str, **options: Any) -> nullcontext[None]:
-        asked.update(options)
+        asked.update(options, model=model)
         return nullcontext()
 
     monkeypatch.setattr(bench_arm, "load", load)
@@ -180,6 +182,7 @@ def test_a_process_loads_the_model_as_its_arm_says(
     bench_arm.child("a model", "a file", json.dumps(asdict(arm)), str(tmp_path / "report"))
     assert json.loads((tmp_path / "report").read_text()) == asdict(arm)
     assert tuple(asked[name] for name in ("weights", "budget", "plan", "prefetch_threads", "threads")) == expected
+    assert (asked["model"], asked["weight_cache"]) == ("a model", "a file")
     assert products == [times]
 
 
@@ -202,6 +205,42 @@ def test_the_bytes_read_per_token_are_those_of_the_last_generation_divided_by_it
     session: Any = SimpleNamespace(generate=generate, stats=stats)
     measured = bench_arm._measured(session, Arm("f32", 0.5, name))
     assert (measured["read_bytes_per_token"], measured["token_s"]) == (1000, 0.25)
+
+
+@pytest.mark.spec("BENCH-11")
+@pytest.mark.parametrize(
+    ("written", "why"), [("a warning\nan error\nthe reason\n", "the reason"), ("\n", "exit status 3")]
+)
+def test_a_run_that_fails_is_named_with_the_last_line_it_wrote_or_with_how_it_ended(
+    written: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = SimpleNamespace(returncode=3, stderr=written)
+    monkeypatch.setattr(bench_arm, "subprocess", SimpleNamespace(run=lambda *_, **__: done))
+    with pytest.raises(GenerationError, match=f" failed: {why}$"):
+        run_arm(tmp_path / "m", tmp_path / "cache", Arm("f32", 0.5, "optimal"))
+
+
+@pytest.mark.spec("BENCH-11")
+def test_a_run_has_the_users_calibration_unless_it_is_given_another_cache_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the environment of a run's process says is where it looks."""
+    monkeypatch.setenv("REFINFER_CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "the user's"))
+    looked: list[str] = []
+    code = "import pathlib, sys; from refinfer.offload.calibration import calibration_file;"
+    code += "pathlib.Path(sys.argv[4]).write_text('{}'); print(calibration_file())"
+    real = subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        done = real([*command[:2], code, *command[3:]], **options)
+        looked.append(done.stdout)
+        return done
+
+    monkeypatch.setattr(bench_arm, "subprocess", SimpleNamespace(run=run))
+    for home in (None, tmp_path / "another"):
+        run_arm(tmp_path / "m", tmp_path / "cache", Arm("f32", 0.5, "optimal"), None, home)
+    assert [Path(line.strip()).parents[1].name for line in looked] == ["the user's", "another"]
 
 
 @pytest.mark.spec("BENCH-11")

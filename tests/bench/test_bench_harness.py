@@ -22,6 +22,13 @@ def test_candidates_warm_up_once_and_then_take_turns() -> None:
 
 
 @pytest.mark.spec("BENCH-1")
+def test_progress_is_told_after_each_round() -> None:
+    log: list[str] = []
+    interleave({"a": lambda: log.append("a")}, rounds=3, progress=lambda: log.append(","))
+    assert "".join(log) == "a" + "a," * 3
+
+
+@pytest.mark.spec("BENCH-1")
 def test_a_turn_is_timed_by_the_clock() -> None:
     ticks = iter(range(100))
     timings = interleave({"a": lambda: next(ticks), "b": lambda: None}, rounds=4, now=lambda: float(next(ticks)))

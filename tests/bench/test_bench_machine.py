@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import platform
@@ -93,7 +94,8 @@ def test_a_page_is_on_the_disk_before_the_page_cache_is_asked_to_drop_it(
     def synced(descriptor: int) -> None:
         asked.append(("sync", os.fstat(descriptor).st_size))
 
-    def advised(descriptor: int, *_: int) -> None:
+    def advised(descriptor: int, offset: int, length: int, advice: int) -> None:
+        assert (offset, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)  # no length is up to the end of the file
         asked.append(("drop", os.fstat(descriptor).st_size))
 
     def read(*_: object) -> int:
@@ -106,6 +108,71 @@ def test_a_page_is_on_the_disk_before_the_page_cache_is_asked_to_drop_it(
     monkeypatch.setattr(os, "preadv", read)
     assert drops_pages(tmp_path) is dropped
     assert asked == [("sync", mmap.PAGESIZE), ("drop", mmap.PAGESIZE)]
+
+
+@pytest.mark.spec("CLI-22")
+@pytest.mark.parametrize(
+    ("refusal", "works"),
+    [(None, True), (errno.EINVAL, False), (errno.EOPNOTSUPP, False), (errno.EIO, None), (errno.ENFILE, None)],
+)
+def test_direct_reads_are_tried_with_o_direct_and_only_a_refusal_of_that_says_that_there_are_none(
+    refusal: int | None, works: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system that refuses, or takes, whatever is opened with O_DIRECT; the bit is any that is free."""
+    flag, real = 1 << 40, os.open
+    seen: list[int] = []
+
+    def opened(path: str, flags: int, *more: Any, **options: Any) -> int:
+        if flags & flag:
+            seen.append(flags & ~flag)
+            if refusal is not None:
+                raise OSError(refusal, os.strerror(refusal))
+        return real(path, flags & ~flag, *more, **options)
+
+    monkeypatch.setattr(os, "O_DIRECT", flag, raising=False)
+    monkeypatch.setattr(os, "open", opened)
+    assert direct_io_works(tmp_path) is works
+    assert seen == [os.O_RDONLY]
+
+
+@pytest.mark.spec("CLI-22")
+def test_a_system_without_o_direct_has_no_direct_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    assert direct_io_works(tmp_path) is False
+
+
+@pytest.mark.spec("CLI-7")
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        (["processor\t: 0", "model name\t: A Processor: 2 GHz", "model name\t: Another"], "A Processor: 2 GHz"),
+        (["processor\t: 0", "CPU part\t: 0xd40"], "what Python says"),
+        ([], "what Python says"),
+    ],
+)
+def test_a_processor_has_the_name_that_the_system_gives_the_first_core(
+    lines: list[str], name: str, mounts: dict[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounts[Path("/proc/cpuinfo")] = lines
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "what Python says")
+    assert describe_machine(Path("/disk/a"))["cpu"] == name
+
+
+@pytest.mark.spec("CLI-7")
+@pytest.mark.parametrize("limit", [65_536, 0, None])
+def test_the_limit_on_locked_memory_is_the_one_that_holds_now(
+    limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource", reason="only POSIX has limits of resources")
+    infinity = resource.RLIM_INFINITY
+
+    def limits(which: int) -> tuple[int, int]:
+        assert which == resource.RLIMIT_MEMLOCK
+        return infinity if limit is None else limit, infinity
+
+    monkeypatch.setattr(resource, "getrlimit", limits)
+    assert describe_machine(Path.cwd())["memlock_limit_bytes"] == limit
 
 
 @pytest.mark.spec("BENCH-3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 import tracemalloc
 from collections import Counter
 from collections.abc import Mapping
@@ -46,6 +47,8 @@ def test_bench_matmul_prints_a_row_for_every_format_and_comparison(
     assert main(["bench", "matmul"]) == 0
     shown = capsys.readouterr().out
     assert "f32-by-tiles" in shown
+    for name in ("M", "f32-by-tiles", "int8-naive", "4k-pages", "of the limit"):  # nobody could guess them
+        assert re.search(rf"(?m)^{name} ", shown), name
     assert "BLAS threads: 3, which read 30.0 GB/s, in small pages 20.0 GB/s, and multiply 100 GFLOP/s" in shown
 
 
@@ -121,10 +124,14 @@ def test_several_kernels_measure_the_limit_of_each_kind_of_page_and_of_products(
     limited.assert_called_once_with(2, user_api="blas")
     assert set(limits) == {READ, READ_4K, MULTIPLY}
     assert min(limits.values()) > 0
-    memory = np.ones((2, 64, 64), np.float32)
+    memory = np.ones((3, 50, 70), np.float32)
     kernels = matmul.limit_kernels({READ: memory, READ_4K: memory.copy()})
     assert min(Counter(limit for limit, _, _ in kernels.values()).values()) > 2
     assert {work for limit, work, _ in kernels.values() if limit != MULTIPLY} == {memory.nbytes}
+    for limit, work, run in kernels.values():
+        result = run()
+        if limit == MULTIPLY:  # a product of ones is as many operations as it adds ones, and multiplies them
+            assert 0 < work == 2 * np.sum(result, dtype=np.float64)  # type: ignore[call-overload]
 
 
 @pytest.mark.spec("BENCH-15", "BENCH-16")
@@ -136,12 +143,12 @@ def test_the_limit_of_a_row_is_the_best_kernel_of_its_rounds_for_its_page_or_its
 
     def kernels(memory: Mapping[str, Any]) -> dict[str, matmul.Kernel]:
         memories.append(memory)
-        of = {name: speed * 1e9 for name, speed in quickest.items() if name in {*memory, MULTIPLY}}
+        of = {name: speed * 1e9 / 2 for name, speed in quickest.items() if name in {*memory, MULTIPLY}}
         return {f"{share} of {name}": (name, share * work, int) for name, work in of.items() for share in (1, 0.5)}
 
     def interleave(turns: Mapping[str, Any], rounds: int) -> Timings:
-        """A kernel takes a second in its best round; a row takes as long as it reads float32 at 1 GB/s."""
-        return Timings({name: (3.0, 1.0, 2.0) if "_per_s" in name else (4 * 128 * 96 / 1e9,) * 3 for name in turns})
+        """A kernel takes half a second in its best round; a row takes as long as it reads float32 at 1 GB/s."""
+        return Timings({name: (1.5, 0.5, 1.0) if "_per_s" in name else (4 * 128 * 96 / 1e9,) * 3 for name in turns})
 
     monkeypatch.setattr(matmul, "_STREAMED_BYTES", 0)
     monkeypatch.setattr(matmul, "limit_kernels", kernels)

@@ -52,6 +52,14 @@ def test_the_arms_are_every_plan_no_threads_lru_pages_and_mmap_in_every_format()
     assert {(arm.arm, arm.prefetch_threads) for arm in quick} >= {("optimal", 1), ("optimal", 2)}
 
 
+@pytest.mark.spec("BENCH-11")
+@pytest.mark.parametrize("cores", [1, 2, 8])
+def test_no_run_has_more_blas_threads_than_cores_and_some_have_two(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "usable_cores", lambda: cores)
+    assert {arm.threads for arm in arms()} == ({1} if cores == 1 else {1, 2})
+    assert {arm.threads for arm in arms(quick=True)} == {1}
+
+
 @pytest.mark.spec("BENCH-12")
 def test_compute_heavy_runs_are_the_plans_and_no_threads_at_three_budgets() -> None:
     heavy = arms(compute_heavy=True)
@@ -205,6 +213,43 @@ def test_every_arm_within_a_budget_has_a_limit_of_its_own_memory_the_budget_and_
         else:
             assert limit == own + budget + (0 if arm.arm == "mmap" else 16_000_000)
     assert dropped == ["f32.packed"] * len(arms(quick=True))  # no arm finds in memory what the one before it has read
+
+
+@pytest.mark.spec("BENCH-11")
+def test_every_run_has_the_calibration_of_this_bench_and_progress_is_told_after_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With stand-ins for the runs: two find all weights locked, and stream none."""
+    runs: list[Arm] = []
+    told: list[int] = []
+
+    def run_arm(model: Path, weight_cache: Path, arm: Arm, limit: int | None, cache_home: Path) -> dict[str, Any]:
+        if arm.arm == "resident":
+            return {"token_s": 0.25}
+        assert (cache_home / "calibrated").exists()
+        assert len(told) == len(runs)
+        runs.append(arm)
+        offloaded: dict[str, Any] = dict.fromkeys(("streamed_bytes_per_token", "ring_bytes", "peak_bytes"), 0)
+        offloaded |= {"predicted_tokens_per_s": 1, "predicted_range_tokens_per_s": None, "ideal_tokens_per_s": 0.5}
+        found = {"token_s": 0.5, "read_s": 0.0, "read_bytes_per_token": 0, "peak_rss_bytes": 1}
+        return found | {"offload": offloaded, "estimated_tokens_per_s": None}
+
+    def calibrated(cache_home: Path, *_: object, **__: object) -> int:
+        cache_home.mkdir(parents=True)
+        (cache_home / "calibrated").touch()
+        return 1
+
+    wanted = (Arm("f32", 2.0, "optimal"), Arm("f32", 3.0, "optimal"))
+    monkeypatch.setattr(offload, "run_arm", run_arm)
+    monkeypatch.setattr(offload, "run_start", lambda *_: {"peak_rss_bytes": 1})
+    monkeypatch.setattr(offload, "_calibrate", calibrated)
+    monkeypatch.setattr(offload, "can_limit_memory", lambda: False)
+    monkeypatch.setattr(offload, "arms", lambda **_: wanted)
+    rows = list(offload.BENCH.measure(lambda: told.append(1), config=TINY, quick=True)["rows"])
+    assert len(told) == steps(quick=True) == len(runs)
+    for row in rows:
+        assert (row["planned_bytes_per_token"], row["byte_efficiency"], row["read_only_tokens_per_s"]) == (0, 1, None)
+        assert (row["ideal_tokens_per_s"], row["efficiency"], row["overlap"]) == (1 / 0.25, 0.5, 0.5)
 
 
 @pytest.mark.spec("BENCH-11")

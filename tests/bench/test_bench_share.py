@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -50,6 +53,54 @@ def test_processes_that_are_measured_at_once_have_the_model_loaded_and_end_after
     assert not any(Path(f"/proc/{pid}").exists() for pid in measured)
     with pytest.raises(GenerationError, match="a process of bench share failed"):
         share._pss_of(1, [str(tmp_path / "nothing"), "f32", str(tmp_path / "w")])
+
+
+@pytest.mark.spec("BENCH-10")
+def test_a_process_keeps_the_model_that_it_has_used_until_the_bench_has_measured_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With stand-ins for the model and for both ends of the pipes: what happens one after another."""
+    happened: list[str] = []
+
+    class Session:
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            happened.append("closed")
+
+        def generate(self, token_ids: list[int], max_tokens: int) -> list[str]:
+            happened.append(f"generated {max_tokens}")
+            return ["a"] * max_tokens
+
+    def load(model: str, *, weights: str, weight_cache: str, threads: int, **_: object) -> Session:
+        happened.append(f"loaded {model}, {weights}, {weight_cache}, {threads}")
+        return Session()
+
+    def opened(self: Path, mode: str) -> io.BytesIO:
+        assert (str(self), mode) == ("/dev/stdin", "rb")
+        happened.append("waited")
+        return io.BytesIO()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(share, "load", load)
+        patched.setattr(os, "write", lambda *_: happened.append("said so"))
+        patched.setattr(Path, "open", opened)
+        share.child("a model", "int8", "a file")
+    assert happened == ["loaded a model, int8, a file, 1", "generated 1", "said so", "waited", "closed"]
+
+
+@pytest.mark.spec("BENCH-10")
+def test_a_size_is_read_in_kibibytes_and_a_system_that_counts_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollup = "00400000-7fff5a2d3000 ---p 00000000 00:00 0    [rollup]\nRss:      2000 kB\n"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", lambda _: f"{rollup}Pss:      1500 kB\nPss_Dirty:   7 kB\n")
+        size = share._pss(1)
+    assert size == 1500 * 1024
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", lambda _: rollup)
+        with pytest.raises(GenerationError, match="does not report proportional set sizes"):
+            share._pss(1)
 
 
 @pytest.mark.spec("BENCH-10")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,8 +94,19 @@ def test_the_title_names_the_size_of_the_model() -> None:
 
 @pytest.mark.spec("BENCH-9")
 def test_a_start_that_fails_is_one_named_error(tmp_path: Path) -> None:
-    with pytest.raises(GenerationError, match=r"a start failed: .*nothing here"):
+    with pytest.raises(GenerationError, match=r"^a start failed: refinfer\.errors\.\w+: .*nothing here"):
         start.run_start(tmp_path / "nothing here", "int8", ":memory")
+
+
+@pytest.mark.spec("BENCH-9")
+@pytest.mark.parametrize(("written", "why"), [("a warning\nthe reason\n", "the reason"), ("\n", "exit status 3")])
+def test_a_start_that_fails_is_named_with_the_last_line_it_wrote_or_with_how_it_ended(
+    written: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = SimpleNamespace(returncode=3, stderr=written)
+    monkeypatch.setattr(start, "subprocess", SimpleNamespace(run=lambda *_, **__: done))
+    with pytest.raises(GenerationError, match=f"^a start failed: {why}$"):
+        start.run_start(tmp_path / "m", "int8", ":memory")
 
 
 @pytest.mark.spec("BENCH-9")
@@ -106,6 +120,46 @@ def test_a_page_cache_that_has_nothing_to_drop_or_drops_nothing_is_left_alone(
         monkeypatch.delattr(os, "posix_fadvise", raising=False)
     monkeypatch.setattr(os, "open", None if not able else os.open)
     start.drop_page_cache(tmp_path / ("nothing here" if able else "file"))
+    start._read_through(tmp_path / "nothing here")
+
+
+@pytest.mark.spec("BENCH-9")
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="only some systems can be asked to drop pages")
+def test_a_file_is_dropped_from_its_beginning_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(bytes(5000))
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda descriptor, *rest: asked.append((os.fstat(descriptor).st_size, *rest))
+    )
+    start.drop_page_cache(tmp_path / "file")
+    assert asked == [(5000, 0, 0, os.POSIX_FADV_DONTNEED)]  # no length is up to the end of the file
+
+
+@pytest.mark.spec("BENCH-9")
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_start_generates_one_token_with_one_blas_thread(
+    verify: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the session, which would generate as many tokens as it is asked for."""
+    tokens: list[str] = []
+    asked: dict[str, Any] = {}
+
+    def generate(token_ids: list[int], max_tokens: int = 100) -> Iterator[str]:
+        for _ in range(max_tokens):
+            tokens.append("a")
+            yield "a"
+
+    def load(model: str, **options: Any) -> nullcontext[SimpleNamespace]:
+        asked.update(options, model=model)
+        return nullcontext(
+            SimpleNamespace(generate=generate, stats=SimpleNamespace(to_json=lambda: {"n": len(tokens)}))
+        )
+
+    monkeypatch.setattr(start, "load", load)
+    start.child("a model", "int8", "a file", str(verify), str(tmp_path / "report"))
+    assert json.loads((tmp_path / "report").read_text()) == {"n": 1}
+    names = ("model", "weights", "weight_cache", "verify", "threads")
+    assert tuple(asked[name] for name in names) == ("a model", "int8", "a file", verify, 1)
 
 
 @pytest.mark.spec("BENCH-9")

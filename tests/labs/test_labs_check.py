@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from lab_workspaces import KV_CACHE, LAYERS, quick_lab, solved, write
 from refinfer import __version__
 from refinfer.errors import LabError
+from refinfer.labs import catalogue
 from refinfer.labs import check as checking
 from refinfer.labs.catalogue import lab_of
 from refinfer.labs.check import REPORT, TIME_LIMIT, Limits, Verdict, check, require_pytest, sentence
@@ -110,6 +112,17 @@ def test_a_syntax_error_is_named_with_its_line(
     assert problem is not None
     assert problem.startswith(f"{LAYERS}, line {line}: ")
     assert why in problem
+
+
+@pytest.mark.spec("LAB-11")
+def test_a_syntax_error_that_shows_only_below_the_region_is_named_with_its_lab(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    """Python names the line that should have been indented, and that one is not the student's."""
+    write(workspace, KV_CACHE, "        # end lab\n", "        if keys is values:\n        # end lab\n")
+    problem = quick(workspace, tmp_path).problem
+    assert problem is not None
+    assert problem.startswith(f"{KV_CACHE}, in lab 01: expected an indented block")
 
 
 @pytest.mark.spec("LAB-11", "LAB-10")
@@ -237,6 +250,25 @@ def test_changes_that_came_with_another_version_are_one_note(workspace: Workspac
     assert note == f"the workspace is from refinfer 0.0.1; what is outside the lab is that of {__version__}"
 
 
+@pytest.mark.spec("LAB-9")
+@pytest.mark.parametrize("reference_before", [False, True])
+def test_an_earlier_lab_that_was_passed_is_the_students_own_unless_ours_is_asked_for(
+    reference_before: bool, tmp_path: Path
+) -> None:
+    """Somebody has passed lab 01, and spoils it while lab 02 is open; the tests come to lab 01."""
+    workspace = Workspace.start(tmp_path / "workspace", [lab_of("1"), lab_of("2")])
+    for number in ("1", "2"):
+        workspace.solve(lab_of(number))
+        if number == "1":
+            workspace.finish(lab_of(number))
+    write(workspace, LAYERS, PRODUCT, f"{PRODUCT}    scores.missing()\n")
+    quick, tests = quick_lab(tmp_path)
+    lab = replace(lab_of("2"), tests=quick.tests)
+    verdict = check(workspace, lab, reference_before=reference_before, tests=tests)
+    assert verdict.problem is None
+    assert verdict.passed is reference_before
+
+
 @pytest.mark.spec("LAB-11")
 def test_a_missing_file_and_missing_comments_are_named(workspace: Workspace, tmp_path: Path) -> None:
     write(workspace, LAYERS, "    # end lab\n", "")
@@ -261,6 +293,25 @@ def test_a_check_leaves_no_process(workspace: Workspace, tmp_path: Path) -> None
 
 
 @pytest.mark.spec("LAB-18")
+@pytest.mark.parametrize(
+    "there", [(), ("tests/conftest.py",), ("docs/spec.md",), ("tests/conftest.py", "docs/spec.md")]
+)
+@pytest.mark.parametrize("place", ["refinfer/labs/course", "."])
+def test_the_tests_of_the_labs_are_in_the_package_or_next_to_it_or_else_one_line_says_that_they_are_missing(
+    place: str, there: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in there:
+        (tmp_path / place / name).parent.mkdir(parents=True)
+        (tmp_path / place / name).touch()
+    monkeypatch.setattr(catalogue, "PACKAGE", tmp_path / "refinfer")
+    if len(there) == 2:
+        assert catalogue.course() == tmp_path / place
+    else:
+        with pytest.raises(LabError, match="the tests of the labs are missing; install refinfer from"):
+            catalogue.course()
+
+
+@pytest.mark.spec("LAB-18")
 def test_a_missing_pytest_is_one_line_that_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "find_spec", lambda name: None if name == "hypothesis" else sys)
     with pytest.raises(LabError, match=r"the labs need hypothesis; install them with: pip install 'refinfer\[labs\]'"):
@@ -270,6 +321,15 @@ def test_a_missing_pytest_is_one_line_that_says_how_to_install_it(monkeypatch: p
 @pytest.mark.spec("LAB-13")
 def test_the_name_of_a_test_is_its_sentence() -> None:
     assert sentence("tests/a/test_b.py::test_an_int8_row_is_near[2-3]") == "An int8 row is near."
+
+
+@pytest.mark.spec("LAB-13")
+def test_what_the_tests_print_while_they_run_is_kept_from_the_terminal(
+    workspace: Workspace, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(workspace, LAYERS, PRODUCT, f"    import os; os.write(1, b'one'); os.write(2, b'two')\n{PRODUCT}")
+    assert quick(workspace, tmp_path).passed
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.spec("LAB-13")

@@ -79,6 +79,9 @@ def test_lines_outside_are_all_lines_but_those_of_the_regions() -> None:
     lines = outside(SOURCE)
     assert [n for n, _ in lines] == [1, 2, 3, 7, 8, 9, 10, 11, 12, 14, 15]
     assert lines[2] == (3, "# lab 03")
+    text = SOURCE.splitlines()
+    markers = [n for n, _ in lines if "lab" in text[n - 1]]
+    assert [line for n, line in lines if n not in markers] == [text[n - 1] for n, _ in lines if n not in markers]
 
 
 @pytest.mark.spec("LAB-2")

@@ -20,6 +20,7 @@ from refinfer.bench.calibrate import (
     calibrate,
     fit_device,
     processor_of,
+    product_rows,
     read_rows,
     to_json,
 )
@@ -94,6 +95,38 @@ def test_every_read_that_is_measured_is_checked(monkeypatch: pytest.MonkeyPatch)
     assert len(rows) == len(CHUNK_SIZES) * len(THREADS)
     for size in CHUNK_SIZES:  # prefetch threads may have read further, into the next pass
         assert checked.count(size) >= expected.count(size)
+
+
+@pytest.mark.spec("CAL-1")
+def test_what_a_byte_costs_is_the_median_time_of_a_product_divided_by_the_bytes_of_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a clock on which each product of a round takes as long as this test says."""
+
+    class Told:
+        products, looks = 0, 0
+        seconds = (0.001, 0.004, 0.002)  # of a product, in each round
+
+        def now(self) -> float:
+            self.looks, products, self.products = self.looks + 1, self.products, 0
+            # looked at before and after each round
+            return products * self.seconds[(self.looks // 2 - 1) % 3] if self.looks % 2 == 0 else 0.0
+
+        def sleep(self, seconds: float) -> None:
+            raise AssertionError
+
+    clock = Told()
+
+    def matmul(x: Any, *_: object) -> None:
+        clock.products += 1
+
+    monkeypatch.setattr("refinfer.bench.calibrate._COLD_BYTES", 16 << 20)
+    monkeypatch.setattr("refinfer.bench.calibrate.matmul", matmul)
+    rows = list(product_rows(tuple(FORMATS), clock, rounds=3))
+    assert len(rows) == len(FORMATS) * len(ROWS_OF_X)
+    assert [row["ns_per_byte"] * row["chunk_bytes"] for row in rows] == pytest.approx([2e6] * len(rows))
+    of_a_weight = {row["format"]: row["chunk_bytes"] / rows[0]["chunk_bytes"] for row in rows}
+    assert of_a_weight == pytest.approx({"f32": 1, "bf16": 1 / 2, "int8": 1 / 4, "int4": 5 / 32}, rel=0.1)
 
 
 @pytest.mark.spec("CAL-1", "CAL-3")
