@@ -44,9 +44,9 @@ __all__ = ["CacheOptions", "Engine", "EngineRequest", "open_engine", "require_fi
 class CacheOptions:
     """Where packed weights are kept, and whether the mapped file is locked in memory (`mlock`) and checked."""
 
-    place: str | None = None
-    lock_memory: bool = False
-    verify: bool = True
+    place: str | None
+    lock_memory: bool
+    verify: bool
 
 
 @dataclass(frozen=True, slots=True)

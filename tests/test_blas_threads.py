@@ -222,6 +222,19 @@ def test_a_child_that_is_forked_within_a_limit_may_leave_it() -> None:
 
 @needs_fork
 @pytest.mark.spec("GEN-22")
+def test_any_thread_of_a_forked_child_may_set_a_limit() -> None:
+    with blas_threads.limited(3):  # so that the process knows what to do when it forks
+        pass
+
+    def other() -> int:
+        with blas_threads.limited(2):
+            return in_force()
+
+    assert in_a_child(lambda: within(other)) == 2
+
+
+@needs_fork
+@pytest.mark.spec("GEN-22")
 def test_a_child_that_is_forked_while_another_thread_changes_the_number_waits_for_no_lock_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -251,6 +264,13 @@ def test_a_child_that_is_forked_while_another_thread_changes_the_number_waits_fo
     assert changing.wait(10)
     assert in_a_child(child) == 2
     thread.join()
+
+
+@pytest.mark.spec("CLI-25")
+def test_the_blas_libraries_are_listed_and_no_other_library_that_has_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    blas, openmp = {"user_api": "blas", "num_threads": 4}, {"user_api": "openmp", "num_threads": 8}
+    monkeypatch.setattr(module, "threadpool_info", lambda: [openmp, blas])
+    assert blas_libraries() == [blas]
 
 
 @pytest.mark.spec("CLI-25")

@@ -34,6 +34,8 @@ from refinfer.model.config import SHAPES, ModelConfig
 from refinfer.model.folder import open_folder
 from refinfer.model.safetensors import SafetensorsFile, TensorSpec, write_safetensors
 from refinfer.model.synth import write_checkpoint
+from refinfer.model.transformer import Transformer
+from refinfer.offload.run import BudgetedRun
 from refinfer.packing.formats import FORMATS
 from refinfer.packing.matmul import matmul
 from refinfer.sources.packed import PackedSource
@@ -355,6 +357,29 @@ def test_every_product_is_computed_with_the_blas_threads_asked_for_and_the_calle
             with pytest.raises(RequestError):
                 session.logits([65])
         assert blas_threads() == 2
+
+
+@pytest.mark.spec("CAL-11")
+def test_within_a_budget_the_tokens_after_a_prompt_try_one_thread_and_several_in_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By this clock neither is faster, so one thread stays; BLAS itself is asked."""
+    seen: list[int] = []
+
+    def noted(self: Transformer, token_ids: Any) -> Float32Array:
+        seen.append(blas_threads())
+        return decode(self, token_ids)
+
+    decode = Transformer.decode
+    monkeypatch.setattr(Transformer, "decode", noted)
+    monkeypatch.setattr("refinfer.generate.default_threads", lambda _: 3)
+    monkeypatch.setattr(BudgetedRun, "may_try_threads", lambda _, many: many == 3)
+    with load(weight_cache=tmp_path / "weights", budget="1GB", clock=SteppingClock()) as session:
+        stats_of(session, "ROMEO:", max_tokens=11)
+        assert seen == [3, 1] * 3 + [1] * 4
+        seen.clear()
+        stats_of(session, "JULIET:", max_tokens=4)
+        assert seen == [1] * 3
 
 
 @pytest.mark.spec("GEN-9")

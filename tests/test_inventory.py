@@ -106,6 +106,19 @@ def test_the_cycle_is_every_chunk_of_every_matrix_in_order(config: ModelConfig, 
 
 
 @pytest.mark.spec("OFFLOAD-1")
+@given(config=configs(), name=st.sampled_from(list(FORMATS)), chunk_nbytes=st.none() | st.integers(1, 1 << 14))
+def test_the_chunks_of_a_matrix_and_of_a_kind_are_numbered_by_their_places_in_the_cycle(
+    config: ModelConfig, name: str, chunk_nbytes: int | None
+) -> None:
+    inventory = Inventory(config, name, chunk_nbytes)
+    cycle = list(enumerate(inventory.cycle))
+    of_matrix = [[c for c, chunk in cycle if chunk.matrix == i] for i in range(len(inventory.matrices))]
+    assert [numbers.tolist() for numbers in inventory.chunks_of_matrix] == of_matrix
+    of_kind = {kind: [c for c, chunk in cycle if chunk.kind == kind] for kind in [*KINDS, "lm_head"]}
+    assert {kind: numbers.tolist() for kind, numbers in inventory.chunks_of_kind.items()} == of_kind
+
+
+@pytest.mark.spec("OFFLOAD-1")
 def test_a_large_matrix_has_several_chunks_in_the_cycle() -> None:
     inventory = Inventory(SHAPES["llama-1b"], "bf16")
     last = [chunk for chunk in inventory.cycle if chunk.kind == "lm_head"]

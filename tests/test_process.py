@@ -155,6 +155,10 @@ QUOTAS: dict[str, tuple[dict[str, str], int]] = {
         IN_V2 | {"/sys/fs/cgroup/a/b/cpu.max": "max 100000\n", "/sys/fs/cgroup/a/cpu.max": "400000 100000\n"},
         4,
     ),
+    "version 2, a group with colons in its name": (
+        {"/proc/self/cgroup": "0::/a:b:c\n", "/sys/fs/cgroup/a:b:c/cpu.max": "300000 100000\n"},
+        3,
+    ),
     "version 1": (
         {"/proc/self/cgroup": "5:cpu,cpuacct:/a\n"}
         | {"/sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "150000\n", "/sys/fs/cgroup/cpu/a/cpu.cfs_period_us": "50000\n"},
@@ -239,6 +243,13 @@ def test_figures_that_the_system_does_not_report_are_none(system: System, monkey
     assert process.usable_cores() == (os.cpu_count() or 1)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert process.usable_cores() == 1
+
+
+def test_the_lines_of_a_file_of_the_system_may_have_any_bytes(tmp_path: Path) -> None:
+    """The name of a process or of a control group has whatever bytes somebody gave it."""
+    (tmp_path / "status").write_bytes(b"Name:\t\xff\nUmask:\t0022\n")
+    assert process.lines_of(tmp_path / "status") == ["Name:\t\ufffd", "Umask:\t0022"]
+    assert process.lines_of(tmp_path / "nothing") == []
 
 
 @pytest.mark.spec("GEN-10")

@@ -319,6 +319,28 @@ def test_a_recorder_that_is_not_traced_keeps_no_span_and_still_adds_up_the_waits
     assert (recorder.trace, recorder.wait_s) == (Trace(()), 0.5)
 
 
+def test_the_seconds_of_reading_are_those_of_all_threads_and_of_reads_that_go_on() -> None:
+    clock = ManualClock()
+    recorder = Recorder(clock, traced=True)
+    assert recorder.read_s(clock.now()) == 0
+    with recorder.reading(0, "q_proj"):
+        clock.sleep(2)
+        with recorder.reading(1, "k_proj"):
+            clock.sleep(1)
+            assert recorder.read_s(clock.now()) == 3 + 1
+        clock.sleep(0.5)
+        assert recorder.read_s(clock.now()) == 3.5 + 1
+    clock.sleep(7)
+    with recorder.reading(1, "v_proj"):
+        clock.sleep(4)
+    assert recorder.read_s(clock.now()) == 3.5 + 1 + 4
+    assert recorder.trace.spans == (
+        Span("disk 2", "read", "k_proj", 102, 103),
+        Span("disk 1", "read", "q_proj", 100, 103.5),
+        Span("disk 2", "read", "v_proj", 110.5, 114.5),
+    )
+
+
 @pytest.mark.spec("TRACE-5")
 def test_spans_of_many_threads_are_all_kept() -> None:
     recorder = Recorder(RealClock(), traced=True)

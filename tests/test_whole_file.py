@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refinfer.whole_file import open_regular, parse_json, read_json, read_whole
+from refinfer.whole_file import open_regular, parse_json, read_json, read_whole, will_need
 
 
 def make(kind: str, path: Path) -> None:
@@ -119,6 +119,21 @@ def test_an_opened_file_is_buffered_unless_asked_otherwise(tmp_path: Path) -> No
     with open_regular(tmp_path / "x") as file, open_regular(tmp_path / "x", buffering=0) as raw:
         assert isinstance(file, io.BufferedReader)
         assert isinstance(raw, io.FileIO)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="needs posix_fadvise, as Linux has it")
+def test_the_system_is_told_which_part_of_a_file_will_be_needed_and_may_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def refuse(*part: int) -> None:
+        told.append(part)
+        raise OSError
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    will_need(5, 4096, 100)
+    monkeypatch.delattr(os, "posix_fadvise")
+    will_need(5, 8192, 100)
+    assert told == [(5, 4096, 100, os.POSIX_FADV_WILLNEED)]
 
 
 BAD = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -241,6 +242,7 @@ def test_cache_info_shows_what_is_in_a_file(packed: Path, model: Path, way: str)
     assert (status, err) == (0, "")
     for text in (packed.name, "good", "16 in ", "format version", rows[0]["packers"][:16], "source model.safetensors"):
         assert text in out
+    assert re.search(rf"packing took\W+{rows[0]['packing_s']:.3f} s", out)
 
 
 @pytest.mark.spec("CLI-11")

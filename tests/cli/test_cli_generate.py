@@ -6,17 +6,19 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from refinfer.cli.main import main
-from refinfer.generate import Session, load
+from refinfer.generate import STORYTELLER, Session, load
+from refinfer.model.folder import DEFAULT_MAX_TOKENS
 from refinfer.process import peak_rss_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
-from command_line import run
+from command_line import json_of, refused, run
 
 GENERATE_KEYS = {
     "text": str,
@@ -67,6 +69,37 @@ def test_a_plan_is_chosen_on_the_command_line_or_is_the_best_one(plan: str | Non
     options = ["--plan", plan] if plan else []
     status, out, _ = run("generate", "a", "--max-tokens", 1, "--budget", "60%", "--json", *options)
     assert (status, json.loads(out)["offload"]["plan"]) == (0, plan or "optimal")
+
+
+@pytest.mark.spec("PLAN-20")
+def test_generate_within_a_budget_reserves_the_positions_that_plan_reserves_or_those_that_the_request_needs() -> None:
+    def reserved(*request: object) -> int:
+        nbytes: int = json_of("generate", "--budget", "70%", *request)["offload"]["kv_cache_bytes"]
+        return nbytes
+
+    planned = json_of("plan", "--model", STORYTELLER, "--budget", "70%")
+    nbytes, positions = planned["plans"][0]["kv_cache_bytes"], planned["positions"]
+    assert reserved("ROMEO:") == nbytes
+    assert reserved("a" * 100) == nbytes * (100 + DEFAULT_MAX_TOKENS) // positions > nbytes
+    assert reserved("ROMEO:", "--max-tokens", 4) == nbytes * 10 // positions
+
+
+@pytest.mark.spec("STORE-5")
+def test_a_run_with_a_disk_bandwidth_reads_no_faster() -> None:
+    options = ["a", "--max-tokens", 2, "--budget", "50%", "--disk-bandwidth", "20MB/s"]
+    begun = time.monotonic()
+    read = json_of("generate", *options)["offload"]["read_bytes_total"]
+    assert time.monotonic() - begun > 0.9 * read / 20e6
+    assert "argument --disk-bandwidth: 'fast' is not a" in refused("generate", *options[:-1], "fast")
+
+
+@pytest.mark.spec("GEN-13")
+def test_a_cache_file_that_cannot_be_written_is_one_line_of_the_programs_own(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "below"
+    status, out, err = run("generate", "a", "--max-tokens", 2, "--weight-cache", place, "-q")
+    assert (status, out[:1], err.count("\n")) == (0, "a", 1)
+    assert err.startswith(f"refinfer: warning: {place} cannot be written: ")
 
 
 @pytest.mark.spec("CLI-5")

@@ -12,7 +12,7 @@ import pytest
 from command_line import WATCHDOG_S, program, refused, run
 from refinfer.errors import LabError
 from refinfer.labs.catalogue import PACKAGE, Lab, lab_of, labs
-from refinfer.labs.check import Verdict
+from refinfer.labs.check import Failure, Verdict
 from refinfer.labs.workspace import Workspace
 
 LAYERS = "refinfer/model/layers.py"
@@ -201,6 +201,27 @@ def test_a_check_is_shown_even_if_it_cannot_be_noted_and_keeps_the_hints_that_we
     status, out, err = run("lab", "check")
     assert (status, err) == (2, "refinfer: lab.json cannot be written\n")
     assert "passed" in out
+
+
+@pytest.mark.spec("LAB-13", "LAB-17")
+def test_a_law_that_does_not_hold_is_shown_with_its_first_clause_and_in_the_table_of_grades(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(lines: tuple[str, ...], *argv: str) -> str:
+        failure = Failure("what goes in comes out", ("A-1: It comes out.", "B-2: Nothing is lost."), lines)
+        monkeypatch.setattr("refinfer.cli.lab.check", lambda _, lab, **__: Verdict(lab, 0, failures=(failure,)))
+        return " ".join(run("lab", *argv)[1].split())
+
+    run("lab", "start", "--only", "1", "ann")
+    Workspace.find(here / "ann").solve(lab_of("1"))
+    shown = check(("ValueError: 3",), "check", "--dir", "ann")
+    assert "the first that does not: what goes in comes out" in shown
+    assert "in the specification: A-1; B-2 read: " in shown
+    shown = check(("3 is not 4",), "check", "--dir", "ann")
+    assert "in the specification: A-1: It comes out.; B-2 read: " in shown
+    assert "what goes in comes out" in check(("3 is not 4",), "grade", "ann")
+    run("lab", "solution", "1", "--give-up", "--apply", "--dir", "ann")
+    assert " given up " in check(("3 is not 4",), "grade", "ann")
 
 
 @pytest.mark.spec("LAB-16")

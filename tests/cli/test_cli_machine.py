@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from refinfer.bench import abilities, offload
+from refinfer.bench import abilities, matmul, offload
 from refinfer.cli.machine import _facts, benches, print_bench
 from refinfer.cli.main import main
 
 sys.path.insert(0, str(Path(__file__).parent))
-from command_line import refused, run
+from command_line import on_terminal, refused, run
 
 
 @pytest.mark.spec("CLI-7", "BENCH-3")
@@ -137,6 +138,52 @@ def test_a_table_of_a_bench_names_the_machine_below(capsys: pytest.CaptureFixtur
     shown = " ".join(capsys.readouterr().out.split())
     assert offload.BENCH.title in shown
     assert " on a processor, 3 cores; numpy 9.8, ablas 1.2 " in shown
+
+
+@pytest.mark.spec("BENCH-15")
+def test_the_limits_of_this_machine_are_below_the_table_for_each_number_of_threads(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    figures = {"read_gb_per_s": 9.87, "read_4k_gb_per_s": 6.54, "sgemm_gflop_per_s": 98.7}
+    limits = {"by_threads": [{"threads": 1, **figures}, {"threads": 3, **figures}]}
+    print_bench(matmul.BENCH, {"rows": [], "limits": limits}, KNOWN)
+    shown = " ".join(capsys.readouterr().out.split())
+    for threads in (1, 3):
+        assert f"BLAS threads: {threads}, which read 9.9 GB/s, in small pages 6.5 GB/s, and multiply 99 G" in shown
+
+
+@pytest.mark.spec("BENCH-13")
+def test_a_row_reaches_a_pipe_or_a_file_as_soon_as_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number in range(2):
+            yield {"number": number}
+            written.append((tmp_path / "out").read_text())
+
+    monkeypatch.setattr(offload, "BENCH", replace(offload.BENCH, measure=lambda *_, **__: {"rows": rows()}))
+    with (tmp_path / "out").open("w") as out, contextlib.redirect_stdout(out):
+        assert main(["bench", "offload", "--json"]) == 0
+    for number, text in enumerate(written):
+        assert text.endswith(f'{{"number": {number}}}')
+
+
+@pytest.mark.spec("BENCH-13")
+def test_rows_for_people_are_measured_while_the_bar_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(progress: Callable[[], None], **_: bool) -> dict[str, Any]:
+        def rows() -> Iterator[dict[str, Any]]:
+            sys.stderr.write("a row is measured\n")
+            progress()
+            yield from ()
+
+        return {"rows": rows()}
+
+    monkeypatch.setattr(offload, "BENCH", replace(offload.BENCH, measure=measure, steps=lambda **_: 1))
+    monkeypatch.setattr("refinfer.cli.machine.describe_machine", lambda _: KNOWN)
+    shown = on_terminal(lambda: main(["bench", "offload"]), 80)
+    assert re.search("a row is measured.*measuring .*100%", shown, re.DOTALL)
 
 
 @pytest.mark.spec("BENCH-3", "CLI-4")

@@ -140,6 +140,9 @@ def test_a_long_wrong_argument_ends_in_one_short_line(argv: list[str]) -> None:
         (["synth", "x", "--shape", "tiny", "--shard-size", "0"], "at least one byte"),
         (["synth", "/", "--shape", "tiny"], "is not an empty folder"),
         (["synth", "/dev/null/x", "--shape", "tiny"], "/dev/null/x"),
+        (["lab", "check", "--seconds", "0"], "must be more than 0 and at most 86400, not 0"),
+        (["plan", "--shape", "tiny", "--plan", "math:pi"], "math:pi is 3.14159"),
+        (["--"], "the following arguments are required: COMMAND"),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
 )

@@ -105,6 +105,8 @@ def test_more_layers_than_fit_are_shown_in_equal_parts(monkeypatch: pytest.Monke
     _, out, _ = run(*argv)
     assert re.findall("layers [0-9]+ to [0-9]+", out) == ["layers 0 to 14", "layers 15 to 29"]
     assert strips(out) == whole
+    beside = re.findall(r"^│ lm_head +│ +[0-9]+% │(.*)│$", out, flags=re.MULTILINE)
+    assert [part.strip() for part in beside] == ["", f"|{whole['lm_head']}|"]  # it follows the last layer
     assert {kind: len(strip) for kind, strip in whole.items()} == dict.fromkeys(whole, 30) | {"lm_head": 1}
 
 

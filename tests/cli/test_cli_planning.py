@@ -16,8 +16,8 @@ from refinfer.cli.planning import format_rate
 from refinfer.inventory import Inventory
 from refinfer.model.folder import DEFAULT_POSITIONS, open_folder
 from refinfer.planning.account import fixed_of
-from refinfer.planning.cost import DEVICES, HERE, PREFETCH_THREADS, Calibration
-from refinfer.planning.plan import smallest_budget
+from refinfer.planning.cost import DEVICES, HERE, PREFETCH_THREADS, Calibration, calibration_of, costs_of
+from refinfer.planning.plan import MOST_PREFETCH_THREADS, Prefetch, make_plan, smallest_budget
 from refinfer.units import format_nbytes
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -238,8 +238,22 @@ def test_a_picture_that_would_replace_another_file_is_refused_before_anything_is
 @pytest.mark.spec("CLI-14", "CLI-15", "ERR-2")
 @both
 def test_absurdly_many_threads_are_refused(command: str) -> None:
-    options = ["--shape", SHAPE, "--budget", "60%", "--prefetch-threads", ABSURD]
-    assert "must be at most 64" in refused(command, *options)
+    options = ["--shape", SHAPE, "--budget", "1GB", "--prefetch-threads"]
+    assert "must be at most 64" in refused(command, *options, ABSURD)
+    assert json_of(command, *options, MOST_PREFETCH_THREADS)["prefetch_threads"] == MOST_PREFETCH_THREADS
+
+
+@pytest.mark.spec("CAL-4")
+@pytest.mark.parametrize("threads", [0, 1, 9])
+def test_a_prediction_rests_on_what_reads_cost_with_the_threads_asked_for(threads: int) -> None:
+    options = ["--shape", SHAPE, "--weights", "int8", "--budget", "16MB", "--positions", 100]
+    got = json_of("plan", *options, "--prefetch-threads", threads)
+    inventory = inventory_of(SHAPE, "int8")
+    costs = costs_of(inventory, calibration_of(None), prefetch_threads=threads)
+    fixed = fixed_of(inventory, 100, threads)
+    for row in got["plans"]:
+        plan = make_plan(row["plan"], inventory, fixed, 16_000_000, costs, prefetch=Prefetch(threads))
+        assert row["predicted_tokens_per_s"] == pytest.approx(1 / plan.token_s)
 
 
 @pytest.mark.spec("CLI-14", "CLI-15", "BUDGET-3")

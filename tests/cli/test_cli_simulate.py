@@ -74,6 +74,8 @@ def test_simulate_shows_a_timeline_of_two_tokens_and_a_sweep(threads: int) -> No
         "ideal",
     ):
         assert arm in out
+    explained = [line for line in lines if re.match("(attn-first|sync|mmap|ideal) +[a-z]", line)]
+    assert len(explained) == 4
 
 
 @pytest.mark.spec("CLI-21", "CLI-15")
@@ -143,6 +145,7 @@ def test_the_gains_of_the_papers_experiment_stand_in_the_table_of_their_model(mo
     assert "┃ published " in small  # what was published is broken into lines before the table loses its frame
     assert (small.count("1.25 - 1.50"), small.count("7.00")) == (2 * len(PUBLISHED), 0)
     assert (large.count("7.00 - 7.00"), large.count("1.50")) == (2 * len(PUBLISHED), 0)
+    assert "paper.py lists what is assumed" in large
     assert json_of("simulate", "--paper") == {"published": dict(PUBLISHED), "rows": rows}
 
 

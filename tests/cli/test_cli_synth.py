@@ -42,6 +42,16 @@ def test_synth_writes_a_checkpoint_that_generate_reads(tmp_path: Path) -> None:
     assert written == same
 
 
+@pytest.mark.spec("CLI-6")
+def test_the_seed_of_a_checkpoint_is_zero_unless_another_is_given(tmp_path: Path) -> None:
+    def made(*seed: object) -> bytes:
+        folder = tmp_path / f"m{seed}"
+        assert run("synth", folder, "--shape", "tiny", *seed)[0] == 0
+        return (folder / "model.safetensors").read_bytes()
+
+    assert made() == made("--seed", 0) != made("--seed", 1)
+
+
 @pytest.mark.spec("CLI-4")
 def test_a_type_that_synth_cannot_store_is_refused(tmp_path: Path) -> None:
     assert "invalid choice: 'fp8'" in refused("synth", tmp_path / "m", "--shape", "tiny", "--dtype", "fp8")

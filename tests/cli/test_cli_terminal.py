@@ -75,6 +75,8 @@ def test_a_word_that_is_too_long_begins_further_to_the_left() -> None:
     assert wrap(["a" * 30], 40, "a long key  ", " " * 12) == ["a long key", "    " + "a" * 30]
     assert wrap(["a" * 50], 40, "a long key  ", " " * 12) == ["a long key", "    " + "a" * 50]
     assert wrap(["a" * 39], 40, "a long key  ", " " * 12) == ["a long key", " " + "a" * 39]
+    assert wrap(["a" * 40], 40, "a long key  ", " " * 12) == ["a long key", "a" * 40]
+    assert wrap(["a" * 39, "b"], 40, "  ", "  ") == [" " + "a" * 39, "  b"]  # no line of blanks before it
 
 
 @pytest.mark.spec("CLI-20")

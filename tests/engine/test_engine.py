@@ -28,6 +28,7 @@ from refinfer.model.safetensors import TensorSpec, write_safetensors
 from refinfer.model.synth import write_checkpoint
 from refinfer.model.weights import Matrix
 from refinfer.trace import Trace
+from refinfer.weight_cache.load_or_build import Listener
 
 sys.path.insert(0, str(Path(__file__).parent))
 import engine_runs
@@ -100,6 +101,19 @@ def test_memory_built_loaded_and_any_budget_give_the_same_bits(name: str, folder
         with opened(folder, cache, weights=name, **options) as session:
             np.testing.assert_array_equal(session.logits(ids).view(np.uint32), expected)
             assert tokens_of(session) == tokens
+
+
+@pytest.mark.spec("PREP-8", "CLI-36")
+def test_a_start_within_a_budget_reports_the_same_progress_as_one_without(folder: Path, tmp_path: Path) -> None:
+    def told(budget: str | None) -> tuple[list[int], list[tuple[str, int]]]:
+        progress, begun = list[int](), list[tuple[str, int]]()
+        listener = Listener(progress=progress.append, begin=lambda what, nbytes: begun.append((what, nbytes)))
+        start(folder, tmp_path / f"for {budget}", budget=budget, listener=listener)
+        return progress, begun
+
+    expected = told(None)
+    assert expected[0]
+    assert told("1GB") == expected
 
 
 @pytest.mark.spec("TRACE-5")

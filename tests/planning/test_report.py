@@ -102,6 +102,8 @@ def test_a_picture_has_a_cell_for_each_row_filled_as_far_as_it_is_locked(name: s
     assert picture == plan_svg(inventory, plan)
     found = cells(picture)
     rows = layer_rows(inventory, plan)
+    texts = [text.text for text in ET.fromstring(picture).iter(f"{SVG}text")]
+    assert {row["kind"] for row in rows} <= set(texts)
     assert len(found) == len(rows)
     for row in rows:
         about = f"layer {row['layer']}, {row['kind']}: {row['locked_bytes']:,} of {row['bytes']:,} bytes locked"
@@ -123,7 +125,7 @@ def test_a_picture_stays_inside_its_frame_and_names_its_plan(shape: str) -> None
 
 
 @pytest.mark.spec("PLAN-12")
-@pytest.mark.parametrize(("shape", "step"), [("smollm-135m", 5), ("llama2-70b", 10)])
+@pytest.mark.parametrize(("shape", "step"), [("smollm-135m", 5), ("qwen2-0.5b", 5), ("llama2-70b", 10)])
 def test_a_picture_numbers_every_fifth_layer_and_of_more_than_60_every_tenth(shape: str, step: int) -> None:
     inventory = Inventory(SHAPES[shape], "int4")
     plan = plan_of("leading", FIXED.total + inventory.streamable_nbytes, inventory=inventory)

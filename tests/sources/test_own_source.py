@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ class Own(RowMajorSource):
 def test_a_session_runs_on_somebodys_own_source_and_closes_it(tiny_folder: Path) -> None:
     with refinfer.load(tiny_folder, weight_cache="off") as ours:
         expected = ours.logits([1, 2, 3])
+    begun = time.monotonic()
     with refinfer.load(tiny_folder, source=Own) as session:
+        assert 0 <= session.weight_cache.load_or_build_s <= time.monotonic() - begun
         source = session.source
         assert isinstance(source, Own)
         text = "".join(session.generate(token_ids=[1, 2, 3], max_tokens=4))
@@ -93,6 +96,25 @@ def test_a_source_of_another_model_is_closed_when_it_is_refused(tiny_folder: Pat
     with pytest.raises(RequestError, match="for another model"):
         refinfer.load(tiny_folder, source=make)
     assert [source.closed for source in made if isinstance(source, Own)] == [1]
+
+
+@pytest.mark.spec("GEN-23", "GEN-8")
+def test_a_source_is_closed_if_there_is_no_memory_for_the_transformer(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Own] = []
+
+    def make(config: ModelConfig, folder: Path) -> WeightSource:
+        made.append(Own(config, folder))
+        return made[-1]
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("refinfer.engine.Transformer", fails)
+    with pytest.raises(MemoryError):
+        refinfer.load(tiny_folder, source=make)
+    assert [source.closed for source in made] == [1]
 
 
 @pytest.mark.spec("GEN-23")

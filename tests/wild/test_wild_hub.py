@@ -156,6 +156,7 @@ def test_people_see_the_name_and_not_the_revision(hub: Path) -> None:
     status, out, _ = run("cache", "list")
     assert (status, REVISION in out) == (0, False)
     assert re.search(r"org-name-bf16-\w+\.packed.*\borg/name\b", out, re.DOTALL)
+    assert re.search(r"name on the Hugging Face Hub\W+org/name\b", run("cache", "info", "org/name")[1])
 
 
 @pytest.mark.spec("HUB-3")

@@ -77,9 +77,10 @@ def test_a_pipe_that_nobody_asked_for_is_not_waited_for() -> None:
         (b"\n", "the prompt is empty"),
         (b"ROMEO\xff", "standard input is not UTF-8: byte 5 has no meaning there"),
         (b"a" * 16_000_001, "standard input has more than 16.0 MB; no model reads a prompt of that length"),
+        (b"a" * 15_999_999 + b"\xff", "standard input is not UTF-8: byte 15999999 has no meaning there"),
         ("é".encode(), "no token for the character 'é'"),
     ],
-    ids=["nothing", "an empty line", "latin-1", "too long", "a character that the model lacks"],
+    ids=["nothing", "an empty line", "latin-1", "too long", "just short enough", "a character that the model lacks"],
 )
 def test_what_cannot_be_a_prompt_is_refused(data: bytes, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, data)
