@@ -194,6 +194,24 @@ def test_a_picture_that_cannot_be_written_is_one_line(command: str, tmp_path: Pa
 
 @pytest.mark.spec("CLI-24")
 @both
+def test_where_no_file_may_be_made_a_picture_still_goes_into_a_pipe(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for anybody but root with /dev/stdout."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    options = [command, "--shape", SHAPE, "--budget", "60%", "--svg"]
+    assert "cannot be written: Permission denied" in refused(*options, tmp_path / "x.svg")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert run(*options, tmp_path / "pipe")[0] == 0
+        assert os.read(reader, 1000).startswith(b"<svg ")
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.spec("CLI-24")
+@both
 def test_a_picture_goes_into_a_pipe_that_has_no_name_of_its_own(command: str) -> None:
     reader, writer = os.pipe()
     try:

@@ -12,9 +12,9 @@ import pytest
 
 from lab_workspaces import KV_CACHE, LAYERS, solved, write
 from refinfer.errors import LabError
-from refinfer.labs.catalogue import PACKAGE, lab_of, labs
+from refinfer.labs.catalogue import PACKAGE, Lab, lab_of, labs
 from refinfer.labs.regions import is_blank
-from refinfer.labs.run import own_labs
+from refinfer.labs.run import generate, own_labs
 from refinfer.labs.workspace import Workspace, all_labs, copy_folder
 
 
@@ -134,6 +134,7 @@ def test_passing_a_lab_opens_the_next_and_keeps_what_was_written(tmp_path: Path)
     assert "scores[:] = np.exp(scores)" in workspace.source(LAYERS)
     again = Workspace.find(workspace.folder)
     assert (again.current, again.state.passed, again.is_blank(second)) == (second, [first.number], True)
+    assert [again.state_of(lab) for lab in labs()[:3]] == ["passed", "open", "not begun"]
 
 
 @pytest.mark.spec("LAB-6")
@@ -253,3 +254,42 @@ def test_a_reset_keeps_whole_files_whose_comments_are_gone(tmp_path: Path) -> No
     write(workspace, LAYERS, "    # end lab\n", "")
     before = {workspace.source(module) for module in (LAYERS, KV_CACHE)}
     assert {path.read_text() for path in workspace.open(lab_of("1"))} == before
+
+
+@pytest.mark.spec("LAB-6")
+def test_a_reset_leaves_later_labs_of_the_same_file_that_were_passed_and_blanks_those_that_are_not_begun(
+    tmp_path: Path,
+) -> None:
+    def modules(lab: Lab) -> set[str]:
+        return {place.module for place in lab.places}
+
+    workspace = Workspace.start(tmp_path / "new", list(labs()))
+    pairs = [(a, b) for a in labs() for b in labs() if a.number < b.number and modules(a) & modules(b)]
+    first, later = pairs[0]
+    for lab in labs():
+        workspace.solve(lab)
+    workspace.finish(first)
+    workspace.open(first)
+    assert workspace.is_blank(later)
+    workspace.solve(first)
+    workspace.solve(later)
+    workspace.finish(later)
+    workspace.open(first)
+    assert workspace.is_blank(first)
+    assert not workspace.is_blank(later)
+
+
+@pytest.mark.spec("LAB-8")
+def test_a_run_of_code_that_is_not_python_says_in_which_line(tmp_path: Path) -> None:
+    workspace = solved(tmp_path)
+    write(workspace, LAYERS, "    np.exp(scores, out=scores)\n", "    np.exp(scores, out=)\n")
+    number = workspace.source(LAYERS).splitlines().index("    np.exp(scores, out=)") + 1
+    assert str(generate(workspace, "ROMEO:")).startswith(f"{LAYERS}, line {number}: ")
+
+
+@pytest.mark.spec("LAB-9")
+def test_a_lab_is_begun_when_one_of_its_two_places_is_written_in(tmp_path: Path) -> None:
+    workspace = Workspace.start(tmp_path / "new", [lab_of("2")])
+    assert not workspace.is_begun(lab_of("1"))
+    write(workspace, LAYERS, "    np.exp(scores, out=scores)\n", "    scores[:] = np.exp(scores)\n")
+    assert workspace.is_begun(lab_of("1"))
