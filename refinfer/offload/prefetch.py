@@ -91,12 +91,13 @@ class Prefetcher:
         self._free_slots(len(self._slots))
         try:
             for i in range(threads):
-                started = thread(target=self._run, args=(i,), name=f"prefetch-{i}", daemon=True)
-                started.start()
-                self._threads.append(started)
-        except RuntimeError:  # Python's error for a thread that cannot be started; those that were must be ended
+                self._threads.append(thread(target=self._run, args=(i,), name=f"prefetch-{i}", daemon=True))
+                self._threads[-1].start()
+        except BaseException as error:  # also Ctrl-C: threads that were started must be ended
             self.close()
-            raise GenerationError("this system starts no further thread; use fewer prefetch threads") from None
+            if isinstance(error, RuntimeError):  # Python's error for a thread that cannot be started
+                raise GenerationError("this system starts no further thread; use fewer prefetch threads") from None
+            raise
 
     # --8<-- [start:take]
     def take(self, chunk: int) -> Loan:
@@ -157,7 +158,8 @@ class Prefetcher:
             self._free.put(None)
         if threading.current_thread() not in self._threads:  # garbage that holds this may be collected in any thread
             for thread in self._threads:
-                thread.join()
+                if thread.ident is not None:  # it was started
+                    thread.join()
 
     def _free_slots(self, n: int) -> None:
         for _ in range(n):

@@ -9,10 +9,9 @@ times are looked at before and after every pass, which takes a microsecond: any 
 everything is checked again before the token is shown.
 
 A pass that finds chunks unchecked has threads check them in the order of use, ahead of the products. To check a chunk
-is to touch its pages, so this also brings the file into memory. No core idles, and none is asked for twice: there is a
-core for each thread beside the one that multiplies, and whoever multiplies does not wait for a chunk that is under
-check, but checks one that the threads will come to later. The threads end with the pass: between passes a process may
-fork, and its child has no threads.
+is to touch its pages, so this also brings the file into memory. On two cores there is one such thread, so that the
+product keeps a core for itself; and whoever multiplies checks some later chunks before it waits for one that is under
+check. The threads end with the pass: between passes a process may fork, and its child would not have them.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _MOST_THREADS: Final = 2
 """How many threads check at most; more were never tried."""
 
 _SLOTS: Final = 8
-"""How many chunks may be checked before they are used: enough that threads seldom wait, few enough for small memory."""
+"""How far the threads may be ahead of the products: enough that they seldom wait, few enough for small memory."""
 
 
 Taken: TypeAlias = Any
@@ -113,8 +112,8 @@ class Watch:
             DamagedWeightsError: something does not agree with its checksum, or the file was cut short.
         """
         self._begin()
-        self._check_ahead()
         try:
+            self._check_ahead()
             yield
         finally:
             self._stop()
@@ -145,11 +144,12 @@ class Watch:
     # --8<-- [start:ahead]
     def _check_ahead(self) -> None:
         """Have threads check what has not been checked since the last write."""
+        self._stop()  # somebody may have left a pass without ending it
         order = [number for number, epoch in enumerate(self._checked_in) if epoch != self.epoch]
         if self._make_ahead is not None and order:
             slots = [np.empty(0, np.uint8)] * _SLOTS  # nothing is copied: a slot only stands for a chunk that is ahead
             threads = max(1, min(usable_cores() - 1, _MOST_THREADS))
-            self._unclaimed, self._helped = set(order), 0
+            self._unclaimed, self._helped, self._process = set(order), 0, os.getpid()
             try:
                 self._ahead = self._make_ahead(order, slots, self._bring, threads)
             except GenerationError:  # no further thread can be started: each chunk is checked when it is used
@@ -181,7 +181,8 @@ class Watch:
         if self._ahead is not None and number in self._awaited and os.getpid() == self._process:
             self._awaited.discard(number)
             self._help(number)
-            self._ahead.release(self._ahead.take(number))
+            with suppress(DamagedWeightsError):  # it may be another chunk that is damaged, not needed yet
+                self._ahead.release(self._ahead.take(number))
         self.check(number)
 
     def _help(self, number: int) -> None:
@@ -201,11 +202,12 @@ class Watch:
         Raises:
             DamagedWeightsError: it does not agree with its checksum.
         """
-        if self._checked_in[number] != self.epoch:
+        epoch = self.epoch  # a thread of a pass that was broken off may end its check in the next one
+        if self._checked_in[number] != epoch:
             entry, index = self._chunks[number]
             if not self._mapped.is_sound(entry.chunks[index]):
                 raise damaged(str(self._mapped.path), entry.key, index)
-            self._checked_in[number] = self.epoch
+            self._checked_in[number] = epoch
 
     # --8<-- [end:ahead]
 

@@ -26,6 +26,22 @@ from words import require_equal
 
 
 @pytest.mark.spec("FETCH-7")
+def test_an_interrupt_while_threads_are_started_ends_those_that_were() -> None:
+    started: list[threading.Thread] = []
+
+    class Interrupted(threading.Thread):
+        def start(self) -> None:
+            if started:
+                raise KeyboardInterrupt
+            started.append(self)
+            super().start()
+
+    with pytest.raises(KeyboardInterrupt):
+        Prefetcher([0], [np.zeros(4, np.uint8)], lambda chunk, slot, thread: slot, 2, thread=Interrupted)
+    assert not started[0].is_alive()
+
+
+@pytest.mark.spec("FETCH-7")
 @pytest.mark.parametrize(("slots", "threads", "wanted"), [(2, 1, [0, 1, 2]), (2, 2, [0, 1]), (3, 2, [0]), (2, 2, [2])])
 def test_closing_at_any_moment_ends_every_thread_and_every_wait(slots: int, threads: int, wanted: list[int]) -> None:
     waiting: list[bool] = []

@@ -37,7 +37,7 @@ from refinfer.model.weights import LayerWeights, Weights, WeightSource
 from refinfer.offload.prefetch import Prefetcher
 from refinfer.offload.readers import Loan
 from refinfer.packing.layout import Bytes, Tiles
-from refinfer.sources.mapped import MakeAhead
+from refinfer.sources.mapped import MakeAhead, Watch
 from refinfer.sources.matrices import ChunkedMatrix
 from refinfer.sources.packed import PackedSource
 from refinfer.weight_cache.file import FileWeightCacheProvider
@@ -528,6 +528,52 @@ def test_no_thread_outlives_its_pass_however_it_ends(ahead: Mapped, moment: int 
     assert threads_and_descriptors() == before
 
 
+@pytest.mark.spec("OFFLOAD-13", "OFFLOAD-4")
+def test_damage_in_a_chunk_that_nobody_used_yet_stops_nobody(mapped: Mapped) -> None:
+    damaged = mapped.inventory.matrices[1].name
+    at = next(offset for name, _, offset, _ in mapped.chunks() if name == damaged)
+    change(mapped.path, at)
+    with mapped.again().source.forward_pass() as weights:
+        layer = next(iter(weights.layers))
+        x = np.zeros((1, 40), np.float32)
+        for matrix in (layer.q_proj, layer.v_proj):
+            matrix.matmul(x)
+        with pytest.raises(DamagedWeightsError, match=re.escape(damaged)):
+            layer.k_proj.matmul(x)
+        change(mapped.path, at)
+
+
+@pytest.mark.spec("OFFLOAD-4")
+def test_a_check_that_ends_after_a_write_was_noticed_does_not_count(
+    ahead: Mapped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = FileWeightCacheProvider.load(ahead.path)
+    keys = {entry.key.name: entry.key for entry in provider.entries}
+    names = [matrix.name for matrix in ahead.inventory.matrices]
+    watch = Watch(MappedFile(ahead.path), ahead.vectors.key, [keys[name] for name in names], RealClock())
+    checks: list[int] = []
+
+    def while_it_is_written_to(file: MappedFile, chunk: StoredChunk) -> bool:
+        watch.epoch += not checks
+        checks.append(chunk.offset)
+        return True
+
+    monkeypatch.setattr(MappedFile, "is_sound", while_it_is_written_to)
+    for _ in range(3):
+        watch.check(0)
+    assert len(checks) == 2
+
+
+@pytest.mark.spec("OFFLOAD-13", "OFFLOAD-10")
+def test_a_second_pass_within_one_that_is_still_open_leaves_no_thread(ahead: Mapped) -> None:
+    source = ahead.again().source
+    gc.collect()
+    before = threads_and_descriptors()
+    with source.forward_pass(), source.forward_pass() as weights:
+        next(iter(weights.layers)).q_proj.matmul(np.zeros((1, 40), np.float32))
+    assert threads_and_descriptors() == before
+
+
 @pytest.mark.spec("OFFLOAD-13", "OFFLOAD-10")
 def test_a_pass_that_is_dropped_in_the_middle_ends_its_threads(ahead: Mapped) -> None:
     source = ahead.again().source
@@ -765,6 +811,20 @@ def test_a_child_that_is_forked_within_the_first_pass_ends_it_without_threads(ah
         assert answer.read() == b"same"
     os.waitpid(children[-1], 0)
     np.testing.assert_array_equal(got, expected)
+
+
+@needs_fork
+@pytest.mark.spec("OFFLOAD-13", "FETCH-8")
+def test_a_child_ends_the_threads_of_its_own_passes(ahead: Mapped) -> None:
+    ahead.token()
+
+    def work() -> list[str]:
+        for _ in range(3):
+            os.utime(ahead.path)
+            ahead.token()
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+    assert in_a_child(work) == []
 
 
 @needs_fork
