@@ -121,9 +121,13 @@ class Watch:
 
     def _begin(self) -> None:
         """Examine the file, and check the vectors unless they have been checked since the last write."""
-        if self._mapped.changed():
+        changed = True  # if Ctrl-C comes before it is known
+        try:
+            changed = self._mapped.changed()
+        finally:
+            self.epoch += changed
+        if changed:
             self._restless_until = self._clock.now() + self._mapped.tick_s
-            self.epoch += 1
         elif self._restless_until > 0:
             self.epoch += 1
             if self._clock.now() >= self._restless_until:  # the last check until the next write

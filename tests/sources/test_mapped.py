@@ -544,6 +544,28 @@ def test_damage_in_a_chunk_that_nobody_used_yet_stops_nobody(mapped: Mapped) -> 
 
 
 @pytest.mark.spec("OFFLOAD-4")
+def test_a_write_is_not_forgotten_if_the_pass_that_noticed_it_is_interrupted_at_once(
+    mapped: Mapped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    come_to_rest(mapped.path)
+    transformer = mapped.again()
+    transformer.decode([7])
+    real = MappedFile.changed
+
+    def interrupted(file: MappedFile) -> bool:
+        real(file)
+        raise KeyboardInterrupt
+
+    change(mapped.path, next(iter(mapped.chunks()))[2])
+    with monkeypatch.context() as patch:
+        patch.setattr(MappedFile, "changed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            transformer.decode([7])
+    with pytest.raises(DamagedWeightsError, match="does not agree with its checksum"):
+        transformer.decode([7])
+
+
+@pytest.mark.spec("OFFLOAD-4")
 def test_a_check_that_ends_after_a_write_was_noticed_does_not_count(
     ahead: Mapped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
