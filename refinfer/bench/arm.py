@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from refinfer.arrays import Float32Array
+from refinfer.bench.start import how_it_failed
 from refinfer.errors import GenerationError
 from refinfer.generate import Session, load
 from refinfer.inventory import Inventory
@@ -77,8 +78,7 @@ def run_arm(
         )
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603  (this very program)
         if done.returncode:
-            why = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-            raise GenerationError(f"a run of {arm} failed: {why[0]}")
+            raise GenerationError(f"a run of {arm} failed: {how_it_failed(done)}")
         measured: dict[str, Any] = json.loads(report.read_text())
         return measured
 

@@ -33,7 +33,7 @@ from refinfer.units import format_nbytes
 from refinfer.weight_cache.directory import remove
 from refinfer.weight_cache.mapped_file import MappedFile
 
-__all__ = ["BENCH", "GIGABYTE", "Start", "drop_page_cache", "run_start", "start_bench"]
+__all__ = ["BENCH", "GIGABYTE", "Start", "drop_page_cache", "how_it_failed", "run_start", "start_bench"]
 
 GIGABYTE: Final = replace(SHAPES["tinyllama-1.1b"], num_hidden_layers=5, vocab_size=8192, tie_word_embeddings=True)
 """Five layers of TinyLlama: 0.95 GB in float32, and few names."""
@@ -87,10 +87,14 @@ def run_start(model: Path, weights: str, weight_cache: str, *, verify: bool = Tr
         command = [sys.executable, "-c", _CHILD, str(model), weights, weight_cache, str(verify), str(report)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (this very program)
         if done.returncode:
-            why = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-            raise GenerationError(f"a start failed: {why[0]}")
+            raise GenerationError(f"a start failed: {how_it_failed(done)}")
         stats: dict[str, Any] = json.loads(report.read_text())
         return stats
+
+
+def how_it_failed(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the last line that a process wrote to standard error, or its exit status if there is none."""
+    return next(reversed(done.stderr.strip().splitlines()), f"exit status {done.returncode}")
 
 
 def drop_page_cache(path: Path) -> None:

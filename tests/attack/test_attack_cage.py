@@ -46,8 +46,8 @@ def test_a_process_may_write_to_a_device_and_to_a_pipe_that_it_opens_by_its_numb
     assert caged(tmp_path, write).status == 0
 
 
-def test_a_process_may_not_change_the_name_of_a_device(tmp_path: Path) -> None:
-    """Here only its times, so that nothing is lost if the cage has a hole."""
+def test_a_process_may_not_change_or_remove_a_device(tmp_path: Path) -> None:
+    """Tried with its times only, so that nothing is lost if the cage has a hole."""
 
     def touch() -> int:
         os.utime("/dev/null")

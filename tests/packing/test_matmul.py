@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
+from measured_scratch import MeasuredScratch
 from refinfer.arrays import PAGE_BYTES, Float32Array, IntArray, aligned_empty
 from refinfer.errors import PackingError, RequestError
 from refinfer.packing import int4
@@ -383,17 +384,6 @@ def test_unpacking_rows_takes_memory_for_a_few_rows_at_a_time(name: str, count: 
         tracemalloc.stop()
     # The rows themselves, a few copies of up to 16 of them, and small change: a tile of 16 rows alone has 64 * K.
     assert peak < 4 * K * count + 20 * K * min(count, 16) + 20_000
-
-
-class MeasuredScratch(GemmScratch):
-    """Scratch memory that records the most that was handed out at any time."""
-
-    most = 0
-
-    def take(self, *shape: int) -> Float32Array:
-        taken = super().take(*shape)
-        self.most = max(self.most, self.used)
-        return taken
 
 
 def assert_takes_what_it_reserves(packed: PackedMatrix, M: int) -> None:

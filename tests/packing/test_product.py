@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from measured_scratch import MeasuredScratch
 from refinfer.arrays import Float32Array
 from refinfer.errors import PackingError
 from refinfer.packing.formats import pack_matrix
@@ -109,17 +110,6 @@ def test_every_call_multiplies_any_number_of_rows_in_the_scratch_it_asks_for(M: 
     exact, size = x.astype(np.float64) @ w.astype(np.float64).T, np.abs(x) @ np.abs(w).T
     assert (np.abs(memory[:, 1:-1] - exact) <= K * 2.0**-21 * size).all()
     assert (memory[:, [0, -1]] == 7).all()
-
-
-class MeasuredScratch(GemmScratch):
-    """Scratch memory that records the most that was handed out at any time."""
-
-    most = 0
-
-    def take(self, *shape: int) -> Float32Array:
-        taken = super().take(*shape)
-        self.most = max(self.most, self.used)
-        return taken
 
 
 @pytest.mark.spec("PACK-26")
