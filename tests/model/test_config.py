@@ -93,7 +93,11 @@ PUBLISHED = {
     "codellama-34b": LLAMA2 | sizes(8192, 22016, 48, 64, 8, max_position_embeddings=16384, rope_theta=1000000),
     "llama2-70b": LLAMA2 | sizes(8192, 28672, 80, 64, 8),
 }
-"""What the published `config.json` says, without end-of-text ids and the type of the weights."""
+"""What the published `config.json` says, without end-of-text ids and the type of the weights.
+
+Compared with copies of the files of Qwen, TinyLlama, Llama 2 7B and 70B, and Llama 3. Of the others no whole copy was
+at hand: what their number of parameters does not decide (positions, angles, norms) is as they are generally described.
+"""
 
 
 @pytest.mark.spec("CONFIG-1")
