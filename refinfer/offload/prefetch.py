@@ -70,7 +70,7 @@ class Prefetcher:
         threads: int,
         *,
         thread: Callable[..., threading.Thread] = threading.Thread,
-        condition: Callable[[], threading.Condition] = threading.Condition,
+        condition: Callable[[threading.RLock], threading.Condition] = threading.Condition,
         queue: Callable[[], FreeSlots] = SimpleQueue,
     ) -> None:
         self._order = tuple(order)
@@ -79,7 +79,10 @@ class Prefetcher:
         self._read = read
         # Threads wait for a free slot, whoever takes chunks for a chunk that was read, or for all reads to end.
         self._free = queue()
-        self._changed = condition()
+        # Taken by `with self._lock`, never by `with self._changed`: that runs Python code which holds the lock before
+        # the block begins, and Ctrl-C in there would leave it locked.
+        self._lock = threading.RLock()
+        self._changed = condition(self._lock)
         # The next number to read, the next to take, the first that is not released; and how many reads are under way.
         self._to_read = self._to_take = self._released = self._under_way = 0
         self._turn = 0  # counts how often the order was left: free slots of an earlier turn are void
@@ -103,8 +106,9 @@ class Prefetcher:
     def take(self, chunk: int) -> Loan:
         """Return a chunk of the order, once it has been read; its slot is not overwritten until `release`.
 
-        All of this is done while `_changed` is held. Only number `_to_take` can be taken: if `chunk` is another one
-        than the order has there, `_seek` goes to its place first (`_place[chunk]`), which changes `_to_take`.
+        All of this is done while `_lock`, the lock of `_changed`, is held. Only number `_to_take` can be taken: if
+        `chunk` is not what the order has there, `_seek` goes to its place first (`_place[chunk]`), which changes
+        `_to_take`.
 
         Then `_changed.wait_for` sleeps until something is known about that number, the first of these that holds:
 
@@ -117,7 +121,7 @@ class Prefetcher:
             GenerationError: the prefetcher is closed.
         """
         # lab 11: wait until the chunk has been read, and lend it
-        with self._changed:
+        with self._lock:
             if self._order[self._to_take % len(self._order)] != chunk:
                 self._seek(self._place[chunk])
             number = self._to_take
@@ -150,7 +154,7 @@ class Prefetcher:
 
     def close(self) -> None:
         """End every thread; closing again is allowed."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._error = None  # with it go the frames of its traceback, and whatever they hold
             self._changed.notify_all()
@@ -184,7 +188,7 @@ class Prefetcher:
     def _run(self, thread: int) -> None:
         """Read what comes next whenever a slot is free, until closed."""
         while (turn := self._free.get()) is not None:
-            with self._changed:
+            with self._lock:
                 if self._closed or self._error or turn != self._turn:
                     continue
                 number = self._to_read
@@ -197,7 +201,7 @@ class Prefetcher:
                 loan = Loan(self._read(self._order[number % len(self._order)], slot, thread))
             except BaseException as raised:  # whatever it is: the `take` of this chunk raises it
                 error = raised
-            with self._changed:
+            with self._lock:
                 self._under_way -= 1
                 if loan is not None:
                     self._ready[number] = loan

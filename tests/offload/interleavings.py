@@ -76,8 +76,8 @@ class WatchedThread(threading.Thread):
 class WatchedCondition(threading.Condition):
     """A condition that reports to its world who waits, and can interrupt one of those."""
 
-    def __init__(self, world: World) -> None:
-        super().__init__()
+    def __init__(self, world: World, lock: threading.RLock) -> None:
+        super().__init__(lock)
         self._world = world
         self._sleepers: dict[threading.Thread, threading.Event] = {}
         self._interrupted: set[threading.Thread] = set()
@@ -201,17 +201,20 @@ class World:
         self._awake: set[threading.Thread] = set()
         self._ended: set[threading.Thread] = set()
         self._joiners: dict[threading.Thread, list[threading.Thread]] = {}
-        self._condition = WatchedCondition(self)
         self.prefetcher = Prefetcher(
             order,
             self.slots,
             self._read,
             threads,
             thread=lambda **arguments: WatchedThread(self, **arguments),
-            condition=lambda: self._condition,
+            condition=self._watched,
             queue=lambda: WatchedQueue(self),
         )
         self.settle()
+
+    def _watched(self, lock: threading.RLock) -> threading.Condition:
+        self._condition = WatchedCondition(self, lock)
+        return self._condition
 
     # What threads report.
 
