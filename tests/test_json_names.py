@@ -134,7 +134,7 @@ def test_every_name_in_a_committed_figure_is_still_one(file: Path) -> None:
     command = {
         "heavy": "bench offload",
         "matmul_haswell": "bench matmul",
-        "offload_skylakex": "bench offload",
+        "offload_haswell": "bench offload",
         "paper": "simulate --paper",
     }.get(file.stem, f"bench {file.stem}")
     lost = sorted(set(names_in(json.loads(file.read_text()))) - set(GOLDEN[command]))

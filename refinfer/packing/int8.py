@@ -28,7 +28,7 @@ from refinfer.packing.product import GemmScratch, Product, rows_at_once
 
 name: Final = "int8"
 chunk_nbytes: Final = 1 << 20
-nanoseconds_per_byte: Final[Mapping[int, float]] = {1: 0.231, 8: 0.360, 64: 1.251, 256: 3.865}
+nanoseconds_per_byte: Final[Mapping[int, float]] = {1: 0.268, 8: 0.329, 64: 1.183, 256: 3.477}
 copies: Final = 3.1
 
 Int8Array: TypeAlias = npt.NDArray[np.int8]
