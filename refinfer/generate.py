@@ -34,6 +34,7 @@ from refinfer.planning.plan import Prefetch, require_plan
 from refinfer.prepare import IN_MEMORY
 from refinfer.process import peak_rss_bytes
 from refinfer.trace import Trace
+from refinfer.units import is_number, is_whole, shown
 from refinfer.weight_cache.load_or_build import CacheOutcome, Listener
 
 __all__ = [
@@ -150,12 +151,12 @@ def load(
     positions = opened.config.longest_request
     if max_positions is None:
         max_positions = min(DEFAULT_MAX_POSITIONS if budget is None else DEFAULT_POSITIONS, positions)
-    if not 1 <= max_positions <= positions:
-        raise RequestError(f"max_positions must be from 1 to this model's {positions}, not {max_positions}")
-    if disk_bandwidth is not None and not 0 < disk_bandwidth < float("inf"):
-        raise RequestError(f"disk_bandwidth must be above 0 bytes per second, not {disk_bandwidth}")
-    if threads is not None and not 1 <= threads <= _MOST_THREADS:
-        raise RequestError(f"threads must be from 1 to {_MOST_THREADS}, not {threads}")
+    if not is_whole(max_positions, 1, positions):
+        raise RequestError(f"max_positions must be from 1 to this model's {positions}, not {shown(max_positions)}")
+    if disk_bandwidth is not None and not (is_number(disk_bandwidth) and disk_bandwidth > 0):
+        raise RequestError(f"disk_bandwidth must be above 0 bytes per second, not {shown(disk_bandwidth)}")
+    if threads is not None and not is_whole(threads, 1, _MOST_THREADS):
+        raise RequestError(f"threads must be from 1 to {_MOST_THREADS}, not {shown(threads)}")
     prefetch = Prefetch(prefetch_threads, prefetch_ring)
     place = None if weight_cache is None else os.fspath(weight_cache)
     packed = {"weights": weights != "auto", "budget": budget is not None, "weight_cache": place is not None,
@@ -285,8 +286,8 @@ class Session:
         if not isinstance(prompt, str | None):
             raise RequestError(f"a prompt is a text, not {type(prompt).__name__}; give token ids as token_ids")
         ids = checked_token_ids(token_ids) if token_ids is not None else self.model.encode(prompt or "")
-        if seed is not None and seed < 0:
-            raise RequestError(f"seed must be at least 0, not {seed}")
+        if seed is not None and not is_whole(seed, 0):
+            raise RequestError(f"seed must be a whole number from 0 up, not {shown(seed)}")
         sampling = Sampling(temperature, top_k, top_p)
         n = self.model.plan_request(ids, max_tokens)
         if max_tokens is None:

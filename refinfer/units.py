@@ -6,10 +6,21 @@ Read more: tutorial 00; clauses UNIT-1 to UNIT-3, INPUT-3.
 
 from __future__ import annotations
 
+import math
 import re
+from numbers import Integral, Real
 from typing import Final
 
-__all__ = ["format_nbytes", "parse_integer", "parse_nbytes", "parse_number", "shortened", "shown"]
+__all__ = [
+    "format_nbytes",
+    "is_number",
+    "is_whole",
+    "parse_integer",
+    "parse_nbytes",
+    "parse_number",
+    "shortened",
+    "shown",
+]
 
 _UNITS: Final = {
     "": 1, "B": 1,
@@ -21,6 +32,29 @@ _MOST_SHOWN: Final = 80
 # Python's own `int` and `float` also read the digits of other scripts, underscores, "nan" and "inf".
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,4000}")
 _NUMBER: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    """Return whether a value is a whole number from `least` to `most`, Python's or numpy's; a truth value is none.
+
+    Examples:
+        >>> is_whole(3, 1), is_whole(0, 1), is_whole(3.0, 1), is_whole("3", 1), is_whole(True, 1)
+        (True, False, False, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number, Python's or numpy's; a truth value is none.
+
+    Examples:
+        >>> is_number(0.5), is_number(float("nan")), is_number("0.5"), is_number(True)
+        (True, False, False, False)
+    """
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def format_nbytes(nbytes: float) -> str:

@@ -29,7 +29,7 @@ from refinfer.model.config_json import load_config
 from refinfer.model.hub import find_model
 from refinfer.model.tokenizer import Tokenizer, load_tokenizer
 from refinfer.model.tokenizer_config import load_chat_template, load_tokenizer_config
-from refinfer.units import shown
+from refinfer.units import is_whole, shown
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
@@ -130,8 +130,8 @@ class ModelFolder:
             raise RequestError("the prompt is empty; give at least one token")
         if outside := [i for i in prompt_token_ids if not 0 <= i < config.vocab_size]:
             raise RequestError(f"token id {shown(outside[0])} is not in the vocabulary of 0 to {config.vocab_size - 1}")
-        if max_tokens is not None and max_tokens < 1:
-            raise RequestError(f"max-tokens must be at least 1, not {shown(max_tokens)}")
+        if max_tokens is not None and not is_whole(max_tokens, 1):
+            raise RequestError(f"max-tokens must be a whole number from 1 up, not {shown(max_tokens)}")
         room = config.longest_request - n
         if room < (max_tokens or 1):
             limit = "sliding window" if config.longest_request < config.max_position_embeddings else "context"

@@ -7,7 +7,6 @@ Read more: tutorial 07; clauses SAMPLE-1 to SAMPLE-5.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from refinfer.arrays import Float32Array
 from refinfer.errors import RequestError
+from refinfer.units import is_number, is_whole, shown
 
 __all__ = ["Sampling", "probabilities", "sample"]
 
@@ -36,12 +36,12 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise RequestError(f"temperature must be a number from 0 (greedy) up, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise RequestError(f"top-k must be at least 1, not {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise RequestError(f"top-p must be above 0 and at most 1, not {self.top_p}")
+        if not (is_number(self.temperature) and self.temperature >= 0):
+            raise RequestError(f"temperature must be a number from 0 (greedy) up, not {shown(self.temperature)}")
+        if self.top_k is not None and not is_whole(self.top_k, 1):
+            raise RequestError(f"top-k must be a whole number from 1 up, not {shown(self.top_k)}")
+        if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise RequestError(f"top-p must be above 0 and at most 1, not {shown(self.top_p)}")
 
 
 def probabilities(logits: Float32Array, sampling: Sampling) -> npt.NDArray[np.float64]:

@@ -22,7 +22,7 @@ from refinfer.planning.account import THREAD_BYTES, Account, Fixed, fixed_of
 from refinfer.planning.cost import PREFETCH_THREADS, Costs, ideal_token_s
 from refinfer.planning.locks import LOCKS, Lock
 from refinfer.planning.optimal import RINGS, family, search, token_s
-from refinfer.units import format_nbytes, shown
+from refinfer.units import format_nbytes, is_whole, shown
 
 __all__ = ["MOST_PREFETCH_THREADS", "PLANS", "Plan", "Prefetch", "make_plan", "require_plan", "smallest_budget"]
 
@@ -44,15 +44,17 @@ class Prefetch:
     If `ring_nbytes` is None, the plan chooses.
 
     Raises:
-        RequestError: an impossible number of threads.
+        RequestError: an impossible number of threads or bytes.
     """
 
     threads: int = PREFETCH_THREADS
     ring_nbytes: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threads <= MOST_PREFETCH_THREADS:
-            raise RequestError(f"there can be 0 to {MOST_PREFETCH_THREADS} prefetch threads, not {self.threads}")
+        if not is_whole(self.threads, 0, MOST_PREFETCH_THREADS):
+            raise RequestError(f"there can be 0 to {MOST_PREFETCH_THREADS} prefetch threads, not {shown(self.threads)}")
+        if self.ring_nbytes is not None and not is_whole(self.ring_nbytes, 0):
+            raise RequestError(f"a prefetch ring must be a whole number of bytes, not {shown(self.ring_nbytes)}")
 
 
 @dataclass(frozen=True, slots=True)
