@@ -22,7 +22,7 @@ Laws:
 5. An error from a read is raised by the `take` of that chunk and by every later one. No further read begins.
 6. `close` waits for the reads under way and ends every thread. A `take` that is waiting raises an error. Closing again
    is allowed.
-7. No thread waits in a busy loop: one such Python thread was measured to make numpy's products 5.5 times as slow.
+7. No thread waits in a busy loop: one such Python thread makes numpy's products several times as slow.
    Nor is any woken in vain: a free slot wakes one thread, a chunk that was read wakes whoever waits for it.
 """
 

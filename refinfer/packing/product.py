@@ -56,8 +56,8 @@ class Call:
 
 GEMM_CONFIG: Final = (
     Call("dot", 1, "a matrix times a vector streams its weights at the speed of memory: nothing to gain"),
-    Call("tiles", 16, "OpenBLAS has a path for small matrices that packs nothing: 2 to 3 times as fast as one call"),
-    Call("weights-first", 127, "W @ x.T lets the larger operand be the one that BLAS walks through: 1.1 to 1.4 times"),
+    Call("tiles", 16, "OpenBLAS has a path for small matrices that packs nothing: 1.5 to 2.5 times as fast"),
+    Call("weights-first", 127, "W @ x.T lets the larger operand be the one that BLAS walks through: up to 1.1 times"),
     Call("whole", float("inf"), "BLAS packs both operands itself and reaches its peak: a plain call"),
 )
 """Which call to use for how many rows of x; `refinfer bench matmul` measures each.

@@ -120,7 +120,7 @@ DEVICES: Final[Mapping[str, Device]] = MappingProxyType(
                 "virtual-disk",
                 MappingProxyType({1: 2.14e9, 2: 2.54e9, 4: 2.68e9, 8: 2.73e9}),
                 60e-6,
-                "the disk of the virtual machine of the figures page, direct reads of 1 to 4 MiB",
+                "a virtual disk such as that of the figures page, direct reads of 1 to 4 MiB, measured on 2026-11-21",
             ),
         )
     }

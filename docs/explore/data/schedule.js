@@ -13,7 +13,7 @@
 {"name":"ufs-4.0","source":"UFS 4.0, sequential reads of 4,200 MB/s as its makers state"},
 {"name":"sata-ssd","source":"SATA 3.2: 6 Gbit/s carry 550 MB/s"},
 {"name":"nvme","source":"PCIe 3.0 x4: 3,500 MB/s, as makers of such drives state"},
-{"name":"virtual-disk","source":"the disk of the virtual machine of the figures page, direct reads of 1 to 4 MiB"}
+{"name":"virtual-disk","source":"a virtual disk such as that of the figures page, direct reads of 1 to 4 MiB, measured on 2026-11-21"}
 ],
 "arms":[
 {"name":"none","about":"nothing is locked; every chunk is read for every token"},
