@@ -108,8 +108,13 @@ class BlasThreads:
                 yield
             finally:
                 with self._lock:
-                    if self._asked.pop(mine, None) is not None:  # a forked child has forgotten it
-                        self._apply()
+                    if mine in self._asked:  # a forked child has forgotten it
+                        del self._asked[mine]
+                        try:
+                            self._apply()
+                        except BaseException:  # Ctrl-C: whoever comes next would take this limit for BLAS's own number
+                            self._apply()
+                            raise
 
     @cached_property
     def _blas(self) -> ThreadpoolController | None:

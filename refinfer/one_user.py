@@ -44,7 +44,7 @@ class OneUser:
                 raise SessionInUseError(_IN_USE)
             yield
         finally:
-            if self._inside.get(process) is me:
+            if process in self._inside and self._inside[process] is me:  # no call, after which Ctrl-C could come
                 del self._inside[process]
 
 

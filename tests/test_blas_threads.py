@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from engine_runs import in_a_child, needs_fork
+from interrupts import every_moment
 from packed_model import within
 from refinfer import blas_threads as module
 from refinfer.blas_threads import BlasThreads, Trial, blas_libraries, blas_threads, default_threads
@@ -312,3 +313,18 @@ def test_a_trial_takes_turns_and_keeps_the_number_with_the_shorter_median(
     assert (trial.is_over, trial.threads) == (True, chosen)
     trial.took(99.0)
     assert trial.threads == chosen
+
+
+@pytest.mark.spec("GEN-22")
+def test_a_limit_that_is_interrupted_at_any_moment_leaves_the_number_from_before_it() -> None:
+    threads = BlasThreads()
+
+    def limit() -> None:
+        with threads.limited(1):
+            pass
+
+    limit()  # what is looked up once
+    for moment in every_moment(lambda: limit):
+        assert in_force() == FOUND, f"interrupted at moment {moment}"
+        limit()
+        assert in_force() == FOUND, f"interrupted at moment {moment}, and limited again"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from engine_runs import in_a_child, needs_fork
+from interrupts import every_moment
 from packed_model import within
 from refinfer.errors import RequestError, SessionInUseError
 from refinfer.one_user import InTurn, Kept, OneUser
@@ -73,6 +74,13 @@ def test_whoever_leaves_by_an_error_makes_room(error: type[BaseException]) -> No
     with pytest.raises(error), user.enter():
         raise error
     assert enter(user) == "inside"
+
+
+@pytest.mark.spec("GEN-19")
+def test_whoever_is_interrupted_at_any_moment_makes_room() -> None:
+    user = OneUser()
+    for moment in every_moment(lambda: lambda: enter(user)):
+        assert enter(user) == "inside", f"interrupted at moment {moment}"
 
 
 @needs_fork

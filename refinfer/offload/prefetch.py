@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -89,9 +90,11 @@ class Prefetcher:
         self._ready: dict[int, Loan] = {}
         self._taken: Loan | None = None
         self._error: tuple[int, BaseException] | None = None
+        self._is_lost = False  # the order was left, and its slots are not free yet: what follows must seek again
         self._closed = False
         self._threads: list[threading.Thread] = []
-        self._free_slots(len(self._slots))
+        for _ in self._slots:
+            self._free.put(self._turn)
         try:
             for i in range(threads):
                 self._threads.append(thread(target=self._run, args=(i,), name=f"prefetch-{i}", daemon=True))
@@ -106,11 +109,11 @@ class Prefetcher:
     def take(self, chunk: int) -> Loan:
         """Return a chunk of the order, once it has been read; its slot is not overwritten until `release`.
 
-        All of this is done while `_lock`, the lock of `_changed`, is held. Only number `_to_take` can be taken: if
-        `chunk` is not what the order has there, `_seek` goes to its place first (`_place[chunk]`), which changes
-        `_to_take`.
+        All of this is done while `_lock` is held. Only number `_to_take` can be taken: unless `_is_next(chunk)`,
+        `_seek` goes to its place first (`_place[chunk]`), which changes `_to_take`.
 
-        Then `_changed.wait_for` sleeps until something is known about that number, the first of these that holds:
+        Then `_wait_for` sleeps, while others have the lock, until something is known about that number, the first of
+        these that holds:
 
             _closed            raises GenerationError("the weights were closed while they were in use")
             it is in _ready    takes its loan out of there, counts `_to_take` on, keeps the loan in `_taken`, returns it
@@ -122,10 +125,10 @@ class Prefetcher:
         """
         # lab 11: wait until the chunk has been read, and lend it
         with self._lock:
-            if self._order[self._to_take % len(self._order)] != chunk:
+            if not self._is_next(chunk):
                 self._seek(self._place[chunk])
             number = self._to_take
-            self._changed.wait_for(lambda: self._closed or number in self._ready or self._failed())
+            self._wait_for(lambda: self._closed or number in self._ready or self._failed())
             if self._closed:
                 raise GenerationError("the weights were closed while they were in use")
             if number not in self._ready:
@@ -140,14 +143,16 @@ class Prefetcher:
         """End the latest loan: its slot may be read into again. Any other loan has ended already, and is ignored.
 
         The latest loan is `_taken`, and nothing is lent after it has ended. With it end the loans that were never
-        released: all numbers from `_released` to `_to_take`, without the latter. `_free_slots(n)` frees n slots. No
-        lock is needed: no prefetch thread uses `_taken`, `_to_take` or `_released`.
+        released: all numbers from `_released` to `_to_take`, without the latter. For each, count `_released` on and put
+        `_turn` into `_free` at once: Ctrl-C may come after any call, and no slot must be freed twice. No lock is
+        needed: no prefetch thread uses `_taken`, `_to_take` or `_released`.
         """
         # lab 11: end the latest loan, and free the slots of all that was taken so far
         if loan is self._taken:
+            while self._released < self._to_take:
+                self._released += 1
+                self._free.put(self._turn)
             self._taken = None
-            self._free_slots(self._to_take - self._released)
-            self._released = self._to_take
         # end lab
 
     # --8<-- [end:take]
@@ -161,13 +166,24 @@ class Prefetcher:
         for _ in self._threads:
             self._free.put(None)
         if threading.current_thread() not in self._threads:  # garbage that holds this may be collected in any thread
+            with self._lock:  # a `join` that Ctrl-C interrupts takes the thread for one that has ended
+                self._wait_for(lambda: self._under_way == 0)
             for thread in self._threads:
                 if thread.ident is not None:  # it was started
                     thread.join()
 
-    def _free_slots(self, n: int) -> None:
-        for _ in range(n):
-            self._free.put(self._turn)
+    def _is_next(self, chunk: int) -> bool:
+        return not self._is_lost and self._order[self._to_take % len(self._order)] == chunk
+
+    def _wait_for(self, happens: Callable[[], bool]) -> None:
+        """Sleep until something is so; the lock is held before and after, and given up while this sleeps."""
+        try:
+            self._changed.wait_for(happens)
+        except BaseException:
+            with suppress(RuntimeError):  # Ctrl-C may come just after the condition has given the lock up
+                self._lock.release()
+            self._lock.acquire()
+            raise
 
     def _failed(self) -> bool:
         """Return whether a read has failed and no other is under way, so that no further chunk will come."""
@@ -175,14 +191,17 @@ class Prefetcher:
 
     def _seek(self, place: int) -> None:
         """Go on from another place of the order, after the reads under way: they still write to their slots."""
+        self._is_lost = True
         self._turn += 1
         self._taken, self._released = None, self._to_take
         try:
-            self._changed.wait_for(lambda: self._under_way == 0)
-            self._ready.clear()
+            self._wait_for(lambda: self._under_way == 0)
+            self._ready = {}
             self._to_read = self._to_take = self._released = place
         finally:
-            self._free_slots(len(self._slots) - (self._to_read - self._released))
+            for _ in range(self._to_read - self._released, len(self._slots)):
+                self._free.put(self._turn)
+            self._is_lost = False
 
     # --8<-- [start:run]
     def _run(self, thread: int) -> None:

@@ -385,6 +385,14 @@ class World:
             self.closing = True
         return self.call(self.prefetcher.close)
 
+    def interrupt_close(self, call: Call) -> None:
+        """Raise KeyboardInterrupt in a close that waits."""
+        assert not call.done, "it does not wait"
+        with self._condition:
+            self._condition.interrupt(call.thread)
+        self.settle()
+        assert isinstance(call.error, KeyboardInterrupt)
+
     # What must be true.
 
     def settle(self) -> None:

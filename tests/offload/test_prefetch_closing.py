@@ -9,7 +9,6 @@ import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import numpy as np
@@ -40,44 +39,6 @@ def test_an_interrupt_while_threads_are_started_ends_those_that_were() -> None:
     with pytest.raises(KeyboardInterrupt):
         Prefetcher([0], [np.zeros(4, np.uint8)], lambda chunk, slot, thread: slot, 2, thread=Interrupted)
     assert not started[0].is_alive()
-
-
-@pytest.mark.spec("FETCH-11")
-def test_wherever_an_interrupt_meets_a_take_closing_ends_every_thread_afterwards() -> None:
-    """CPython handles a signal when a function begins, and when one written in C has returned: at these two events."""
-    for moment in range(1_000):
-        second_read = threading.Event()
-
-        def read(chunk: int, slot: Bytes, thread: int, begins: threading.Event = second_read) -> Tiles:
-            if chunk == 1:
-                begins.set()  # the one thread has handed over chunk 0
-            return slot
-
-        prefetcher = Prefetcher([0, 1], [np.zeros(4, np.uint8)] * 2, read, 1)
-        assert second_read.wait(WATCHDOG_S)
-        left = moment
-
-        def interrupt(frame: FrameType, event: str, argument: object) -> None:
-            nonlocal left
-            left -= event in ("call", "c_return")
-            if left < 0:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
-
-        sys.setprofile(interrupt)
-        try:
-            prefetcher.take(0)
-        except KeyboardInterrupt:
-            pass
-        else:
-            break
-        finally:
-            sys.setprofile(None)
-        closing = threading.Thread(target=prefetcher.close, daemon=True)
-        closing.start()
-        closing.join(WATCHDOG_S)
-        assert not closing.is_alive(), f"interrupted at moment {moment} of a take, the prefetcher cannot be closed"
-    assert moment > 1, "no take was interrupted"
 
 
 @pytest.mark.spec("FETCH-7")

@@ -1,0 +1,144 @@
+"""Specifies `refinfer.offload.prefetch` when Ctrl-C comes: at any moment, and nothing is lost, lent twice or locked."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Final
+
+import numpy as np
+import pytest
+
+from refinfer.offload.prefetch import Prefetcher
+from refinfer.offload.readers import Loan
+from refinfer.packing.layout import Bytes, Tiles
+
+sys.path.insert(0, str(Path(__file__).parent))
+from interleavings import WATCHDOG_S, World
+from interrupts import MOST_MOMENTS, interrupted
+
+CHUNKS: Final = 4
+SLOTS: Final = 2
+
+
+class Counted:
+    """A queue of free slots that counts those that were taken out; as in the usual one, C code puts them in."""
+
+    def __init__(self) -> None:
+        self.taken_out = 0
+        self._items: SimpleQueue[int | None] = SimpleQueue()
+        self.put = self._items.put
+
+    def get(self) -> int | None:
+        item = self._items.get()
+        self.taken_out += item is not None
+        return item
+
+
+class Disk:
+    """Reads chunks: their number, in every byte of the slot. A read of `held` waits until a take has gone to sleep."""
+
+    def __init__(self, held: int | None = None) -> None:
+        self.queue = Counted()
+        self.asleep = threading.Event()
+        self._held = held
+        slots = [np.full(4, 255, np.uint8) for _ in range(SLOTS)]
+        self.prefetcher = Prefetcher(range(CHUNKS), slots, self._read, 1, queue=lambda: self.queue)
+
+    def _read(self, chunk: int, slot: Bytes, thread: int) -> Tiles:
+        if chunk == self._held:
+            assert self.asleep.wait(WATCHDOG_S)
+        slot[:] = chunk
+        return slot
+
+    def take(self, chunk: int) -> Loan:
+        """Take a chunk in a thread of its own: one that never comes must not stop the test."""
+        taken: list[Loan] = []
+        taking = threading.Thread(target=lambda: taken.append(self.prefetcher.take(chunk)), daemon=True)
+        taking.start()
+        taking.join(WATCHDOG_S)
+        assert taken, f"the take of chunk {chunk} waits for ever"
+        assert (np.asarray(taken[0].tiles) == chunk).all(), f"chunk {chunk} is lent with the bytes of another"
+        return taken[0]
+
+    def close(self) -> None:
+        closing = threading.Thread(target=self.prefetcher.close, daemon=True)
+        closing.start()
+        closing.join(WATCHDOG_S)
+        assert not closing.is_alive(), "it cannot be closed"
+
+    def interrupts(self, action: Callable[[], object], moment: int) -> bool:
+        """Interrupt what an action does at a moment; return False if it ends before that."""
+
+        def see(event: str, function: object) -> None:
+            if event == "c_return" and getattr(function, "__name__", "") == "_release_save":
+                self.asleep.set()
+
+        try:
+            return interrupted(action, moment, see)
+        finally:
+            self.asleep.set()
+
+
+def every_moment(prepare: Callable[[], tuple[Disk, Callable[[], object]]]) -> Iterator[Disk]:
+    """Interrupt an action at each of its moments, always with a new disk; then close that."""
+    for moment in range(MOST_MOMENTS):
+        disk, action = prepare()
+        try:
+            if not disk.interrupts(action, moment):
+                assert moment > 1, "it was never interrupted"
+                return
+            yield disk
+        finally:
+            disk.close()
+
+
+@pytest.mark.spec("FETCH-11")
+@pytest.mark.parametrize(
+    ("chunk", "held"),
+    [(1, None), (1, 1), (2, None), (2, 1)],
+    ids=["the next", "the next, while it is read", "another", "another, while the next is read"],
+)
+def test_wherever_an_interrupt_meets_a_take_the_next_takes_give_their_chunks(chunk: int, held: int | None) -> None:
+    """Also whatever is taken next: what was interrupted, what follows it, or the first."""
+    for after in (chunk, chunk + 1, 0):
+
+        def prepare() -> tuple[Disk, Callable[[], object]]:
+            disk = Disk(held)
+            disk.prefetcher.release(disk.take(0))
+            return disk, lambda: disk.prefetcher.take(chunk)
+
+        for disk in every_moment(prepare):
+            for number in range(2 * CHUNKS):
+                disk.prefetcher.release(disk.take((after + number) % CHUNKS))
+
+
+@pytest.mark.spec("FETCH-2", "FETCH-11")
+def test_wherever_an_interrupt_meets_a_release_each_slot_is_freed_once() -> None:
+    def prepare() -> tuple[Disk, Callable[[], object]]:
+        disk = Disk()
+        for chunk in range(CHUNKS - 1):
+            disk.prefetcher.release(disk.take(chunk))
+        loan = disk.take(CHUNKS - 1)
+        return disk, lambda: disk.prefetcher.release(loan)
+
+    for disk in every_moment(prepare):
+        for chunk in range(CHUNKS):
+            disk.prefetcher.release(disk.take(chunk))
+        disk.close()  # the thread has taken all of them out
+        assert disk.queue.taken_out == SLOTS + 2 * CHUNKS, "slots that were freed, the ring's own first"
+
+
+@pytest.mark.spec("FETCH-7", "FETCH-11")
+def test_closing_again_after_an_interrupted_close_still_waits_for_the_reads_under_way() -> None:
+    with World(range(3), 2, 1) as world:
+        first = world.close()
+        world.interrupt_close(first)
+        second = world.close()
+        assert world.under_way
+        assert not second.done, "closed, while a chunk is still read into the ring"
+        world.finish_all()
+        assert second.done
