@@ -152,11 +152,13 @@ def load(
     if max_positions is None:
         max_positions = min(DEFAULT_MAX_POSITIONS if budget is None else DEFAULT_POSITIONS, positions)
     if not is_whole(max_positions, 1, positions):
-        raise RequestError(f"max_positions must be from 1 to this model's {positions}, not {shown(max_positions)}")
+        raise RequestError(
+            f"max_positions must be a whole number from 1 to this model's {positions}, not {shown(max_positions)}"
+        )
     if disk_bandwidth is not None and not (is_number(disk_bandwidth) and disk_bandwidth > 0):
         raise RequestError(f"disk_bandwidth must be above 0 bytes per second, not {shown(disk_bandwidth)}")
     if threads is not None and not is_whole(threads, 1, _MOST_THREADS):
-        raise RequestError(f"threads must be from 1 to {_MOST_THREADS}, not {shown(threads)}")
+        raise RequestError(f"threads must be a whole number from 1 to {_MOST_THREADS}, not {shown(threads)}")
     prefetch = Prefetch(prefetch_threads, prefetch_ring)
     place = None if weight_cache is None else os.fspath(weight_cache)
     packed = {"weights": weights != "auto", "budget": budget is not None, "weight_cache": place is not None,
@@ -166,14 +168,14 @@ def load(
     request = EngineRequest(
         model=opened,
         weights=weights,
-        max_positions=max_positions,
+        max_positions=int(max_positions),
         cache=CacheOptions(place, lock_memory, verify),
         within=None if budget is None else Within(budget, plan, prefetch, disk_bandwidth, paged, trace),
         clock=clock,
         listener=listener,
         source=source,
     )
-    return Session(request, threads, started)
+    return Session(request, None if threads is None else int(threads), started)
 
 
 def _open_sound(request: EngineRequest, reason: str | None = None, *, in_memory: bool = False) -> Engine:

@@ -105,10 +105,10 @@ class Kept(Generic[_Thing]):
             RequestError: it is closed.
             SessionInUseError: another thread is renewing it.
         """
-        if (thing := self._thing) is not None:
-            return thing
         if self._closed:
             raise RequestError("this session is closed; load the model again")
+        if (thing := self._thing) is not None:
+            return thing
         raise SessionInUseError(_IN_USE)
 
     def renew(self, make: Callable[[], _Thing]) -> None:
@@ -124,10 +124,10 @@ class Kept(Generic[_Thing]):
     def close(self) -> None:
         """Close what is kept; closing again is allowed."""
         self._closed = True
-        self._finalizer.detach()
-        thing, self._thing = self._thing, None
-        if thing is not None:
+        if (thing := self._thing) is not None:
             thing.close()
+            self._thing = None  # last: if Ctrl-C comes before, closing again closes it
+        self._finalizer.detach()
 
     def _drop(self) -> None:
         if os.getpid() == self._process:

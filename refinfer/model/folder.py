@@ -139,7 +139,7 @@ class ModelFolder:
                 f"a prompt of {n} tokens and {shown(max_tokens or 1)} more do not fit this model's {limit} of "
                 f"{config.longest_request} positions"
             )
-        return max_tokens if max_tokens is not None else min(DEFAULT_MAX_TOKENS, room)
+        return int(max_tokens) if max_tokens is not None else min(DEFAULT_MAX_TOKENS, room)
 
 
 def checked_token_ids(given: Iterable[Any]) -> list[int]:

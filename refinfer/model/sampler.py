@@ -42,6 +42,7 @@ class Sampling:
             raise RequestError(f"top-k must be a whole number from 1 up, not {shown(self.top_k)}")
         if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise RequestError(f"top-p must be above 0 and at most 1, not {shown(self.top_p)}")
+        object.__setattr__(self, "temperature", float(self.temperature))
 
 
 def probabilities(logits: Float32Array, sampling: Sampling) -> npt.NDArray[np.float64]:

@@ -90,7 +90,7 @@ class Prefetcher:
         self._ready: dict[int, Loan] = {}
         self._taken: Loan | None = None
         self._error: tuple[int, BaseException] | None = None
-        self._is_lost = False  # the order was left, and its slots are not free yet: what follows must seek again
+        self._is_lost = False  # a seek has begun and has not freed its slots yet: the next take must seek again
         self._closed = False
         self._threads: list[threading.Thread] = []
         for _ in self._slots:
@@ -101,7 +101,8 @@ class Prefetcher:
                 self._threads[-1].start()
         except BaseException as error:  # also Ctrl-C: threads that were started must be ended
             self.close()
-            if isinstance(error, RuntimeError):  # Python's error for a thread that cannot be started
+            # Python's error for a thread that cannot be started; one with a context comes of Ctrl-C in `start`.
+            if isinstance(error, RuntimeError) and error.__context__ is None:
                 raise GenerationError("this system starts no further thread; use fewer prefetch threads") from None
             raise
 
@@ -116,7 +117,7 @@ class Prefetcher:
         these that holds:
 
             _closed            raises GenerationError("the weights were closed while they were in use")
-            it is in _ready    takes its loan out of there, counts `_to_take` on, keeps the loan in `_taken`, returns it
+            it is in _ready    counts `_to_take` on, takes its loan out of there, keeps it in `_taken`, and returns it
             _failed()          raises the error, `_error[1]`; it stays, so that every later take raises it too
 
         Raises:
@@ -134,7 +135,7 @@ class Prefetcher:
             if number not in self._ready:
                 assert self._error is not None
                 raise self._error[1]
-            self._to_take += 1
+            self._to_take += 1  # first: if Ctrl-C comes after `pop`, nobody waits for a number that is gone
             self._taken = self._ready.pop(number)
             return self._taken
         # end lab
@@ -142,17 +143,18 @@ class Prefetcher:
     def release(self, loan: Loan) -> None:
         """End the latest loan: its slot may be read into again. Any other loan has ended already, and is ignored.
 
-        The latest loan is `_taken`, and nothing is lent after it has ended. With it end the loans that were never
-        released: all numbers from `_released` to `_to_take`, without the latter. For each, count `_released` on and put
-        `_turn` into `_free` at once: Ctrl-C may come after any call, and no slot must be freed twice. No lock is
-        needed: no prefetch thread uses `_taken`, `_to_take` or `_released`.
+        `_taken` is the latest loan, or None if it has ended. Loans before it that were never released end too: the
+        numbers from `_released` up to, but not including, `_to_take`. For each of them, first add one to `_released`,
+        then put `_turn` into `_free`: Ctrl-C may come after any call, and no slot must be freed twice. All of this is
+        done while `_lock` is held: garbage that releases may be collected in any thread.
         """
         # lab 11: end the latest loan, and free the slots of all that was taken so far
-        if loan is self._taken:
-            while self._released < self._to_take:
-                self._released += 1
-                self._free.put(self._turn)
-            self._taken = None
+        with self._lock:
+            if loan is self._taken:
+                while self._released < self._to_take:
+                    self._released += 1
+                    self._free.put(self._turn)
+                self._taken = None
         # end lab
 
     # --8<-- [end:take]
@@ -166,21 +168,24 @@ class Prefetcher:
         for _ in self._threads:
             self._free.put(None)
         if threading.current_thread() not in self._threads:  # garbage that holds this may be collected in any thread
-            with self._lock:  # a `join` that Ctrl-C interrupts takes the thread for one that has ended
-                self._wait_for(lambda: self._under_way == 0)
+            with self._lock:  # after a `join` that Ctrl-C interrupted, Python takes the thread for one that has ended
+                self._wait_for(lambda: self._under_way == 0 or not any(t.is_alive() for t in self._threads))
             for thread in self._threads:
-                if thread.ident is not None:  # it was started
+                with suppress(RuntimeError):  # it was not started
                     thread.join()
 
     def _is_next(self, chunk: int) -> bool:
-        return not self._is_lost and self._order[self._to_take % len(self._order)] == chunk
+        if self._is_lost or self._to_take - self._released == len(self._slots):
+            return False  # every slot is lent, and whoever had the loans was interrupted: no read could come
+        return self._order[self._to_take % len(self._order)] == chunk
 
     def _wait_for(self, happens: Callable[[], bool]) -> None:
-        """Sleep until something is so; the lock is held before and after, and given up while this sleeps."""
+        """Sleep until `happens()` is true; the lock is held before and after, and given up while this sleeps."""
         try:
             self._changed.wait_for(happens)
         except BaseException:
-            with suppress(RuntimeError):  # Ctrl-C may come just after the condition has given the lock up
+            # Ctrl-C may come just after the condition has given the lock up: then it is not held, else it is, once.
+            with suppress(RuntimeError):
                 self._lock.release()
             self._lock.acquire()
             raise

@@ -225,10 +225,10 @@ class StreamedSource:
 
     def close(self) -> None:
         """End the threads and close the file; closing again is allowed. A forked child only releases memory."""
-        reader, self._reader = self._reader, Closed()
         if os.getpid() == self._process:
             self._file.close()  # first: it ends the sleep of a throttled store; reads under way still end by themselves
-            reader.close()
+            self._reader.close()
+        self._reader = Closed()  # last: if Ctrl-C comes before, closing again closes it
         self._weights, self._staging, self._slots = None, pages(0), []
         self.locked.clear()
         self._views.clear()

@@ -54,7 +54,12 @@ class Prefetch:
         if not is_whole(self.threads, 0, MOST_PREFETCH_THREADS):
             raise RequestError(f"there can be 0 to {MOST_PREFETCH_THREADS} prefetch threads, not {shown(self.threads)}")
         if self.ring_nbytes is not None and not is_whole(self.ring_nbytes, 0):
-            raise RequestError(f"a prefetch ring must be a whole number of bytes, not {shown(self.ring_nbytes)}")
+            raise RequestError(
+                f"a prefetch ring must be a whole number of bytes from 0 up, not {shown(self.ring_nbytes)}"
+            )
+        object.__setattr__(self, "threads", int(self.threads))  # numpy's numbers overflow
+        if self.ring_nbytes is not None:
+            object.__setattr__(self, "ring_nbytes", int(self.ring_nbytes))
 
 
 @dataclass(frozen=True, slots=True)

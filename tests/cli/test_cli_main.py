@@ -126,7 +126,7 @@ def test_a_long_wrong_argument_ends_in_one_short_line(argv: list[str]) -> None:
         (["generate", "--budget", "1kB"], "the smallest that works"),
         (["generate", "--budget", "60%", "--weight-cache", "off"], "which a budget needs; name a file"),
         (["generate", "--budget", "60%", "--prefetch-threads", "-1"], "must be at least 0"),
-        (["generate", "--threads", "9" * 30], "threads must be from 1 to 1024"),
+        (["generate", "--threads", "9" * 30], "threads must be a whole number from 1 to 1024"),
         (["generate", "--model", "m" * 300], "cannot be read"),
         (["synth", "m" * 300, "--shape", "tiny"], "cannot be made"),
         (["synth", "x", "--shape", "tiny", "--shard-size", "9" * 400 + "TB"], "less than 2^63"),

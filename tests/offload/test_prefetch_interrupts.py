@@ -7,21 +7,23 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pytest
 
+import refinfer
 from refinfer.offload.prefetch import Prefetcher
 from refinfer.offload.readers import Loan
 from refinfer.packing.layout import Bytes, Tiles
 
 sys.path.insert(0, str(Path(__file__).parent))
+import interrupts
 from interleavings import WATCHDOG_S, World
 from interrupts import MOST_MOMENTS, interrupted
+from packed_model import threads_and_descriptors
 
 CHUNKS: Final = 4
-SLOTS: Final = 2
 
 
 class Counted:
@@ -41,15 +43,21 @@ class Counted:
 class Disk:
     """Reads chunks: their number, in every byte of the slot. A read of `held` waits until a take has gone to sleep."""
 
-    def __init__(self, held: int | None = None) -> None:
+    def __init__(self, n_slots: int = 2, held: int | None = None) -> None:
         self.queue = Counted()
         self.asleep = threading.Event()
+        self.begun = threading.Event()
         self._held = held
-        slots = [np.full(4, 255, np.uint8) for _ in range(SLOTS)]
-        self.prefetcher = Prefetcher(range(CHUNKS), slots, self._read, 1, queue=lambda: self.queue)
+        slots = [np.full(4, 255, np.uint8) for _ in range(n_slots)]
+        self.prefetcher = Prefetcher(range(CHUNKS), slots, self._read, 1, thread=self._thread, queue=lambda: self.queue)
+
+    def _thread(self, **arguments: Any) -> threading.Thread:
+        self.thread = threading.Thread(**arguments)
+        return self.thread
 
     def _read(self, chunk: int, slot: Bytes, thread: int) -> Tiles:
         if chunk == self._held:
+            self.begun.set()
             assert self.asleep.wait(WATCHDOG_S)
         slot[:] = chunk
         return slot
@@ -94,6 +102,7 @@ def every_moment(prepare: Callable[[], tuple[Disk, Callable[[], object]]]) -> It
             yield disk
         finally:
             disk.close()
+    raise AssertionError("it does not end")
 
 
 @pytest.mark.spec("FETCH-11")
@@ -102,13 +111,18 @@ def every_moment(prepare: Callable[[], tuple[Disk, Callable[[], object]]]) -> It
     [(1, None), (1, 1), (2, None), (2, 1)],
     ids=["the next", "the next, while it is read", "another", "another, while the next is read"],
 )
-def test_wherever_an_interrupt_meets_a_take_the_next_takes_give_their_chunks(chunk: int, held: int | None) -> None:
+@pytest.mark.parametrize("n_slots", [1, 2, 3])
+def test_wherever_an_interrupt_meets_a_take_the_next_takes_give_their_chunks(
+    n_slots: int, chunk: int, held: int | None
+) -> None:
     """Also whatever is taken next: what was interrupted, what follows it, or the first."""
     for after in (chunk, chunk + 1, 0):
 
         def prepare() -> tuple[Disk, Callable[[], object]]:
-            disk = Disk(held)
+            disk = Disk(n_slots, held)
             disk.prefetcher.release(disk.take(0))
+            if held is not None:
+                assert disk.begun.wait(WATCHDOG_S)
             return disk, lambda: disk.prefetcher.take(chunk)
 
         for disk in every_moment(prepare):
@@ -117,9 +131,10 @@ def test_wherever_an_interrupt_meets_a_take_the_next_takes_give_their_chunks(chu
 
 
 @pytest.mark.spec("FETCH-2", "FETCH-11")
-def test_wherever_an_interrupt_meets_a_release_each_slot_is_freed_once() -> None:
+@pytest.mark.parametrize("n_slots", [2, 3])
+def test_wherever_an_interrupt_meets_a_release_each_slot_is_freed_once(n_slots: int) -> None:
     def prepare() -> tuple[Disk, Callable[[], object]]:
-        disk = Disk()
+        disk = Disk(n_slots)
         for chunk in range(CHUNKS - 1):
             disk.prefetcher.release(disk.take(chunk))
         loan = disk.take(CHUNKS - 1)
@@ -129,7 +144,49 @@ def test_wherever_an_interrupt_meets_a_release_each_slot_is_freed_once() -> None
         for chunk in range(CHUNKS):
             disk.prefetcher.release(disk.take(chunk))
         disk.close()  # the thread has taken all of them out
-        assert disk.queue.taken_out == SLOTS + 2 * CHUNKS, "slots that were freed, the ring's own first"
+        assert disk.queue.taken_out == n_slots + 2 * CHUNKS, "slots that were freed, the ring's own first"
+
+
+@pytest.mark.spec("FETCH-2", "FETCH-11")
+def test_wherever_an_interrupt_meets_a_release_the_one_slot_of_a_ring_is_not_lost() -> None:
+    def prepare() -> tuple[Disk, Callable[[], object]]:
+        disk = Disk(1)
+        for chunk in range(CHUNKS - 1):
+            disk.prefetcher.release(disk.take(chunk))
+        loan = disk.take(CHUNKS - 1)
+        return disk, lambda: disk.prefetcher.release(loan)
+
+    for disk in every_moment(prepare):
+        for chunk in range(CHUNKS):
+            disk.prefetcher.release(disk.take(chunk))
+
+
+@pytest.mark.spec("FETCH-7", "FETCH-11")
+def test_wherever_an_interrupt_meets_closing_closing_again_ends_every_thread() -> None:
+    def prepare() -> tuple[Disk, Callable[[], object]]:
+        disk = Disk()
+        return disk, disk.prefetcher.close
+
+    for disk in every_moment(prepare):
+        disk.close()
+        assert not disk.thread.is_alive()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.spec("FETCH-8", "FETCH-11")
+def test_wherever_an_interrupt_meets_the_closing_of_a_session_closing_again_leaves_nothing(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"weights": "f32", "budget": "60%", "weight_cache": tmp_path / "w", "max_positions": 16}
+    refinfer.load(**asked).close()
+    before = threads_and_descriptors()
+    sessions: list[refinfer.Session] = []
+
+    def begin() -> Callable[[], object]:
+        sessions.append(refinfer.load(**asked))
+        return sessions[-1].close
+
+    for moment in interrupts.every_moment(begin):
+        sessions.pop().close()
+        assert threads_and_descriptors() == before, f"interrupted at moment {moment}"
 
 
 @pytest.mark.spec("FETCH-7", "FETCH-11")

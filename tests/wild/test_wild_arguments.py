@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ NUMBERS_OF_A_REQUEST = {"temperature": "temperature", "top_p": "top-p"}
 WHOLE_OF_LOADING = {
     "max_positions": "max_positions",
     "threads": "threads",
-    "prefetch_threads": "prefetch threads",
     "prefetch_ring": "a prefetch ring",
 }
 
@@ -43,8 +43,15 @@ def test_a_request_measures_in_finite_numbers(argument: str, name: str, value: A
 @pytest.mark.parametrize("value", NO_WHOLE_NUMBER, ids=repr)
 @pytest.mark.parametrize(("argument", "name"), WHOLE_OF_LOADING.items(), ids=WHOLE_OF_LOADING)
 def test_loading_counts_in_whole_numbers(argument: str, name: str, value: Any) -> None:
-    with pytest.raises(RequestError, match=f"{name}.* not "):
+    with pytest.raises(RequestError, match=f"^{name} must be a whole number"):
         refinfer.load(**{argument: value})
+
+
+@pytest.mark.spec("GEN-24")
+@pytest.mark.parametrize("value", NO_WHOLE_NUMBER, ids=repr)
+def test_prefetch_threads_are_counted_in_whole_numbers(value: Any) -> None:
+    with pytest.raises(RequestError, match=r"^there can be 0 to .* prefetch threads, not "):
+        refinfer.load(prefetch_threads=value)
 
 
 @pytest.mark.spec("GEN-24")
@@ -65,3 +72,17 @@ def test_numbers_of_numpy_are_numbers(storyteller: Session) -> None:
         "seed": np.int32(1),
     }
     assert list(storyteller.generate("Once", **numpys)) == list(storyteller.generate("Once", **asked))  # type: ignore[arg-type]
+
+
+@pytest.mark.spec("GEN-24")
+def test_small_numbers_of_numpy_do_not_overflow(storyteller: Session) -> None:
+    asked: dict[str, Any] = {"max_positions": np.uint8(100), "threads": np.int64(1), "prefetch_threads": np.uint8(1)}
+    with refinfer.load(budget="60%", weights="f32", weight_cache=None, **asked) as session:
+        few: Any = np.uint8(5)
+        many: Any = np.uint8(255)
+        text = "".join(session.generate("Once", max_tokens=few))
+        assert text == "".join(storyteller.generate("Once", max_tokens=5))
+        with pytest.raises(RequestError, match="do not fit the 100 positions"):
+            session.generate("Once", max_tokens=many)
+        assert session.stats is not None
+        json.dumps(session.stats.to_json())
