@@ -176,7 +176,7 @@ class Prefetcher:
 
     def _is_next(self, chunk: int) -> bool:
         if self._is_lost or self._to_take - self._released == len(self._slots):
-            return False  # every slot is lent, and whoever had the loans was interrupted: no read could come
+            return False  # a seek was interrupted; or whoever has all the slots was, and no read could come
         return self._order[self._to_take % len(self._order)] == chunk
 
     def _wait_for(self, happens: Callable[[], bool]) -> None:
