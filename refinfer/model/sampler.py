@@ -42,7 +42,11 @@ class Sampling:
             raise RequestError(f"top-k must be a whole number from 1 up, not {shown(self.top_k)}")
         if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise RequestError(f"top-p must be above 0 and at most 1, not {shown(self.top_p)}")
-        object.__setattr__(self, "temperature", float(self.temperature))
+        object.__setattr__(self, "temperature", float(self.temperature))  # numpy's small numbers overflow
+        if self.top_k is not None:
+            object.__setattr__(self, "top_k", int(self.top_k))
+        if self.top_p is not None:
+            object.__setattr__(self, "top_p", float(self.top_p))
 
 
 def probabilities(logits: Float32Array, sampling: Sampling) -> npt.NDArray[np.float64]:

@@ -11,6 +11,7 @@ import pytest
 import refinfer
 from refinfer.errors import RequestError
 from refinfer.generate import Session
+from refinfer.model.sampler import Sampling, probabilities
 
 NO_WHOLE_NUMBER = ["3", 2.5, 3.0, True, [3], float("nan"), -1, np.array([3])]
 NO_NUMBER = ["0.5", True, [0.5], float("nan"), float("inf"), 10**400, 1j]
@@ -72,6 +73,14 @@ def test_numbers_of_numpy_are_numbers(storyteller: Session) -> None:
         "seed": np.int32(1),
     }
     assert list(storyteller.generate("Once", **numpys)) == list(storyteller.generate("Once", **asked))  # type: ignore[arg-type]
+
+
+@pytest.mark.spec("GEN-24")
+def test_a_small_number_of_numpy_chooses_among_more_tokens_than_it_can_count() -> None:
+    logits = np.linspace(-3, 3, 1000, dtype=np.float32)
+    numpys: dict[str, Any] = {"temperature": np.float16(1.0), "top_k": np.uint8(200), "top_p": np.float16(0.5)}
+    expected = probabilities(logits, Sampling(temperature=1.0, top_k=200, top_p=0.5))
+    np.testing.assert_array_equal(probabilities(logits, Sampling(**numpys)), expected)
 
 
 @pytest.mark.spec("GEN-24")
