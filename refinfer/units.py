@@ -35,7 +35,7 @@ _NUMBER: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 
 
 def is_whole(value: object, least: int, most: float = math.inf) -> bool:
-    """Return whether a value is a whole number from `least` to `most`, Python's or numpy's; True and False are not.
+    """Return whether a value is a whole number from `least` to `most`; numpy's count too, True and False do not.
 
     Examples:
         >>> is_whole(3, 1), is_whole(0, 1), is_whole(3.0, 1), is_whole("3", 1), is_whole(True, 1)
@@ -45,7 +45,7 @@ def is_whole(value: object, least: int, most: float = math.inf) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is a finite number, Python's or numpy's; True and False do not count.
+    """Return whether a value is a finite number; numpy's count too, True and False do not.
 
     Examples:
         >>> is_number(0.5), is_number(float("nan")), is_number("0.5"), is_number(True)

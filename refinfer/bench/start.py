@@ -93,7 +93,7 @@ def run_start(model: Path, weights: str, weight_cache: str, *, verify: bool = Tr
 
 
 def how_it_failed(done: subprocess.CompletedProcess[str]) -> str:
-    """Return the last line that a process wrote to standard error, or its exit status if there is none."""
+    """Return the last line that a process wrote to standard error, or its exit status if it wrote nothing."""
     return next(reversed(done.stderr.strip().splitlines()), f"exit status {done.returncode}")
 
 

@@ -80,7 +80,7 @@ def lab_of(number: str) -> Lab:
     """Return the lab with a number such as `4`, `04` or `10b`.
 
     Raises:
-        LabError: there is none.
+        LabError: no lab has that number.
     """
     wanted = number.strip().lower().lstrip("0")
     for lab in labs():

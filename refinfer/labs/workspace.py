@@ -139,7 +139,7 @@ class Workspace:
         """Open the workspace in a folder; None means this one, one above it, or `refinfer-labs` in it.
 
         Raises:
-            LabError: there is none, or what it remembers cannot be read.
+            LabError: no workspace is there, or what it remembers cannot be read.
         """
         found = cls.where(folder)
         if found is None:

@@ -1,6 +1,6 @@
 """What reading and multiplying cost on this machine, kept in a file for later runs.
 
-Reads the entries of `calibration.json`, and derives costs from the start of a run that has none. Leaves to others:
+Reads the entries of `calibration.json`, and derives costs from the start of a run that has no entry. Leaves to others:
 measuring and writing the file (`bench.calibrate`), plans.
 Read more: tutorial 11; clauses CAL-1 to CAL-6, CAL-11.
 

@@ -216,7 +216,7 @@ class Watch:
     # --8<-- [end:ahead]
 
     def _stop(self) -> None:
-        """End the threads, after the checks under way; a forked child has none, and must not touch their locks."""
+        """End the threads after their checks; a forked child does not have them, and must leave their locks alone."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and os.getpid() == self._process:
             ahead.close()

@@ -148,7 +148,7 @@ class FileWeightCacheProvider(DictFace):
 
     # --8<-- [start:commit]
     def look_up_or_insert(self, key: PackKey, buffer: Bytes) -> int:
-        """Return the offset of the buffer of `key`; if there is none, commit `buffer`. Equal buffers are kept once.
+        """Return the offset of the buffer of `key`; if the key is new, commit `buffer`. Equal buffers are kept once.
 
         Raises:
             WeightCacheStateError: the key is new, and the cache is finalized.

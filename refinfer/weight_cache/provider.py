@@ -85,7 +85,7 @@ class WeightCacheProvider(Protocol):
         ...
 
     def look_up_or_insert(self, key: PackKey, buffer: Bytes) -> int:
-        """Return the offset of the buffer of `key`; if there is none, commit `buffer` first.
+        """Return the offset of the buffer of `key`; if the key is new, commit `buffer` first.
 
         A buffer is copied unless it lies in the latest reservation. Reserved space that was committed must not be
         written to afterwards.
@@ -114,7 +114,7 @@ class WeightCacheProvider(Protocol):
     def __len__(self) -> int: ...
 
     def get_or_pack(self, key: PackKey, pack: Pack) -> Bytes:
-        """Return the buffer of `key`; if there is none, pack it, and while building, commit it."""
+        """Return the buffer of `key`; if the key is new, pack it, and while building, commit it."""
         ...
 
 
